@@ -1,0 +1,74 @@
+# `make demo` and `make test` do everything that they need first, system packages included.
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+export VIRTUAL_ENV := $(VENV)
+export PATH := $(BIN):$(PATH)
+
+READY := $(VENV)/.ready
+BUILT := build/.module
+CPP := $(shell find csrc cmake -type f) CMakeLists.txt
+CPP_FORMATTED = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc' -o -name '*.cu')
+# Older ThreadSanitizers cannot run where the kernel spreads addresses wider than they expect.
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+.NOTPARALLEL:
+.PHONY: help setup build test test-cpp test-py test-gpu bench demo lint format clean
+
+help:
+	@echo "make demo      stream a small model under budgets smaller than it, and check the result"
+	@echo "make test      lint, and all tests: C++ plain, under ASan+UBSan and TSan; Python"
+	@echo "make setup     the system packages that are missing, and .venv"
+	@echo "make build     the module, installed in .venv so that edits of wsm_ext take effect"
+	@echo "make test-cpp | test-py | lint | format"
+	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
+	@echo "make bench     the C++ benchmarks, into build/release/bench"
+
+$(READY): requirements-dev.txt scripts/setup.sh
+	scripts/setup.sh
+	@touch $@
+
+$(BUILT): $(READY) $(CPP) setup.py pyproject.toml
+	WSM_BUILD_DIR=build/python $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@cat build/python/wsm_summary.txt
+	@touch $@
+
+setup: $(READY)
+build: $(BUILT)
+
+demo: build
+	$(BIN)/wsm demo
+
+test: lint build test-cpp test-py
+
+test-cpp: test-cpp-debug test-cpp-asan test-cpp-tsan
+
+test-cpp-%: $(READY)
+	cmake --preset $* --log-level=WARNING
+	cmake --build --preset $*
+	$(if $(filter tsan,$*),$(FIXED_ADDRESSES)) ctest --preset $*
+
+test-py: build
+	$(BIN)/python -m pytest
+
+test-gpu: export WSM_REQUIRE_GPU := 1
+test-gpu: build test-cpp-debug
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(READY)
+	cmake --preset release
+	cmake --build --preset release
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run --Werror $(CPP_FORMATTED)
+
+format: $(READY)
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP_FORMATTED)
+
+clean:
+	rm -rf build wsm_ext/_engine*.so

@@ -1,0 +1,248 @@
+"""What the Python benchmarks share: where and on what they ran, ceilings, ratios, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 1 << 20
+GIB = 1 << 30
+GB = 1e9
+
+REQUIRED_KEYS = ("benchmark", "case", "environment", "results")
+
+
+def bandwidth_ratio(nbytes: float, seconds: float, ceiling_gb_per_s: float) -> float:
+    """How close bytes in seconds come to a ceiling in GB/s (1.0: at it)."""
+    if nbytes <= 0 or seconds <= 0 or ceiling_gb_per_s <= 0:
+        raise ValueError(
+            f"no ratio from {nbytes} bytes in {seconds} s over {ceiling_gb_per_s} GB/s: "
+            "all must be > 0"
+        )
+    return nbytes / seconds / GB / ceiling_gb_per_s
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median, extremes and the samples themselves."""
+    if not values:
+        raise ValueError("no samples to summarise")
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "samples": list(values),
+    }
+
+
+def _memory_total() -> int:
+    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
+
+
+def _gpu(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version,pcie.link.gen.max,pcie.link.width.max"]
+        answer = subprocess.run(
+            [*query, "--format=csv,noheader", "-i", str(device.index or 0)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+        driver, generation, width = (field.strip() for field in answer.stdout.strip().split(","))
+        pcie = f"gen {generation} x{width}"
+    except (OSError, ValueError, subprocess.SubprocessError):
+        driver, pcie = "unknown", "unknown"
+    memory = properties.total_memory
+    return {"name": properties.name, "driver": driver, "pcie": pcie, "memory_bytes": memory}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions, date and command. No folder is named: results are published."""
+    try:
+        import wsm_ext
+
+        wsm_version = getattr(wsm_ext, "__version__", "unknown")
+    except ImportError:
+        wsm_version = "not installed"
+    script, *arguments = sys.argv
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", f"bench/{Path(script).name}", *map(_short, arguments)]),
+        "device": str(device),
+        "gpu": _gpu(device),
+        "cpu_count": len(os.sched_getaffinity(0)),
+        "memory_bytes": _memory_total(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "wsm_ext": wsm_version,
+    }
+
+
+def _short(argument: str) -> str:
+    """An absolute path by its last name: the rest belongs to the machine."""
+    return f"…/{Path(argument).name}" if argument.startswith("/") else argument
+
+
+def result(benchmark: str, case: str, device: torch.device, results: Any) -> dict[str, Any]:
+    """One record of the results' schema."""
+    values = (benchmark, case, environment(device), results)
+    return dict(zip(REQUIRED_KEYS, values, strict=True))
+
+
+def check_result(record: dict[str, Any]) -> None:
+    """Raises ValueError naming what a record lacks."""
+    missing = [key for key in REQUIRED_KEYS if key not in record]
+    if missing:
+        raise ValueError(f"a result lacks {missing}")
+    for key in ("date", "command", "device", "cpu_count", "memory_bytes", "kernel", "torch"):
+        if record["environment"].get(key) in (None, ""):
+            raise ValueError(f"a result's environment lacks {key}")
+
+
+def write_results(path: Path, records: list[dict[str, Any]]) -> None:
+    """Writes a list of records; the file appears whole or not at all."""
+    for record in records:
+        check_result(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A plain table: columns as wide as their widest cell."""
+    cells = [[str(value) for value in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    print(f"\n{title}")
+    for row in cells:
+        line = "  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True))
+        print(f"  {line.rstrip()}")
+    sys.stdout.flush()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class LinkCeiling:
+    """The link to the device: copies of 16 MiB out of pinned memory, sampled again and again.
+
+    On a GPU the copies are enqueued behind a kernel that holds the stream, and timed by events.
+    On the host device the link is a copy from memory to memory.
+    """
+
+    def __init__(
+        self, device: torch.device, chunk_bytes: int = 16 * MIB, total_bytes: int = GIB
+    ) -> None:
+        self.device, self.chunk_bytes = device, chunk_bytes
+        cuda = device.type == "cuda"
+        self.source = torch.empty(total_bytes, dtype=torch.uint8, pin_memory=cuda)
+        self.source.copy_(torch.arange(total_bytes // 4, dtype=torch.int32).view(torch.uint8))
+        self.target = torch.empty(2 * chunk_bytes, dtype=torch.uint8, device=device)
+        self.gb_per_s: list[float] = []
+        self._sample()  # warm-up
+
+    def _copy_all(self) -> None:
+        chunk = self.chunk_bytes
+        for i, begin in enumerate(range(0, self.source.numel(), chunk)):
+            place = (i % 2) * chunk
+            self.target[place : place + chunk].copy_(
+                self.source[begin : begin + chunk], non_blocking=True
+            )
+
+    def _sample(self) -> float:
+        if self.device.type != "cuda":
+            begin_s = time.perf_counter()
+            self._copy_all()
+            return self.source.numel() / (time.perf_counter() - begin_s) / GB
+        with torch.cuda.device(self.device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            torch.cuda._sleep(20_000_000)  # about 10 ms: all copies are enqueued by then
+            begin.record()
+            self._copy_all()
+            end.record()
+            torch.cuda.synchronize()
+            return self.source.numel() / (begin.elapsed_time(end) * 1e-3) / GB
+
+    def sample(self, count: int = 3) -> None:
+        self.gb_per_s += [self._sample() for _ in range(count)]
+        last = self.source[-self.chunk_bytes :]
+        place = ((self.source.numel() // self.chunk_bytes - 1) % 2) * self.chunk_bytes
+        arrived = self.target[place : place + self.chunk_bytes].cpu()
+        if not torch.equal(arrived, last):
+            raise RuntimeError("bytes differ after the copy: the ceiling is not to be trusted")
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.gb_per_s)
+
+
+def merge_cells(reports: Sequence[dict[str, Any]], mode: str) -> dict[str, Any]:
+    """The best cell of a mode over several reports of bench_read: the highest median."""
+    figures: dict[tuple[str, int, int], list[float]] = {}
+    for report in reports:
+        for cell in report["cells"]:
+            if cell["mode"] == mode:
+                key = (cell["reader"], cell["block_bytes"], cell["depth"])
+                figures.setdefault(key, []).append(cell["GB_per_s"])
+    if not figures:
+        raise ValueError(f"bench_read measured no {mode} cell")
+    (reader, block, depth), samples = max(
+        figures.items(), key=lambda item: statistics.median(item[1])
+    )
+    return {
+        "reader": reader,
+        "block_bytes": block,
+        "depth": depth,
+        "mode": mode,
+        "GB_per_s": statistics.median(samples),
+        "samples": samples,
+    }
+
+
+class DiskCeiling:
+    """The disk under a file, by bench_read's grid, sampled between the runs compared with it."""
+
+    def __init__(self, bench_read: Path, file: Path, bytes_per_cell: int, grid: str) -> None:
+        if not bench_read.is_file():
+            raise FileNotFoundError(
+                f"{bench_read} is not there; build it (cmake -DWSM_BUILD_BENCH=ON) "
+                "and name it by --bench-read"
+            )
+        self.bench_read, self.file, self.grid = bench_read, file, grid
+        self.bytes_per_cell = bytes_per_cell
+        self.reports: list[dict[str, Any]] = []
+
+    def sample(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "read.json")
+            command: list[str] = [str(self.bench_read), str(self.file), "--repeats", "1"]
+            command += ["--bytes-per-cell", str(self.bytes_per_cell), "--grid", self.grid]
+            command += ["--json", str(out)]
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if ran.returncode:
+                raise RuntimeError(f"bench_read failed: {ran.stderr.strip()}")
+            self.reports.append(json.loads(out.read_text()))
+
+    @property
+    def best(self) -> dict[str, Any]:
+        return merge_cells(self.reports, "direct")

@@ -1,0 +1,22 @@
+# One program for each bench/*.cc, and for each bench/*.cu where the toolkit has a compiler.
+
+file(GLOB bench_sources CONFIGURE_DEPENDS bench/*.cc)
+file(GLOB bench_kernels CONFIGURE_DEPENDS bench/*.cu)
+if(bench_kernels AND CUDAToolkit_NVCC_EXECUTABLE AND TARGET wsm_cudart)
+  set(CMAKE_CUDA_COMPILER "${CUDAToolkit_NVCC_EXECUTABLE}")
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80)  # its PTX serves every newer one
+  endif()
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  enable_language(CUDA)
+  set(CMAKE_CUDA_STANDARD 20)
+  list(APPEND bench_sources ${bench_kernels})
+elseif(bench_kernels)
+  message(STATUS "bench: no CUDA compiler; the benchmarks in .cu files are left out")
+endif()
+foreach(source IN LISTS bench_sources)
+  get_filename_component(name "${source}" NAME_WE)
+  add_executable(${name} "${source}")
+  target_link_libraries(${name} PRIVATE wsm_core wsm_flags)
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bench")
+endforeach()

@@ -1,0 +1,295 @@
+// The Python module `wsm_ext._engine`: arguments are converted under the GIL, the GIL is released around
+// every engine call.
+#include <Python.h>
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <set>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "device/device.h"
+#include "engine/engine.h"
+#include "plan/planner.h"
+#include "storage/shard.h"
+
+#ifndef WSM_VERSION
+#define WSM_VERSION "0+unknown"
+#endif
+
+namespace py = pybind11;
+
+namespace wsm {
+namespace {
+
+struct PlannedModel {
+  ModelSpec spec;
+  Plan plan;
+};
+
+using ShardTuple = std::tuple<std::string, uint64_t, uint32_t>;
+using ExtentTuple = std::tuple<uint32_t, uint64_t, uint64_t, uint64_t>;
+using TensorTuple = std::tuple<std::string, uint64_t, std::vector<ExtentTuple>>;
+using UnitTuple = std::tuple<std::string, std::string, std::vector<uint32_t>, bool>;
+
+PlannedModel plan_model(const std::vector<ShardTuple>& shards,
+                        const std::vector<TensorTuple>& tensors,
+                        const std::vector<UnitTuple>& units, const Limits& limits) {
+  py::gil_scoped_release nogil;
+  PlannedModel planned;
+  for (const auto& [path, bytes, alignment] : shards) {
+    planned.spec.shards.push_back({path, bytes, alignment});
+  }
+  for (const auto& [name, bytes, extents] : tensors) {
+    TensorSpec tensor{name, bytes, {}};
+    for (const auto& [shard, offset, length, at] : extents) {
+      tensor.extents.push_back({shard, offset, length, at});
+    }
+    planned.spec.tensors.push_back(std::move(tensor));
+  }
+  for (const auto& [name, label, members, exclusive] : units) {
+    planned.spec.units.push_back({name, label, members, exclusive});
+  }
+  planned.plan = make_plan(planned.spec, limits);
+  return planned;
+}
+
+// Lets Ctrl-C through while a call waits, and calls `progress` if there is one. May throw.
+Engine::Interrupt interrupt_with(const py::object& progress) {
+  return [&progress] {
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!progress.is_none()) progress();
+  };
+}
+
+Engine::Interrupt plain_interrupt() {
+  return [] {
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+}
+
+py::dict counts_dict(const Counts& counts) {
+  py::dict stalls;
+  const char* const causes[kStallCauses] = {"disk", "h2d", "arena"};
+  for (int i = 0; i < kStallCauses; ++i) {
+    stalls[causes[i]] = static_cast<double>(counts.stall_ns[i]) * 1e-9;
+  }
+  py::dict d;
+  d["disk_bytes"] = counts.disk_bytes;
+  d["disk_read_bytes"] = counts.disk_read_bytes;
+  d["h2d_bytes"] = counts.h2d_bytes;
+  d["loads"] = counts.loads;
+  d["demand_loads"] = counts.demand_loads;
+  d["stall_seconds"] = stalls;
+  return d;
+}
+
+py::dict last_pass_dict(Engine& engine) {
+  PassReport report;
+  {
+    py::gil_scoped_release nogil;
+    report = engine.last_pass();
+  }
+  py::dict d = counts_dict(report.counts);
+  d["seconds"] = report.seconds;
+  return d;
+}
+
+// What read most of the shard's bytes; "none" before the first read.
+py::dict shard_dict(const ShardReport& shard) {
+  const bool direct = shard.uring_bytes + shard.direct_bytes > shard.buffered_bytes;
+  const bool any = shard.uring_bytes + shard.direct_bytes + shard.buffered_bytes > 0;
+  py::dict d;
+  d["reader"] = !any ? "none" : direct && shard.uring_bytes > shard.direct_bytes ? "uring" : "pread";
+  d["mode"] = !any ? "none" : direct ? "direct" : "buffered";
+  d["why"] = shard.why;
+  d["direct_bytes"] = shard.uring_bytes + shard.direct_bytes;
+  d["buffered_bytes"] = shard.buffered_bytes;
+  return d;
+}
+
+std::unique_ptr<Engine> make_engine(const PlannedModel& planned, int cuda_index, uintptr_t arena,
+                                    uintptr_t homes, const std::vector<uintptr_t>& memory,
+                                    StreamHandle stream, const EngineOptions& options) {
+  py::gil_scoped_release nogil;
+  std::vector<const void*> sources;
+  for (const uintptr_t address : memory) sources.push_back(reinterpret_cast<const void*>(address));
+  auto device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
+  return std::make_unique<Engine>(planned.spec, planned.plan, std::move(device),
+                                  reinterpret_cast<std::byte*>(arena),
+                                  reinterpret_cast<std::byte*>(homes), std::move(sources), stream,
+                                  options);
+}
+
+void register_errors(py::module_& m) {
+  static py::handle engine_error =
+      py::exception<Error>(m, "EngineError", PyExc_RuntimeError).release();
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const InvalidArgument& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const IoError& error) {
+      PyErr_SetString(PyExc_OSError, error.what());
+    } catch (const TimeoutError& error) {
+      PyErr_SetString(PyExc_TimeoutError, error.what());
+    } catch (const OutOfMemory& error) {
+      PyErr_SetString(PyExc_MemoryError, error.what());
+    } catch (const Error& error) {
+      PyErr_SetString(engine_error.ptr(), error.what());
+    }
+  });
+}
+
+void bind_plan(py::module_& m) {
+  py::class_<Limits>(m, "Limits")
+      .def(py::init<>())
+      .def_readwrite("device_bytes", &Limits::device_bytes)
+      .def_readwrite("host_bytes", &Limits::host_bytes)
+      .def_readwrite("arena_bytes", &Limits::arena_bytes)
+      .def_readwrite("home_bytes", &Limits::home_bytes)
+      .def_readwrite("staging_bytes", &Limits::staging_bytes)
+      .def_readwrite("cache_bytes", &Limits::cache_bytes)
+      .def_readwrite("chunk_bytes", &Limits::chunk_bytes)
+      .def_readwrite("lookahead_units", &Limits::lookahead_units)
+      .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes);
+
+  py::class_<PlannedModel> planned(m, "PlannedModel");
+  const auto value = [&planned](const char* name, auto Plan::*field) {
+    planned.def_property_readonly(name, [field](const PlannedModel& p) { return p.plan.*field; });
+  };
+  value("arena_bytes", &Plan::arena_bytes);
+  value("homes_bytes", &Plan::homes_bytes);
+  value("cache_bytes", &Plan::cache_bytes);
+  value("chunk_bytes", &Plan::chunk_bytes);
+  value("slot_count", &Plan::slot_count);
+  value("lookahead_units", &Plan::lookahead_units);
+  value("read_ahead_bytes", &Plan::read_ahead_bytes);
+  value("device_budget_bytes", &Plan::device_budget_bytes);
+  value("host_budget_bytes", &Plan::host_budget_bytes);
+  value("model_bytes", &Plan::model_bytes);
+  value("device_home_bytes", &Plan::device_home_bytes);
+  value("host_home_bytes", &Plan::host_home_bytes);
+  value("disk_home_bytes", &Plan::disk_home_bytes);
+  value("warnings", &Plan::warnings);
+  planned
+      .def_property_readonly("staging_bytes",
+                             [](const PlannedModel& p) { return p.plan.staging_bytes(); })
+      .def_property_readonly("chunk_count", [](const PlannedModel& p) { return p.plan.chunks.size(); })
+      .def("streamed_bytes",
+           [](const PlannedModel& p, uint32_t unit) { return p.plan.units.at(unit).streamed_bytes; })
+      .def("place", [](const PlannedModel& p, uint32_t unit) {
+        const UnitPlan& u = p.plan.units.at(unit);
+        return py::make_tuple(u.place_offset, u.place_bytes);
+      })
+      // Shards of which some bytes have no home but their own place.
+      .def("shards_on_disk",
+           [](const PlannedModel& p) {
+             std::set<uint32_t> shards;
+             for (const Chunk& chunk : p.plan.chunks) {
+               if (chunk.home == Home::kDisk) shards.insert(chunk.shard);
+             }
+             return shards;
+           })
+      // (resident, offset) of each of the unit's tensors.
+      .def("tensor_places", [](const PlannedModel& p, uint32_t unit) {
+        py::list places;
+        for (const TensorPlace& place : p.plan.units.at(unit).tensors) {
+          places.append(py::make_tuple(place.resident, place.offset));
+        }
+        return places;
+      });
+  m.def("plan_model", &plan_model, py::arg("shards"), py::arg("tensors"), py::arg("units"),
+        py::arg("limits"));
+  m.def("device_block_bytes", &device_block_bytes, py::arg("bytes"));
+  m.def("direct_alignment", &direct_alignment, py::arg("path"));
+}
+
+void bind_engine(py::module_& m) {
+  py::enum_<ReaderChoice>(m, "ReaderChoice")
+      .value("auto", ReaderChoice::kAuto)
+      .value("uring", ReaderChoice::kUring)
+      .value("pread", ReaderChoice::kPread);
+  py::enum_<DirectMode>(m, "DirectMode")
+      .value("auto", DirectMode::kAuto)
+      .value("off", DirectMode::kOff)
+      .value("on", DirectMode::kOn);
+  py::class_<EngineOptions>(m, "EngineOptions")
+      .def(py::init<>())
+      .def_readwrite("reader", &EngineOptions::reader)
+      .def_readwrite("direct", &EngineOptions::direct)
+      .def_readwrite("read_threads", &EngineOptions::read_threads)
+      .def_readwrite("read_timeout_s", &EngineOptions::read_timeout_s)
+      .def_readwrite("poison", &EngineOptions::poison)
+      .def_readwrite("verbose", &EngineOptions::verbose);
+
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  py::class_<Engine>(m, "Engine")
+      .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
+           py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"))
+      .def(
+          "load_resident",
+          [](Engine& engine, StreamHandle stream, const py::object& progress) {
+            const Engine::Interrupt interrupt = interrupt_with(progress);
+            py::gil_scoped_release release;
+            engine.load_resident(stream, interrupt);
+          },
+          py::arg("stream"), py::arg("progress") = py::none())
+      .def("begin_pass", &Engine::begin_pass, py::arg("stream"), nogil)
+      .def("end_pass", &Engine::end_pass, py::arg("stream"), nogil)
+      .def(
+          "acquire",
+          [](Engine& engine, uint32_t unit, StreamHandle stream) {
+            static const Engine::Interrupt interrupt = plain_interrupt();
+            engine.acquire(unit, stream, interrupt);
+          },
+          py::arg("unit"), py::arg("stream"), nogil)
+      .def("release", &Engine::release, py::arg("unit"), py::arg("stream"), nogil)
+      .def(
+          "fetch",
+          [](const Engine& engine, uint32_t unit, uint32_t tensor, uintptr_t target) {
+            engine.fetch(unit, tensor, reinterpret_cast<std::byte*>(target));
+          },
+          py::arg("unit"), py::arg("tensor"), py::arg("target"), nogil)
+      .def("close", &Engine::close, nogil)
+      .def_property_readonly("closed", &Engine::closed)
+      .def_property_readonly("passes", &Engine::passes)
+      .def_property_readonly("warnings", &Engine::warnings)
+      .def_property_readonly("uring_refused", &Engine::uring_refused)
+      .def("totals", [](Engine& engine) { return counts_dict(engine.totals()); })
+      .def("last_pass", &last_pass_dict)
+      .def("memory",
+           [](const Engine& engine) {
+             const MemoryUse use = engine.memory();
+             return py::make_tuple(use.host_bytes, use.host_pinned_bytes);
+           })
+      .def("readers", [](const Engine& engine) {
+        py::dict readers;
+        for (const ShardReport& shard : engine.shards()) readers[py::str(shard.path)] = shard_dict(shard);
+        return readers;
+      });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_engine, m) {
+  m.doc() = "The C++ engine of wsm_ext. Use the Python package; this module may change.";
+  register_errors(m);
+  bind_plan(m);
+  bind_engine(m);
+  m.attr("__version__") = WSM_VERSION;
+  m.attr("built_with_cuda") = built_with_cuda();
+#ifdef WSM_HAVE_LIBURING
+  m.attr("built_with_uring") = true;
+#else
+  m.attr("built_with_uring") = false;
+#endif
+}
+
+}  // namespace wsm

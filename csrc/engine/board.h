@@ -1,0 +1,63 @@
+// The board: what the callers (acquire, release) and the conductor share, under one mutex.
+//
+// A unit's way:
+//
+//   absent --conductor: place is free--> loading --conductor: last copy enqueued, `ready` recorded--> ready
+//     ^                                     |                                                          |
+//     +---- conductor: evicted, when another unit wants the place and nobody holds it ------------------+
+//
+// and the chain of events that orders it on the device:
+//
+//   copy stream:     wait(released of the place's last units) | copies | record ready
+//   compute stream:                                                       wait(ready) | forward | record released
+//
+// Only the conductor changes `phase`, so it may read it without the mutex. A unit is evicted for a
+// prefetch when it was used and released; for a demand also when it was only prefetched.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "device/device.h"
+#include "engine/counters.h"
+#include "engine/sequence.h"
+#include "plan/plan.h"
+
+namespace wsm {
+
+enum class Phase : uint8_t { kAbsent, kLoading, kReady };
+
+struct UnitState {
+  Phase phase = Phase::kAbsent;
+  uint32_t acquired = 0;      // holders now
+  bool used = false;          // acquired since it was loaded
+  bool demanded = false;      // this load was started by an acquire
+  std::unique_ptr<Event> ready;
+  // One event for each stream that released the unit since it was loaded.
+  std::vector<std::pair<StreamHandle, std::unique_ptr<Event>>> released;
+  size_t released_count = 0;  // of these, recorded since the load
+};
+
+struct Board {
+  Board(std::vector<uint64_t> unit_bytes, uint64_t reach_bytes, uint32_t reach_units)
+      : sequence(std::move(unit_bytes), reach_bytes, reach_units) {}
+
+  std::mutex mutex;
+  std::condition_variable changed;   // a unit is ready, or an error was kept
+  std::vector<UnitState> units;      // the plan's units, then the resident load
+  std::vector<uint32_t> held;        // units with acquired > 0, in order of their first acquire
+  Sequence sequence;
+  uint64_t version = 0;              // moves with every change that the conductor should look at
+  uint32_t demand = kNone;           // the unit that an acquire waits for
+  std::exception_ptr error;          // kept for the next acquire
+  bool stop = false;
+
+  Counters counters;
+};
+
+}  // namespace wsm

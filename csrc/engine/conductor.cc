@@ -1,0 +1,202 @@
+#include "engine/conductor.h"
+
+#include <poll.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace wsm {
+
+namespace {
+
+constexpr int kShortestNapUs = 40;
+constexpr int kLongestNapUs = 1000;
+
+}  // namespace
+
+Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Board& board,
+                     std::vector<std::unique_ptr<Shard>>& shards, Readers readers,
+                     std::byte* arena, std::byte* homes, ConductorOptions options)
+    : spec_(spec),
+      plan_(plan),
+      device_(device),
+      board_(board),
+      shards_(shards),
+      readers_(std::move(readers)),
+      arena_(arena),
+      homes_(homes),
+      options_(options),
+      ring_(std::make_unique<StagingRing>(device, plan.slot_count, plan.chunk_bytes)),
+      cache_(std::make_unique<HostCache>(device, plan)),
+      uses_(spec.shards.size()),
+      chunks_(plan.chunks.size()),
+      work_(plan.units.size() + 1),
+      slot_chunk_(plan.slot_count, kNone),
+      in_window_(plan.units.size() + 1, UINT64_MAX) {
+  const uint32_t tags =
+      (readers_.uring ? readers_.uring->capacity() : 0) + readers_.pool->capacity();
+  flights_.resize(tags);
+  for (uint32_t tag = tags; tag-- > 0;) free_tags_.push_back(tag);
+  for (uint32_t u = 0; u < work_.size(); ++u) work_[u].left = chunks_of(u).second;
+  present_.reserve(plan.units.size() + 1);
+  evicted_.reserve(plan.units.size());
+}
+
+Conductor::~Conductor() { stop(); }
+
+void Conductor::start() { thread_ = std::thread([this] { run(); }); }
+
+bool Conductor::stop() {
+  if (thread_.joinable()) {
+    {
+      std::lock_guard lock(board_.mutex);
+      board_.stop = true;
+      ++board_.version;
+    }
+    wake();
+    thread_.join();
+  }
+  return free_tags_.size() == flights_.size();
+}
+
+std::pair<uint32_t, uint32_t> Conductor::chunks_of(uint32_t unit) const {
+  if (is_resident_load(unit)) {
+    const auto total = static_cast<uint32_t>(plan_.chunks.size());
+    return {plan_.first_resident_chunk, total - plan_.first_resident_chunk};
+  }
+  return {plan_.units[unit].first_chunk, plan_.units[unit].chunk_count};
+}
+
+bool Conductor::overlap(uint32_t a, uint32_t b) const {
+  if (is_resident_load(a) || is_resident_load(b)) return false;
+  const UnitPlan& x = plan_.units[a];
+  const UnitPlan& y = plan_.units[b];
+  return x.place_offset < y.place_offset + y.place_bytes &&
+         y.place_offset < x.place_offset + x.place_bytes;
+}
+
+void Conductor::run() {
+  try {
+    while (!stop_) {
+      if (step()) {
+        idle_steps_ = 0;
+      } else {
+        sleep();
+      }
+    }
+  } catch (...) {
+    keep_error(std::current_exception());
+    std::lock_guard lock(board_.mutex);
+    board_.stop = true;
+    board_.changed.notify_all();
+  }
+  // No buffer is freed under a read. One that does not end in time is the caller's to leak.
+  const auto deadline = Clock::now() + std::chrono::duration<double>(options_.read_timeout_s);
+  while (free_tags_.size() < flights_.size() && Clock::now() < deadline) {
+    if (!reap()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+bool Conductor::step() {
+  look();
+  if (stop_) return true;
+  bool moved = reap();
+  moved |= ring_->recycle() > 0;
+  if (options_.poison) poison_released();
+  moved |= copy();
+  if (!paused_) moved |= read();
+  account_stall(moved);
+  return moved;
+}
+
+void Conductor::look() {
+  {
+    std::lock_guard lock(board_.mutex);
+    if (board_.version == seen_version_) return;
+    seen_version_ = board_.version;
+    stop_ = board_.stop;
+    demand_ = board_.demand;
+    paused_ = board_.error != nullptr;
+    const auto& upcoming = board_.sequence.upcoming();
+    window_.assign(upcoming.begin(), upcoming.end());
+  }
+  for (const uint32_t unit : window_) in_window_[unit] = seen_version_;
+  drop_outside_window();
+}
+
+void Conductor::sleep() {
+  waker_.announce();
+  {
+    std::lock_guard lock(board_.mutex);
+    if (board_.version != seen_version_) {
+      waker_.cancel();
+      return;
+    }
+  }
+  pollfd fds[3] = {
+      {waker_.fd(), POLLIN, 0}, {readers_.pool->ready_fd(), POLLIN, 0}, {-1, POLLIN, 0}};
+  if (readers_.uring) fds[2].fd = readers_.uring->ready_fd();
+  timespec nap{0, 500'000'000};
+  if (slots_wanted_ && ring_->copies_pending()) {
+    // A copy that ends wakes nobody: look again soon, less often the longer it takes.
+    const int us = std::min(kLongestNapUs, kShortestNapUs << std::min(idle_steps_++, 5));
+    nap = {0, us * 1000};
+  }
+  ::ppoll(fds, 3, &nap, nullptr);
+  waker_.clear();
+}
+
+// --- the demand that waits ---------------------------------------------------------------------------
+
+Stall Conductor::cause_of_demand() const {
+  if (board_.units[demand_].phase == Phase::kAbsent) return Stall::kArena;
+  return work_[demand_].left > 0 ? Stall::kDisk : Stall::kH2d;
+}
+
+void Conductor::account_stall(bool moved) {
+  const auto now = Clock::now();
+  const bool was_stalled = stalled_;
+  if (stalled_) {
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now - stall_mark_).count();
+    board_.counters.stall_ns[static_cast<int>(stall_cause_.load())] += static_cast<uint64_t>(ns);
+  }
+  stall_mark_ = now;
+  stalled_ = demand_ != kNone && board_.units[demand_].phase != Phase::kReady && !paused_;
+  if (!stalled_) return;
+  stall_cause_ = cause_of_demand();
+  if (moved || !was_stalled) last_move_ = now;
+  if (now - last_move_ > std::chrono::duration<double>(options_.read_timeout_s)) {
+    keep_error(std::make_exception_ptr(TimeoutError(describe_demand())));
+    paused_ = true;
+  }
+}
+
+std::string Conductor::describe_demand() const {
+  const std::string head = concat("nothing has moved for ", options_.read_timeout_s,
+                                  " s while loading unit '", name_of(demand_), "': ");
+  const auto [first, count] = chunks_of(demand_);
+  for (uint32_t c = first; c < first + count; ++c) {
+    if (chunks_[c].copied) continue;
+    const Chunk& chunk = plan_.chunks[c];
+    const char* what = chunks_[c].phase == ChunkPhase::kReading ? "a read has not ended"
+                       : chunks_[c].phase == ChunkPhase::kIdle  ? "no slot came free for a read"
+                                                                : "its place did not come free after a read";
+    return concat(head, what, ": ", spec_.shards[chunk.shard].path, ", offset ", chunk.read_offset,
+                  ", ", chunk.read_bytes, " bytes. Is the drive healthy? The limit is read_timeout_s.");
+  }
+  return concat(head, "the copies to the device have not been enqueued. Is the device healthy?");
+}
+
+void Conductor::keep_error(std::exception_ptr error) {
+  std::lock_guard lock(board_.mutex);
+  if (!board_.error) board_.error = std::move(error);
+  ++board_.version;
+  board_.changed.notify_all();
+}
+
+const std::byte* Conductor::cached(uint32_t chunk) const {
+  const bool there = plan_.chunks[chunk].home == Home::kHost && cache_->filled(chunk);
+  return there ? cache_->place(plan_.chunks[chunk]) : nullptr;
+}
+
+}  // namespace wsm

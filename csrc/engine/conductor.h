@@ -1,0 +1,182 @@
+// The conductor: one thread that owns the schedule. It reaps completed reads, recycles slots whose
+// copies are done, enqueues copies, issues the next reads, and sleeps.
+//
+// A demand (an acquire that waits) comes first, then the units expected next, in order. Copies go unit
+// by unit: the next unit's are enqueued only when the last one's all are, so none is delayed by a later
+// one. Reads run ahead of the copies as far as slots (or places in the host cache) and the window reach.
+//
+// Why it cannot hang: a demand may take the last slot, may discard what was prefetched into others, and
+// may drop prefetched units from its place; only units that are held now keep theirs, and for those the
+// engine raises instead of waiting. A demand that nothing moves for `read_timeout_s` ends in an error
+// that names the unit, the file and the offset.
+//
+// Lifecycle: the thread starts in `start` and ends in `stop`, which lets the reads under way finish.
+// Failure: a failed read is kept on the board for the next acquire; until that has thrown it, no new
+// reads are issued. Anything thrown here (a device error, say) is kept likewise and ends the schedule:
+// every later acquire throws it.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "device/device.h"
+#include "engine/board.h"
+#include "engine/waker.h"
+#include "memory/host_cache.h"
+#include "memory/staging_ring.h"
+#include "plan/model_spec.h"
+#include "plan/plan.h"
+#include "storage/reader.h"
+
+namespace wsm {
+
+// The readers at hand. `direct` takes direct reads (io_uring where it can be had), `pool` all others
+// (page cache, tmpfs, RAM).
+struct Readers {
+  std::unique_ptr<Reader> uring;    // null where io_uring cannot be used
+  std::unique_ptr<Reader> pool;
+  std::string uring_refused;        // why not
+  bool always_direct = false;       // even where the page cache has the bytes
+};
+
+// Bytes read from one shard, by the way they took.
+struct ShardUse {
+  std::atomic<uint64_t> uring_bytes{0};
+  std::atomic<uint64_t> direct_bytes{0};    // pread, O_DIRECT
+  std::atomic<uint64_t> buffered_bytes{0};  // pread, through the page cache
+};
+
+struct ConductorOptions {
+  bool poison = false;   // tests: overwrite a place as soon as its unit is released
+  bool verbose = false;
+  double read_timeout_s = 30;
+};
+
+class Conductor {
+ public:
+  Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Board& board,
+            std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
+            std::byte* homes, ConductorOptions options);
+  ~Conductor();
+
+  void start();
+  // False where a read would not end within the time limit: its buffers must then be leaked.
+  bool stop();
+  void wake() { waker_.wake(); }
+
+  const HostCache& cache() const { return *cache_; }
+  const StagingRing& ring() const { return *ring_; }
+  const Readers& readers() const { return readers_; }
+  const ShardUse& use_of(uint32_t shard) const { return uses_[shard]; }
+  // Caller holds the board's mutex: the host bytes of a chunk, where it lies in the cache; else null.
+  const std::byte* cached(uint32_t chunk) const;
+  // The first streamed chunk of a unit and how many; the resident load is the unit after the last.
+  std::pair<uint32_t, uint32_t> chunks_of(uint32_t unit) const;
+  bool overlap(uint32_t a, uint32_t b) const;
+  // What the last acquire that had to wait was waiting for.
+  Stall last_stall() const { return stall_cause_; }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  enum class ChunkPhase : uint8_t { kIdle, kReading, kFilled };
+  struct ChunkState {
+    ChunkPhase phase = ChunkPhase::kIdle;
+    bool copied = false;      // in the present load of its unit
+    uint32_t slot = kNoSlot;  // while reading or filled, for chunks that pass through one
+  };
+  struct UnitWork {
+    uint32_t left = 0;          // chunks not yet copied in the present load
+    uint32_t first_unread = 0;  // every chunk before it needs no read
+    bool from_disk = false;     // some bytes of the present load came from the disk
+  };
+  struct Flight {               // a read under way
+    uint32_t chunk = kNone;
+    uint32_t slot = kNoSlot;    // none: straight into the host cache
+  };
+
+  void run();
+  bool step();                  // true when something moved
+  void look();                  // copies what it needs from the board
+  bool reap();
+  bool reap_from(Reader& reader);
+  void complete(const ReadCompletion& done);
+  bool copy();
+  bool copy_unit(uint32_t unit, size_t ahead, bool demanded);
+  bool begin_load(uint32_t unit, size_t ahead, bool demanded);
+  bool may_evict(uint32_t other, size_t ahead, bool demanded) const;
+  void finish_load(uint32_t unit);
+  void evict(uint32_t unit, std::vector<UnitState*>& evicted);
+  void wait_released(UnitState& state);
+  void poison_released();
+  void enqueue(uint32_t chunk);
+  bool read();
+  bool read_unit(uint32_t unit, bool demanded, bool* blocked);
+  bool issue(uint32_t chunk, bool demanded);
+  enum class Route : uint8_t { kUring, kDirect, kBuffered };
+  Route route_of(const Chunk& chunk) const;
+  bool needs_read(uint32_t chunk) const;
+  uint32_t take_slot(bool demanded);
+  void discard_for_demand();
+  void forget_chunk(uint32_t chunk);
+  void drop_outside_window();
+  void sleep();
+  void account_stall(bool moved);
+  Stall cause_of_demand() const;
+  std::string describe_demand() const;
+  void keep_error(std::exception_ptr error);
+  bool is_resident_load(uint32_t unit) const { return unit == plan_.units.size(); }
+  uint32_t owner_of(uint32_t chunk) const {
+    return chunk >= plan_.first_resident_chunk ? static_cast<uint32_t>(plan_.units.size())
+                                               : plan_.chunks[chunk].unit;
+  }
+  const char* name_of(uint32_t unit) const {
+    return is_resident_load(unit) ? "(resident weights)" : spec_.units[unit].name.c_str();
+  }
+
+  const ModelSpec& spec_;
+  const Plan& plan_;
+  Device& device_;
+  Board& board_;
+  std::vector<std::unique_ptr<Shard>>& shards_;
+  Readers readers_;
+  std::byte* arena_;
+  std::byte* homes_;
+  ConductorOptions options_;
+  std::unique_ptr<StagingRing> ring_;
+  std::unique_ptr<HostCache> cache_;
+  Waker waker_;
+  std::vector<ShardUse> uses_;
+
+  // The conductor's own: no other thread touches what follows while it runs.
+  std::vector<ChunkState> chunks_;
+  std::vector<UnitWork> work_;
+  std::vector<Flight> flights_;         // by tag
+  std::vector<uint32_t> free_tags_;
+  std::vector<uint32_t> present_;       // units that are loading or ready, and have a place
+  std::vector<uint32_t> slot_chunk_;    // what each slot is read for or holds; kNone when doomed
+  std::vector<uint32_t> window_;        // a copy of the board's
+  std::vector<uint64_t> in_window_;     // by unit: the version in which it was last in the window
+  std::vector<UnitState*> evicted_;
+  std::array<ReadCompletion, 64> completions_;
+  uint64_t seen_version_ = UINT64_MAX;
+  uint32_t demand_ = kNone;
+  bool paused_ = false;                 // an error waits to be thrown
+  bool stop_ = false;
+  bool slots_wanted_ = false;           // reads wait for slots to be recycled
+  int idle_steps_ = 0;
+  Clock::time_point stall_mark_;
+  Clock::time_point last_move_;
+  std::atomic<Stall> stall_cause_{Stall::kDisk};
+  bool stalled_ = false;
+
+  std::thread thread_;
+};
+
+}  // namespace wsm

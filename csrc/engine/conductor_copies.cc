@@ -1,0 +1,145 @@
+// The conductor's copies: which unit to fill next, whose place it takes, and when it is ready.
+#include <algorithm>
+
+#include "engine/conductor.h"
+#include "engine/log.h"
+
+namespace wsm {
+
+bool Conductor::copy() {
+  bool moved = false;
+  if (demand_ != kNone && board_.units[demand_].phase != Phase::kReady) {
+    moved |= copy_unit(demand_, 0, true);
+    if (board_.units[demand_].phase != Phase::kReady) return moved;
+  }
+  const size_t reach = std::min<size_t>(plan_.lookahead_units, window_.size());
+  for (size_t ahead = 0; ahead < reach; ++ahead) {
+    if (board_.units[window_[ahead]].phase == Phase::kReady) continue;
+    moved |= copy_unit(window_[ahead], ahead, false);
+    if (board_.units[window_[ahead]].phase != Phase::kReady) break;
+  }
+  return moved;
+}
+
+bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
+  if (board_.units[unit].phase == Phase::kAbsent && !begin_load(unit, ahead, demanded)) return false;
+  bool moved = false;
+  const auto [first, count] = chunks_of(unit);
+  for (uint32_t c = first; c < first + count; ++c) {
+    if (chunks_[c].copied) continue;
+    const bool there = plan_.chunks[c].home == Home::kHost
+                           ? cache_->filled(c)
+                           : chunks_[c].phase == ChunkPhase::kFilled;
+    if (!there) continue;
+    enqueue(c);
+    --work_[unit].left;
+    moved = true;
+  }
+  if (work_[unit].left == 0) {
+    finish_load(unit);
+    moved = true;
+  }
+  return moved;
+}
+
+// Takes the unit's place from those that lie in it. The copy stream then waits for their forwards.
+bool Conductor::begin_load(uint32_t unit, size_t ahead, bool demanded) {
+  evicted_.clear();
+  {
+    std::lock_guard lock(board_.mutex);
+    for (const uint32_t other : present_) {
+      if (overlap(unit, other) && !may_evict(other, ahead, demanded)) return false;
+    }
+    for (size_t i = present_.size(); i-- > 0;) {
+      if (overlap(unit, present_[i])) evict(present_[i], evicted_);
+    }
+    UnitState& state = board_.units[unit];
+    state.phase = Phase::kLoading;
+    state.used = false;
+    state.demanded = demanded;
+  }
+  for (UnitState* state : evicted_) wait_released(*state);
+  present_.push_back(unit);
+  return true;
+}
+
+// Caller holds the board's mutex. A demand takes the place of all that nobody holds; a prefetch leaves
+// what is needed before it, and what a demand has just brought.
+bool Conductor::may_evict(uint32_t other, size_t ahead, bool demanded) const {
+  if (board_.units[other].acquired > 0) return false;
+  if (demanded) return true;
+  const auto end = window_.begin() + static_cast<ptrdiff_t>(ahead);
+  return other != board_.demand && std::find(window_.begin(), end, other) == end;
+}
+
+// Caller holds the board's mutex, and then makes the copy stream wait for what was released.
+void Conductor::evict(uint32_t unit, std::vector<UnitState*>& evicted) {
+  board_.units[unit].phase = Phase::kAbsent;
+  evicted.push_back(&board_.units[unit]);
+  present_.erase(std::find(present_.begin(), present_.end(), unit));
+  const auto [first, count] = chunks_of(unit);
+  for (uint32_t c = first; c < first + count; ++c) chunks_[c].copied = false;
+  work_[unit] = {count, 0, false};
+}
+
+void Conductor::wait_released(UnitState& state) {
+  for (size_t i = 0; i < state.released_count; ++i) {
+    device_.wait(device_.copy_stream(), *state.released[i].second);
+  }
+  state.released_count = 0;
+}
+
+void Conductor::poison_released() {
+  evicted_.clear();
+  std::vector<uint32_t> idle;
+  {
+    std::lock_guard lock(board_.mutex);
+    for (const uint32_t unit : present_) {
+      const UnitState& state = board_.units[unit];
+      const bool over = state.phase == Phase::kReady && state.used && state.acquired == 0;
+      if (over && !is_resident_load(unit)) idle.push_back(unit);
+    }
+    for (const uint32_t unit : idle) evict(unit, evicted_);
+  }
+  for (size_t i = 0; i < idle.size(); ++i) {
+    wait_released(*evicted_[i]);
+    const UnitPlan& place = plan_.units[idle[i]];
+    device_.fill(arena_ + place.place_offset, 0xFF, place.place_bytes);
+  }
+}
+
+void Conductor::enqueue(uint32_t index) {
+  const Chunk& chunk = plan_.chunks[index];
+  ChunkState& state = chunks_[index];
+  const bool through_slot = chunk.home != Home::kHost;
+  const std::byte* source = through_slot ? ring_->data(state.slot) : cache_->place(chunk);
+  std::byte* target = chunk.home == Home::kDevice ? homes_ : arena_;
+  for (uint32_t i = chunk.first_copy; i < chunk.first_copy + chunk.copy_count; ++i) {
+    const Copy& copy = plan_.copies[i];
+    device_.copy_to_device(target + copy.target_offset, source + copy.source_offset, copy.bytes);
+  }
+  board_.counters.h2d_bytes += chunk.payload_bytes;
+  if (through_slot) {
+    ring_->copying(state.slot, device_.copy_stream());
+    slot_chunk_[state.slot] = kNone;
+  }
+  state = {ChunkPhase::kIdle, true, kNoSlot};
+}
+
+void Conductor::finish_load(uint32_t unit) {
+  UnitState& state = board_.units[unit];
+  device_.record(*state.ready, device_.copy_stream());
+  ++board_.counters.loads;
+  const bool demanded = state.demanded;
+  if (demanded) ++board_.counters.demand_loads;
+  if (options_.verbose && !is_resident_load(unit)) {
+    log_load(spec_.units[unit].label, demanded, work_[unit].from_disk);
+  }
+  {
+    std::lock_guard lock(board_.mutex);
+    state.phase = Phase::kReady;
+  }
+  board_.changed.notify_all();
+}
+
+}  // namespace wsm

@@ -1,0 +1,178 @@
+// The conductor's reads: what to read next, through which reader, into which slot, and what came back.
+#include <algorithm>
+#include <utility>
+
+#include "engine/conductor.h"
+
+namespace wsm {
+
+bool Conductor::reap() {
+  bool any = reap_from(*readers_.pool);
+  if (readers_.uring) any |= reap_from(*readers_.uring);
+  return any;
+}
+
+bool Conductor::reap_from(Reader& reader) {
+  const size_t count = reader.poll(completions_);
+  for (size_t i = 0; i < count; ++i) complete(completions_[i]);
+  return count > 0;
+}
+
+void Conductor::complete(const ReadCompletion& done) {
+  const Flight flight = std::exchange(flights_[done.tag], Flight{});
+  free_tags_.push_back(static_cast<uint32_t>(done.tag));
+  const Chunk& chunk = plan_.chunks[flight.chunk];
+  if (!shards_[chunk.shard]->memory()) {
+    board_.counters.disk_read_bytes += done.bytes;
+    if (done.error.empty()) board_.counters.disk_bytes += chunk.payload_bytes;
+  }
+  // A doomed slot: nobody wants the bytes any more, nor the error.
+  if (flight.slot != kNoSlot && !ring_->read_done(flight.slot)) return;
+  if (!done.error.empty()) {
+    forget_chunk(flight.chunk);
+    paused_ = true;
+    keep_error(std::make_exception_ptr(IoError(
+        concat(done.error, "; it was read for unit '", name_of(owner_of(flight.chunk)), "'"))));
+    return;
+  }
+  if (flight.slot != kNoSlot) {
+    chunks_[flight.chunk].phase = ChunkPhase::kFilled;
+    return;
+  }
+  chunks_[flight.chunk].phase = ChunkPhase::kIdle;
+  std::lock_guard lock(board_.mutex);
+  cache_->mark_filled(flight.chunk);
+}
+
+bool Conductor::read() {
+  bool moved = false;
+  bool blocked = false;
+  slots_wanted_ = false;
+  if (demand_ != kNone && board_.units[demand_].phase != Phase::kReady) {
+    moved |= read_unit(demand_, true, &blocked);
+  }
+  for (size_t i = 0; i < window_.size() && !blocked; ++i) {
+    if (board_.units[window_[i]].phase == Phase::kReady) continue;
+    moved |= read_unit(window_[i], false, &blocked);
+  }
+  return moved;
+}
+
+bool Conductor::read_unit(uint32_t unit, bool demanded, bool* blocked) {
+  bool moved = false;
+  const auto [first, count] = chunks_of(unit);
+  uint32_t& next = work_[unit].first_unread;
+  for (; next < count; ++next) {
+    if (!needs_read(first + next)) continue;
+    if (!issue(first + next, demanded)) {
+      *blocked = true;
+      break;
+    }
+    work_[unit].from_disk = true;
+    moved = true;
+  }
+  return moved;
+}
+
+bool Conductor::needs_read(uint32_t index) const {
+  const ChunkState& state = chunks_[index];
+  if (state.copied || state.phase != ChunkPhase::kIdle) return false;
+  return plan_.chunks[index].home != Home::kHost || !cache_->filled(index);
+}
+
+bool Conductor::issue(uint32_t index, bool demanded) {
+  if (free_tags_.empty()) return false;
+  const Chunk& chunk = plan_.chunks[index];
+  uint32_t slot = kNoSlot;
+  if (chunk.home != Home::kHost) {
+    slot = take_slot(demanded);
+    if (slot == kNoSlot) return false;
+  }
+  const Route route = route_of(chunk);
+  Reader& reader = route == Route::kUring ? *readers_.uring : *readers_.pool;
+  ReadRequest request;
+  request.shard = shards_[chunk.shard].get();
+  request.offset = chunk.read_offset;
+  request.bytes = chunk.read_bytes;
+  request.need_bytes = chunk.need_bytes;
+  request.target = slot == kNoSlot ? cache_->place(chunk) : ring_->data(slot);
+  request.tag = free_tags_.back();
+  request.buffered = route == Route::kBuffered;
+  if (!reader.submit(request)) {
+    if (slot != kNoSlot) {
+      ring_->discard(slot);
+      ring_->read_done(slot);
+    }
+    return false;
+  }
+  free_tags_.pop_back();
+  flights_[request.tag] = {index, slot};
+  chunks_[index] = {ChunkPhase::kReading, false, slot};
+  if (slot != kNoSlot) slot_chunk_[slot] = index;
+  ShardUse& use = uses_[chunk.shard];
+  (route == Route::kUring    ? use.uring_bytes
+   : route == Route::kDirect ? use.direct_bytes
+                             : use.buffered_bytes) += chunk.payload_bytes;
+  return true;
+}
+
+// Cold extents of a drive by direct reads; what the page cache (or RAM, or tmpfs) has, by the pool.
+Conductor::Route Conductor::route_of(const Chunk& chunk) const {
+  const Shard& shard = *shards_[chunk.shard];
+  if (!shard.direct()) return Route::kBuffered;
+  if (!readers_.always_direct && shard.in_page_cache(chunk.read_offset, chunk.need_bytes)) {
+    return Route::kBuffered;
+  }
+  return readers_.uring ? Route::kUring : Route::kDirect;
+}
+
+uint32_t Conductor::take_slot(bool demanded) {
+  uint32_t slot = ring_->take(demanded);
+  if (slot == kNoSlot && demanded) {
+    discard_for_demand();
+    slot = ring_->take(demanded);
+  }
+  if (slot == kNoSlot) slots_wanted_ = true;
+  return slot;
+}
+
+// Frees (or dooms) the slot whose bytes are wanted last: outside the window, else farthest in it.
+void Conductor::discard_for_demand() {
+  uint32_t victim = kNone;
+  ptrdiff_t victim_distance = -1;
+  for (uint32_t slot = 0; slot < slot_chunk_.size(); ++slot) {
+    const uint32_t chunk = slot_chunk_[slot];
+    if (chunk == kNone || owner_of(chunk) == demand_) continue;
+    const auto distance =
+        std::find(window_.begin(), window_.end(), owner_of(chunk)) - window_.begin();
+    if (distance > victim_distance) {
+      victim = chunk;
+      victim_distance = distance;
+    }
+  }
+  if (victim != kNone) forget_chunk(victim);
+}
+
+// The order has changed: what was read ahead for units that are no longer expected makes room.
+void Conductor::drop_outside_window() {
+  for (const uint32_t chunk : slot_chunk_) {
+    if (chunk == kNone) continue;
+    const uint32_t unit = owner_of(chunk);
+    const bool wanted = unit == demand_ || in_window_[unit] == seen_version_ ||
+                        board_.units[unit].phase == Phase::kLoading;
+    if (!wanted) forget_chunk(chunk);
+  }
+}
+
+// The chunk must be read again. Its slot is freed now, or when the read into it has ended.
+void Conductor::forget_chunk(uint32_t index) {
+  ChunkState& state = chunks_[index];
+  if (state.slot != kNoSlot) {
+    slot_chunk_[state.slot] = kNone;
+    ring_->discard(state.slot);
+  }
+  state = {ChunkPhase::kIdle, false, kNoSlot};
+  work_[owner_of(index)].first_unread = 0;
+}
+
+}  // namespace wsm

@@ -1,0 +1,306 @@
+#include "engine/engine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+#include <utility>
+
+#include "engine/log.h"
+
+namespace wsm {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kInterruptInterval = std::chrono::milliseconds(50);
+constexpr size_t kProbePairs = 512;
+constexpr uint32_t kMostReadThreads = 16;
+constexpr const char* kCauseNames[kStallCauses] = {"SSD", "H2D", "arena"};
+
+std::vector<uint64_t> streamed_bytes(const Plan& plan) {
+  std::vector<uint64_t> bytes;
+  for (const UnitPlan& unit : plan.units) bytes.push_back(unit.streamed_bytes);
+  return bytes;
+}
+
+template <typename T>
+void leak(std::unique_ptr<T>& owned) {
+  [[maybe_unused]] T* const leaked = owned.release();
+}
+
+}  // namespace
+
+Engine::Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::byte* arena,
+               std::byte* homes, std::vector<const void*> memory, StreamHandle allocated_on,
+               EngineOptions options)
+    : spec_(std::move(spec)),
+      plan_(std::move(plan)),
+      options_(options),
+      device_(std::move(device)),
+      board_(streamed_bytes(plan_), plan_.read_ahead_bytes, plan_.lookahead_units),
+      process_(::getpid()) {
+  validate(spec_);
+  check(plan_.units.size() == spec_.units.size(), "the plan was made for another model");
+  check(arena != nullptr || plan_.arena_bytes == 0, "no arena was given, the plan needs ",
+        plan_.arena_bytes, " bytes");
+  check(homes != nullptr || plan_.homes_bytes == 0, "no homes were given, the plan needs ",
+        plan_.homes_bytes, " bytes");
+  open_shards(memory);
+  board_.units.resize(plan_.units.size() + 1);
+  for (UnitState& state : board_.units) {
+    state.ready = device_->make_event();
+    state.released.emplace_back(0, device_->make_event());
+  }
+  probes_ = std::make_unique<StallProbes>(*device_, board_.counters, kProbePairs);
+  for (PassRecord& record : records_) {
+    record.begin = device_->make_event(true);
+    record.end = device_->make_event(true);
+  }
+  // Whatever the allocator's stream still does with this memory comes before the first copy.
+  device_->record(*records_[0].begin, allocated_on);
+  device_->wait(device_->copy_stream(), *records_[0].begin);
+  conductor_ = std::make_unique<Conductor>(
+      spec_, plan_, *device_, board_, shards_, make_readers(), arena, homes,
+      ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
+  conductor_->start();
+}
+
+Engine::~Engine() { close(); }
+
+void Engine::open_shards(const std::vector<const void*>& memory) {
+  check(memory.size() == spec_.shards.size(), "one memory pointer (or none) for each shard");
+  for (size_t i = 0; i < spec_.shards.size(); ++i) {
+    const ShardSpec& shard = spec_.shards[i];
+    shards_.push_back(memory[i] ? Shard::from_memory(shard.path, memory[i], shard.bytes)
+                                : Shard::open(shard.path, options_.direct));
+    check<IoError>(shards_[i]->bytes() == shard.bytes, shard.path, " has ", shards_[i]->bytes(),
+                   " bytes now and had ", shard.bytes,
+                   " when its header was read; open the checkpoint again");
+    check(shard.alignment % shards_[i]->alignment() == 0 || !shards_[i]->direct(), shard.path,
+          ": the plan reads at multiples of ", shard.alignment, ", direct reads need ",
+          shards_[i]->alignment());
+  }
+}
+
+Readers Engine::make_readers() const {
+  Readers readers;
+  readers.always_direct = options_.direct == DirectMode::kOn;
+  ReaderOptions direct;
+  if (options_.reader == ReaderChoice::kPread) {
+    readers.uring_refused = "the pread reader was asked for";
+  } else {
+    readers.uring = make_uring_reader(direct, &readers.uring_refused);
+    check<Error>(readers.uring || options_.reader == ReaderChoice::kAuto,
+                 "io_uring was asked for and cannot be used: ", readers.uring_refused);
+    if (!readers.uring) log_warning("reading with pread: " + readers.uring_refused);
+  }
+  ReaderOptions pool;
+  const uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
+  pool.depth = options_.read_threads > 0 ? options_.read_threads : std::min(cores, kMostReadThreads);
+  // Direct reads by threads want as many in flight as a ring would have; a core is not needed for each.
+  if (!readers.uring && options_.read_threads == 0) pool.depth = std::max(pool.depth, direct.depth);
+  readers.pool = make_pread_reader(pool);
+  return readers;
+}
+
+void Engine::check_usable() const {
+  check<Error>(::getpid() == process_,
+               "this streamed model belongs to another process: after a fork, open it again in the "
+               "child (or use the 'spawn' start method)");
+  check<Error>(!closed_, "this streamed model is closed");
+}
+
+// Caller holds the board's mutex. An error that ended the conductor stays for every later call.
+void Engine::throw_kept_error() {
+  if (!board_.error) return;
+  const std::exception_ptr error = board_.error;
+  if (!board_.stop) board_.error = nullptr;
+  ++board_.version;
+  conductor_->wake();
+  std::rethrow_exception(error);
+}
+
+void Engine::load_resident(StreamHandle stream, const Interrupt& interrupt) {
+  check_usable();
+  const auto unit = static_cast<uint32_t>(plan_.units.size());
+  if (conductor_->chunks_of(unit).second == 0) return;
+  std::unique_lock lock(board_.mutex);
+  throw_kept_error();
+  wait_ready(lock, unit, interrupt);
+  lock.unlock();
+  device_->wait(stream, *board_.units[unit].ready);
+}
+
+void Engine::begin_pass(StreamHandle stream) {
+  check_usable();
+  for (const auto& shard : shards_) shard->check_unchanged();
+  {
+    std::lock_guard lock(board_.mutex);
+    for (const uint32_t unit : board_.held) {
+      record_released(board_.units[unit], stream);
+      board_.units[unit].acquired = 0;
+    }
+    if (!board_.held.empty()) ++board_.version;
+    board_.held.clear();
+  }
+  conductor_->wake();
+  probes_->collect();
+  probes_->begin_pass(passes_);
+  PassRecord& record = record_of(passes_++);
+  record.counts = board_.counters.read();
+  device_->record(*record.begin, stream);
+}
+
+void Engine::end_pass(StreamHandle stream) {
+  check(passes_ended_ < passes_, "no pass was begun");
+  passes_ended_ = passes_;
+  PassRecord& record = record_of(passes_ - 1);
+  device_->record(*record.end, stream);
+  record.counts = board_.counters.read().since(record.counts);
+  std::lock_guard lock(board_.mutex);
+  board_.sequence.end_pass();
+  ++board_.version;
+  conductor_->wake();
+}
+
+void Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt) {
+  check_usable();
+  check(unit < plan_.units.size(), "there is no unit ", unit);
+  check(plan_.units[unit].place_bytes > 0, "unit '", spec_.units[unit].name, "' does not stream");
+  UnitState& state = board_.units[unit];
+  const auto begin = Clock::now();
+  bool waited = false;
+  {
+    std::unique_lock lock(board_.mutex);
+    throw_kept_error();
+    for (const uint32_t other : board_.held) {
+      check<Error>(other == unit || !conductor_->overlap(unit, other), "unit '",
+                   spec_.units[unit].name, "' cannot be loaded inside the forward of unit '",
+                   spec_.units[other].name,
+                   "': their places in the arena overlap. Make them one unit, or name the outer "
+                   "module in units=[...]");
+    }
+    if (state.acquired == 0) board_.sequence.use(unit);
+    ++board_.version;
+    waited = state.phase != Phase::kReady;
+    if (waited) {
+      wait_ready(lock, unit, interrupt);
+    } else {
+      conductor_->wake();
+    }
+    if (state.acquired++ == 0) board_.held.push_back(unit);
+    state.used = true;
+  }
+  probes_->wait(stream, *state.ready, passes_ - 1);
+  if (options_.verbose) {
+    const std::chrono::duration<double, std::milli> ms = Clock::now() - begin;
+    log_acquired(unit, waited, ms.count());
+  }
+}
+
+// Posts the unit as the demand and waits until it is ready. The lock is released while waiting.
+void Engine::wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit,
+                        const Interrupt& interrupt) {
+  board_.demand = unit;
+  ++board_.version;
+  conductor_->wake();
+  const auto withdraw = [&] {
+    board_.demand = kNone;
+    ++board_.version;
+  };
+  try {
+    while (board_.units[unit].phase != Phase::kReady) {
+      board_.changed.wait_for(lock, kInterruptInterval);
+      throw_kept_error();
+      if (!interrupt) continue;
+      lock.unlock();
+      interrupt();
+      lock.lock();
+    }
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    withdraw();
+    throw;
+  }
+  withdraw();
+}
+
+void Engine::log_acquired(uint32_t unit, bool waited, double waited_ms) {
+  if (waited) {
+    const int cause = static_cast<int>(conductor_->last_stall());
+    log_wait(spec_.units[unit].label, waited_ms, kCauseNames[cause]);
+  }
+  std::vector<std::string> ahead;
+  bool loading = false;
+  {
+    std::lock_guard lock(board_.mutex);
+    const auto& upcoming = board_.sequence.upcoming();
+    for (size_t i = 0; i < upcoming.size() && i < plan_.lookahead_units; ++i) {
+      ahead.push_back(spec_.units[upcoming[i]].label);
+      loading |= board_.units[upcoming[i]].phase != Phase::kReady;
+    }
+  }
+  if (loading) log_prefetch(ahead);
+}
+
+void Engine::release(uint32_t unit, StreamHandle stream) {
+  check(unit < plan_.units.size(), "there is no unit ", unit);
+  UnitState& state = board_.units[unit];
+  std::lock_guard lock(board_.mutex);
+  if (state.acquired == 0) return;  // recovered by begin_pass since
+  record_released(state, stream);
+  if (--state.acquired == 0) std::erase(board_.held, unit);
+  ++board_.version;
+  conductor_->wake();
+}
+
+// Caller holds the board's mutex.
+void Engine::record_released(UnitState& state, StreamHandle stream) {
+  size_t i = 0;
+  while (i < state.released_count && state.released[i].first != stream) ++i;
+  if (i == state.released_count) ++state.released_count;
+  if (i == state.released.size()) state.released.emplace_back(stream, device_->make_event());
+  state.released[i].first = stream;
+  device_->record(*state.released[i].second, stream);
+}
+
+void Engine::close() {
+  if (closed_) return;
+  closed_ = true;
+  if (::getpid() != process_) {
+    abandon_buffers();  // the threads and the device context are the parent's
+    return;
+  }
+  const bool reads_ended = conductor_->stop();
+  try {
+    device_->drain();
+  } catch (const std::exception& error) {
+    log_warning(concat("closing: ", error.what()));
+  }
+  if (!reads_ended) {
+    log_warning(concat("closing: a read has not ended in ", options_.read_timeout_s,
+                       " s; its memory is left to the process"));
+    abandon_buffers();
+  }
+}
+
+// Never freed: something outside our control may still write into them.
+void Engine::abandon_buffers() {
+  leak(conductor_);
+  leak(probes_);
+  for (auto& shard : shards_) leak(shard);
+  for (UnitState& state : board_.units) {
+    leak(state.ready);
+    for (auto& [stream, event] : state.released) leak(event);
+  }
+  for (PassRecord& record : records_) {
+    leak(record.begin);
+    leak(record.end);
+  }
+  leak(device_);
+}
+
+}  // namespace wsm

@@ -1,0 +1,140 @@
+// The engine: streams a model's units to a device by a plan.
+//
+//   Engine engine(spec, plan, ...);      opens the shards, pins the memory, starts the conductor
+//   engine.load_resident(...);           weights whose home is the device, once
+//   engine.begin_pass(stream);
+//     engine.acquire(u, stream);         u's place holds its bytes for what `stream` runs next
+//     ... forward of u on `stream` ...
+//     engine.release(u, stream);         its place may be taken once `stream` gets here
+//   engine.end_pass(stream);
+//   engine.close();
+//
+// The host blocks in `acquire` only while reads for the unit are missing; all other order is by events.
+// Correct for any order of units: a unit that was not expected is a demand. Acquires are counted.
+// Lifecycle: arena and homes are the caller's, and outlive the engine. `close` waits for the copies and
+// for the reads under way; the destructor closes. Use in a forked child throws.
+// Thread-safe; but one pass at a time is the caller's business.
+// Failure: an error of any thread is thrown by the next `acquire`; after it the engine goes on, and
+// what failed is read again when it is wanted.
+#pragma once
+
+#include <sys/types.h>
+
+#include <array>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/board.h"
+#include "engine/conductor.h"
+#include "engine/counters.h"
+#include "engine/stall_probes.h"
+#include "plan/model_spec.h"
+#include "plan/plan.h"
+
+namespace wsm {
+
+enum class ReaderChoice : uint8_t { kAuto, kUring, kPread };
+
+struct EngineOptions {
+  ReaderChoice reader = ReaderChoice::kAuto;
+  DirectMode direct = DirectMode::kAuto;  // kOn: never through the page cache
+  uint32_t read_threads = 0;              // of the pread pool; 0: as many as there are cores, at most 16
+  double read_timeout_s = 30;
+  bool poison = false;
+  bool verbose = false;
+};
+
+// Memory as really taken, now; nothing is freed before `close`, so now is the peak too.
+struct MemoryUse {
+  uint64_t host_bytes = 0;         // host cache and staging ring, as mapped
+  uint64_t host_pinned_bytes = 0;  // of these, page-locked
+};
+
+struct ShardReport {
+  std::string path;
+  uint64_t uring_bytes = 0;
+  uint64_t direct_bytes = 0;
+  uint64_t buffered_bytes = 0;
+  std::string why;
+};
+
+struct PassReport {
+  double seconds = 0;
+  Counts counts;
+};
+
+class Engine {
+ public:
+  // Called now and then while a caller waits, without locks; may throw to give up waiting.
+  using Interrupt = std::function<void()>;
+
+  // `memory[i]`: the bytes of shard i where it lies in RAM, else null. `allocated_on`: the stream on
+  // which the arena and the homes were allocated. Takes the device.
+  Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::byte* arena,
+         std::byte* homes, std::vector<const void*> memory, StreamHandle allocated_on,
+         EngineOptions options);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // Loads what has a device home, and returns when `stream` may use it.
+  void load_resident(StreamHandle stream, const Interrupt& interrupt);
+
+  // Checks that no file has changed, and recovers what an aborted pass left acquired.
+  void begin_pass(StreamHandle stream);
+  void end_pass(StreamHandle stream);
+  void acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt);
+  void release(uint32_t unit, StreamHandle stream);
+
+  // Copies the bytes of the unit's tensor (an index into UnitSpec::tensors) that is not resident into
+  // host memory, from the host cache or the shard. Allowed at any time.
+  void fetch(uint32_t unit, uint32_t tensor, std::byte* target) const;
+
+  void close();
+  bool closed() const { return closed_; }
+
+  const Plan& plan() const { return plan_; }
+  const ModelSpec& spec() const { return spec_; }
+  uint64_t passes() const { return passes_ended_; }
+  Counts totals();
+  PassReport last_pass();  // waits until the device has ended the pass
+  MemoryUse memory() const;
+  std::vector<ShardReport> shards() const;
+  std::vector<std::string> warnings() const;
+  const std::string& uring_refused() const { return conductor_->readers().uring_refused; }
+
+ private:
+  struct PassRecord {
+    std::unique_ptr<Event> begin;
+    std::unique_ptr<Event> end;
+    Counts counts;     // at the begin; after the end, of the pass
+  };
+  PassRecord& record_of(uint64_t pass) { return records_[pass % records_.size()]; }
+
+  void open_shards(const std::vector<const void*>& memory);
+  Readers make_readers() const;
+  void check_usable() const;
+  void throw_kept_error();
+  void wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit, const Interrupt& interrupt);
+  void log_acquired(uint32_t unit, bool waited, double waited_ms);
+  void record_released(UnitState& state, StreamHandle stream);
+  void abandon_buffers();
+
+  ModelSpec spec_;
+  Plan plan_;
+  EngineOptions options_;
+  std::unique_ptr<Device> device_;
+  mutable Board board_;
+  std::vector<std::unique_ptr<Shard>> shards_;
+  std::unique_ptr<StallProbes> probes_;
+  std::unique_ptr<Conductor> conductor_;
+  std::array<PassRecord, 4> records_;  // of the last passes: the host may run ahead of the device
+  uint64_t passes_ = 0;                // begun
+  uint64_t passes_ended_ = 0;
+  pid_t process_ = 0;
+  bool closed_ = false;
+};
+
+}  // namespace wsm

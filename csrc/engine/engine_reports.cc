@@ -1,0 +1,117 @@
+// The engine's reports: counters, memory, readers; and the fetch of one tensor's bytes.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "engine/engine.h"
+#include "storage/block_read.h"
+#include "util/align.h"
+
+namespace wsm {
+
+namespace {
+
+constexpr uint64_t kFetchBytes = 64 * kMiB;
+
+// Here and now, through the page cache.
+void read_buffered(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* target) {
+  for (uint64_t done = 0; done < bytes;) {
+    const auto count = static_cast<uint32_t>(std::min(bytes - done, kFetchBytes));
+    ReadRequest request;
+    request.shard = &shard;
+    request.offset = offset + done;
+    request.bytes = count;
+    request.need_bytes = count;
+    request.target = target + done;
+    request.buffered = true;
+    BlockRead block(request, 0, 0, count);
+    block.start();
+    while (!block.advance(read_now(block))) continue;
+    check<IoError>(block.error().empty(), block.error());
+    done += count;
+  }
+}
+
+}  // namespace
+
+Counts Engine::totals() {
+  if (!closed_) probes_->collect();
+  return board_.counters.read();
+}
+
+PassReport Engine::last_pass() {
+  PassReport report;
+  if (passes_ended_ == 0 || closed_) return report;
+  const uint64_t pass = passes_ended_ - 1;
+  const PassRecord& record = record_of(pass);
+  while (!device_->done(*record.end)) std::this_thread::sleep_for(std::chrono::microseconds(100));
+  probes_->collect();
+  report.seconds = device_->elapsed_seconds(*record.begin, *record.end);
+  report.counts = record.counts;
+  report.counts.stall_ns[static_cast<int>(Stall::kH2d)] = probes_->stall_ns(pass);
+  return report;
+}
+
+MemoryUse Engine::memory() const {
+  MemoryUse use;
+  if (closed_) return use;
+  for (const PinnedBuffer* buffer : {&conductor_->ring().buffer(), &conductor_->cache().buffer()}) {
+    use.host_bytes += buffer->mapped_bytes();
+    use.host_pinned_bytes += buffer->pinned_bytes();
+  }
+  return use;
+}
+
+std::vector<ShardReport> Engine::shards() const {
+  std::vector<ShardReport> reports;
+  for (uint32_t i = 0; i < shards_.size() && !closed_; ++i) {
+    const ShardUse& use = conductor_->use_of(i);
+    reports.push_back({shards_[i]->path(), use.uring_bytes, use.direct_bytes, use.buffered_bytes,
+                       shards_[i]->mode_reason()});
+  }
+  return reports;
+}
+
+std::vector<std::string> Engine::warnings() const {
+  std::vector<std::string> all = plan_.warnings;
+  if (closed_) return all;
+  for (const PinnedBuffer* buffer : {&conductor_->ring().buffer(), &conductor_->cache().buffer()}) {
+    all.insert(all.end(), buffer->warnings().begin(), buffer->warnings().end());
+  }
+  return all;
+}
+
+void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
+  check_usable();
+  check(unit < plan_.units.size(), "there is no unit ", unit);
+  const UnitPlan& planned = plan_.units[unit];
+  check(tensor < planned.tensors.size(), "unit ", unit, " has no tensor ", tensor);
+  check(!planned.tensors[tensor].resident, "a resident tensor is fetched from its home");
+  const uint64_t begin = planned.tensors[tensor].offset;
+  const uint64_t end = begin + spec_.tensors[spec_.units[unit].tensors[tensor]].bytes;
+  const auto [first, count] = conductor_->chunks_of(unit);
+  for (uint32_t c = first; c < first + count; ++c) {
+    const Chunk& chunk = plan_.chunks[c];
+    const std::byte* cached = nullptr;
+    {
+      std::lock_guard lock(board_.mutex);
+      cached = conductor_->cached(c);
+    }
+    for (uint32_t i = chunk.first_copy; i < chunk.first_copy + chunk.copy_count; ++i) {
+      const Copy& copy = plan_.copies[i];
+      const uint64_t from = std::max(begin, copy.target_offset);
+      const uint64_t to = std::min(end, copy.target_offset + copy.bytes);
+      if (from >= to) continue;
+      const uint64_t in_chunk = copy.source_offset + (from - copy.target_offset);
+      if (cached) {
+        std::memcpy(target + (from - begin), cached + in_chunk, to - from);
+      } else {
+        read_buffered(*shards_[chunk.shard], chunk.read_offset + in_chunk, to - from,
+                      target + (from - begin));
+      }
+    }
+  }
+}
+
+}  // namespace wsm

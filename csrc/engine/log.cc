@@ -1,0 +1,50 @@
+#include "engine/log.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <string_view>
+
+#include "util/check.h"
+
+namespace wsm {
+
+namespace {
+
+void write_line(const std::string& text) {
+  const std::string line = "[WSM] " + text + "\n";
+  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, line.data(), line.size());
+}
+
+// "layer=6 group=attn" -> "6 group=attn"; "unit=lm_head" -> "lm_head".
+std::string_view short_label(const std::string& label) {
+  const size_t equals = label.find('=');
+  return equals == std::string::npos ? std::string_view(label)
+                                     : std::string_view(label).substr(equals + 1);
+}
+
+}  // namespace
+
+void log_load(const std::string& label, bool demanded, bool from_disk) {
+  write_line(concat(demanded ? "->GPU " : "prefetch ", label,
+                    from_disk ? " (SSD→CPU→GPU)" : " (CPU→GPU)"));
+}
+
+void log_prefetch(const std::vector<std::string>& labels) {
+  std::string list;
+  for (const std::string& label : labels) {
+    if (!list.empty()) list += ", ";
+    list += short_label(label);
+  }
+  write_line(concat("Async GPU prefetch: layers [", list, "]"));
+}
+
+void log_wait(const std::string& label, double milliseconds, const char* cause) {
+  char waited[32];
+  std::snprintf(waited, sizeof waited, "%.1f", milliseconds);
+  write_line(concat(label, " timeout, loading immediately (waited ", waited, " ms on ", cause, ")"));
+}
+
+void log_warning(const std::string& text) { write_line(text); }
+
+}  // namespace wsm

@@ -1,0 +1,164 @@
+#include "memory/pinned_buffer.h"
+
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <system_error>
+#include <thread>
+
+#include "plan/plan.h"
+#include "util/align.h"
+#include "util/check.h"
+
+namespace wsm {
+namespace {
+
+constexpr uint64_t kHugePage = 2 * kMiB;
+constexpr uint64_t kLeastPiece = 16 * kMiB;  // smaller ones are not worth a registration
+constexpr unsigned kMostThreads = 16;        // more do not touch memory faster
+
+uint64_t page_bytes() {
+  static const auto bytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+std::string mib_text(uint64_t bytes) {
+  return concat(static_cast<double>(bytes) / static_cast<double>(kMiB), " MiB");
+}
+
+std::vector<uint64_t> equal_segments(uint64_t bytes) {
+  std::vector<uint64_t> ends;
+  for (uint64_t end = 0; end < bytes;) ends.push_back(end = std::min(bytes, end + kSegmentBytes));
+  return ends;
+}
+
+void check_segments(const std::vector<uint64_t>& ends, uint64_t bytes) {
+  uint64_t begin = 0;
+  for (uint64_t end : ends) {
+    check(end > begin, "segments of a pinned buffer must ascend: ", end, " follows ", begin);
+    check(end == bytes || end % page_bytes() == 0, "a pinned buffer's segment ends at ", end,
+          ", which is not a multiple of the page size (", page_bytes(), ")");
+    begin = end;
+  }
+  check(begin == bytes, "the segments of a pinned buffer end at ", begin, ", not at its ", bytes,
+        " bytes");
+}
+
+std::string memlock_text() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_MEMLOCK, &limit) != 0) return "unknown";
+  return limit.rlim_cur == RLIM_INFINITY ? "unlimited" : mib_text(limit.rlim_cur);
+}
+
+}  // namespace
+
+PinnedBuffer::PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments,
+                           unsigned threads)
+    : PinnedBuffer(device) {
+  if (!segments.empty()) check_segments(segments, bytes);
+  bytes_ = bytes;
+  if (bytes == 0) return;
+  map();
+  touch(threads);
+  if (segments.empty()) segments = equal_segments(bytes);
+  segments.back() = mapped_;
+  register_segments(segments);
+}
+
+PinnedBuffer::~PinnedBuffer() {
+  for (std::byte* piece : registered_) device_.unregister_host(piece);
+  if (data_) munmap(data_, mapped_);
+}
+
+// Maps one huge page more than is wanted, and gives back what lies around the aligned part.
+void PinnedBuffer::map() {
+  const uint64_t mapped = align_up(bytes_, page_bytes());
+  const uint64_t reserved = checked_add(mapped, kHugePage);
+  void* base = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  check<OutOfMemory>(base != MAP_FAILED, "cannot map ", mib_text(mapped),
+                     " of host memory: ", errno_text(errno),
+                     ". Lower host_memory, or raise the limit (ulimit -v, vm.overcommit_memory)");
+  const auto begin = reinterpret_cast<uintptr_t>(base);
+  const uint64_t head = align_up(begin, kHugePage) - begin;
+  auto* const first = static_cast<std::byte*>(base);
+  if (head > 0) munmap(first, head);
+  munmap(first + head + mapped, kHugePage - head);
+  data_ = first + head;
+  mapped_ = mapped;
+
+  // A kernel without huge pages refuses this: the buffer is only slower to fill then.
+  const uint64_t huge = align_down(mapped_, kHugePage);
+  if (huge > 0) madvise(data_, huge, MADV_HUGEPAGE);
+  check<Error>(madvise(data_, mapped_, MADV_DONTFORK) == 0,
+               "cannot keep pinned memory out of forked children: ", errno_text(errno));
+}
+
+// The kernel clears each page when it is first written: that is what takes the time, and it runs in
+// parallel. A registration would do it page by page in one thread.
+void PinnedBuffer::touch(unsigned threads) const {
+  if (threads == 0) threads = std::clamp(std::thread::hardware_concurrency(), 1u, kMostThreads);
+  const uint64_t pieces = align_up(mapped_, kHugePage) / kHugePage;
+  std::atomic<uint64_t> next = 0;
+  const auto work = [&] {
+    for (uint64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+      const uint64_t end = std::min(mapped_, (piece + 1) * kHugePage);
+      for (uint64_t at = piece * kHugePage; at < end; at += page_bytes()) {
+        *const_cast<volatile std::byte*>(data_ + at) = std::byte{0};
+      }
+    }
+  };
+  std::vector<std::jthread> helpers;
+  try {
+    while (helpers.size() + 1 < std::min<uint64_t>(threads, pieces)) helpers.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads may be started here: those that run do the work.
+  }
+  work();
+}
+
+// A size that was refused once is not tried again; when the least one is refused, the limit has
+// been reached, and the rest stays pageable.
+void PinnedBuffer::register_segments(const std::vector<uint64_t>& segments) {
+  uint64_t most = mapped_;
+  uint64_t refused = 0;
+  uint64_t begin = 0;
+  std::string why;
+  for (uint64_t segment_end : segments) {
+    while (begin < segment_end) {
+      const uint64_t size = std::min(most, segment_end - begin);
+      registered_.reserve(registered_.size() + 1);
+      std::string answer;
+      if (device_.register_host(data_ + begin, size, &answer)) {
+        registered_.push_back(data_ + begin);
+        pinned_ += size;
+        begin += size;
+        continue;
+      }
+      refused = size;
+      why = answer;
+      if (size <= kLeastPiece) break;
+      most = std::max(kLeastPiece, align_up(size / 2, kHugePage));
+    }
+    if (begin < segment_end) break;
+  }
+  if (refused == 0) return;
+  const std::string asked =
+      concat("page-locking ", mib_text(refused), " at once was refused (", why, ")");
+  if (pinned_ == mapped_) {
+    warnings_.push_back(
+        concat(asked, "; smaller pieces were taken, all ", mib_text(mapped_), " are page-locked"));
+    return;
+  }
+  warnings_.push_back(concat(
+      asked, "; ", mib_text(pinned_), " of ", mib_text(mapped_),
+      " of host memory are page-locked, ", mib_text(mapped_ - pinned_),
+      " stay pageable and are copied several times slower. Lower host_memory, or raise the limit: "
+      "RLIMIT_MEMLOCK is ",
+      memlock_text(),
+      " (ulimit -l); on WSL2, Windows caps what can be locked, see memory= in .wslconfig"));
+}
+
+}  // namespace wsm

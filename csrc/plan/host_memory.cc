@@ -1,0 +1,166 @@
+#include "plan/host_memory.h"
+
+#include <algorithm>
+#include <span>
+
+#include "util/align.h"
+#include "util/check.h"
+
+namespace wsm {
+namespace {
+
+constexpr uint64_t kDefaultChunk = 16 * kMiB;
+constexpr uint64_t kLeastChunk = 64 * kKiB;
+constexpr uint64_t kLeastSlots = 2;  // one of them is kept for demands
+constexpr uint64_t kUsualSlots = 4;  // keeps the disk and the link busy at once
+constexpr uint64_t kAmpleSlots = 8;
+constexpr uint64_t kMostSlots = 64;
+
+uint64_t least_chunk_bytes(const ModelSpec& spec) {
+  uint64_t least = kLeastChunk;
+  for (const ShardSpec& shard : spec.shards)
+    least = std::max<uint64_t>(least, 2ull * shard.alignment);
+  return least;
+}
+
+// What the ring may take, as far as chunks are sized by it.
+uint64_t staging_room(const Limits& limits, uint64_t least_staging,
+                      std::vector<std::string>& warnings) {
+  if (!limits.staging_bytes) return limits.host_bytes;
+  const uint64_t room = std::clamp(*limits.staging_bytes, least_staging, limits.host_bytes);
+  if (room != *limits.staging_bytes) {
+    warnings.push_back(concat("staging_bytes = ", *limits.staging_bytes,
+                              ": the ring takes between ", least_staging,
+                              " and host_bytes = ", limits.host_bytes, "; ", room, " is used"));
+  }
+  return room;
+}
+
+uint64_t asked_chunk_bytes(uint64_t asked, uint64_t least, uint64_t room, uint64_t granule,
+                           std::vector<std::string>& warnings) {
+  uint64_t chunk = align_down(std::clamp(asked, least, kSegmentBytes), granule);
+  while (chunk > least && chunk > room / kLeastSlots) {
+    chunk = std::max(least, align_down(chunk / 2, granule));
+  }
+  const bool rounded_only = chunk <= asked && asked - chunk < granule;
+  if (!rounded_only) {
+    warnings.push_back(concat("chunk_bytes = ", asked, ": a chunk takes between ", least, " and ",
+                              kSegmentBytes, ", and two must fit in the ring; ", chunk,
+                              " is used"));
+  }
+  return chunk;
+}
+
+uint64_t place_bytes(const Chunk& chunk, uint64_t granule) {
+  return align_up(chunk.read_bytes, granule);
+}
+
+std::span<Chunk> streamed(Plan& plan) {
+  return std::span(plan.chunks).first(plan.first_resident_chunk);
+}
+
+uint64_t streamed_place_bytes(Plan& plan, uint64_t granule) {
+  uint64_t bytes = 0;
+  for (const Chunk& chunk : streamed(plan)) bytes += place_bytes(chunk, granule);
+  return bytes;
+}
+
+uint64_t choose_slots(const Limits& limits, const Plan& plan, uint64_t streamed_bytes) {
+  const uint64_t slot = plan.chunk_bytes;
+  const uint64_t affordable = limits.host_bytes / slot;
+  if (limits.staging_bytes) {
+    return std::clamp(*limits.staging_bytes / slot, kLeastSlots, affordable);
+  }
+  const uint64_t cache_limit = limits.cache_bytes.value_or(UINT64_MAX);
+  const auto all_cached_beside = [&](uint64_t slots) {
+    return slots <= affordable && streamed_bytes <= limits.host_bytes - slots * slot &&
+           streamed_bytes <= cache_limit;
+  };
+  uint64_t slots = std::clamp(limits.host_bytes / 8 / slot, kUsualSlots, kMostSlots);
+  if (cache_limit == 0) slots = kMostSlots;
+  if (all_cached_beside(kUsualSlots)) slots = kUsualSlots;
+  if (all_cached_beside(kAmpleSlots)) slots = kAmpleSlots;
+  return std::clamp(std::min(slots, plan.chunks.size()), kLeastSlots, affordable);
+}
+
+// Keeps chunks so that at every point of the pass about the same share of what came before is
+// cached, then whatever still fits.
+void choose_cached(std::span<Chunk> chunks, uint64_t total_bytes, uint64_t budget_bytes,
+                   uint64_t granule) {
+  __extension__ typedef unsigned __int128 Wide;  // products of two sizes
+  uint64_t seen = 0;
+  uint64_t cached = 0;
+  const auto keep = [&](Chunk& chunk, uint64_t bytes) {
+    chunk.home = Home::kHost;
+    cached += bytes;
+  };
+  for (Chunk& chunk : chunks) {
+    const uint64_t bytes = place_bytes(chunk, granule);
+    seen += bytes;
+    const bool due = Wide(2 * cached + bytes) * total_bytes <= Wide(2) * seen * budget_bytes;
+    if (due && bytes <= budget_bytes - cached) keep(chunk, bytes);
+  }
+  for (Chunk& chunk : chunks) {
+    const uint64_t bytes = place_bytes(chunk, granule);
+    if (chunk.home == Home::kDisk && bytes <= budget_bytes - cached) keep(chunk, bytes);
+  }
+}
+
+void pack_cache(Plan& plan, uint64_t granule) {
+  uint64_t end = 0;
+  uint64_t segment_begin = 0;
+  for (Chunk& chunk : streamed(plan)) {
+    if (chunk.home != Home::kHost) continue;
+    const uint64_t bytes = place_bytes(chunk, granule);
+    if (end + bytes - segment_begin > kSegmentBytes) {
+      plan.cache_segments.push_back(end);
+      segment_begin = end;
+    }
+    chunk.cache_offset = end;
+    end += bytes;
+  }
+  if (end > segment_begin) plan.cache_segments.push_back(end);
+  plan.cache_bytes = end;
+}
+
+}  // namespace
+
+uint64_t host_granule_bytes(const ModelSpec& spec) {
+  uint64_t granule = kCacheAlignment;
+  for (const ShardSpec& shard : spec.shards) granule = std::max<uint64_t>(granule, shard.alignment);
+  return granule;
+}
+
+uint64_t choose_chunk_bytes(const ModelSpec& spec, const Limits& limits,
+                            std::vector<std::string>& warnings) {
+  const uint64_t least = least_chunk_bytes(spec);
+  check(limits.host_bytes >= kLeastSlots * least, "host_bytes = ", limits.host_bytes,
+        " is too small: the staging ring alone takes at least ", kLeastSlots * least,
+        ", two chunks of ", least);
+  const uint64_t room = staging_room(limits, kLeastSlots * least, warnings);
+  if (limits.chunk_bytes) {
+    return asked_chunk_bytes(*limits.chunk_bytes, least, room, host_granule_bytes(spec), warnings);
+  }
+  const uint64_t share = limits.staging_bytes ? room : room / 2;
+  uint64_t chunk = std::max(kDefaultChunk, least);
+  while (chunk > least && chunk > share / kUsualSlots) chunk /= 2;
+  return chunk;
+}
+
+void plan_host_memory(const ModelSpec& spec, const Limits& limits, Plan& plan) {
+  if (plan.chunks.empty()) return;
+  const uint64_t granule = host_granule_bytes(spec);
+  plan.chunk_bytes = 0;
+  for (const Chunk& chunk : plan.chunks) {
+    plan.chunk_bytes = std::max(plan.chunk_bytes, place_bytes(chunk, granule));
+  }
+  const uint64_t total = streamed_place_bytes(plan, granule);
+  const uint64_t slots = choose_slots(limits, plan, total);
+  plan.slot_count = static_cast<uint32_t>(std::min<uint64_t>(slots, kNone - 1));
+  const uint64_t budget = std::min(
+      {total, limits.host_bytes - plan.staging_bytes(), limits.cache_bytes.value_or(UINT64_MAX)});
+  choose_cached(streamed(plan), total, budget, granule);
+  pack_cache(plan, granule);
+}
+
+}  // namespace wsm

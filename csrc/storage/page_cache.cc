@@ -1,0 +1,95 @@
+#include "storage/page_cache.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+#include "util/align.h"
+#include "util/check.h"
+
+// One number on every architecture (Linux 6.5); the headers of the build machine may be older.
+#ifndef __NR_cachestat
+#define __NR_cachestat 451
+#endif
+
+namespace wsm {
+namespace {
+
+struct CacheRange {  // struct cachestat_range
+  uint64_t offset;
+  uint64_t bytes;
+};
+
+struct CacheCounts {  // struct cachestat
+  uint64_t cached, dirty, writeback, evicted, recently_evicted;
+};
+
+struct PageRange {
+  uint64_t begin, bytes;  // both multiples of the page size
+};
+
+PageRange pages_of(uint64_t offset, uint64_t bytes) {
+  const uint64_t begin = align_down(offset, page_bytes());
+  return {begin, align_up(offset + bytes, page_bytes()) - begin};
+}
+
+// mincore answers "all cached" about files of others, so that nobody can spy on them.
+bool mincore_is_honest(int fd) {
+  struct stat info {};
+  if (::fstat(fd, &info) != 0) return false;
+  const uid_t user = ::geteuid();
+  if (user == 0 || user == info.st_uid) return true;
+  return ::access(concat("/proc/self/fd/", fd).c_str(), W_OK) == 0;
+}
+
+}  // namespace
+
+uint32_t page_bytes() {
+  static const uint32_t bytes = static_cast<uint32_t>(::sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+int cached_by_cachestat(int fd, uint64_t offset, uint64_t bytes) {
+  const PageRange pages = pages_of(offset, bytes);
+  CacheRange range{pages.begin, pages.bytes};
+  CacheCounts counts{};
+  if (::syscall(__NR_cachestat, fd, &range, &counts, 0) != 0) return -1;
+  return counts.cached >= pages.bytes / page_bytes();
+}
+
+int cached_by_mincore(int fd, uint64_t offset, uint64_t bytes) {
+  if (!mincore_is_honest(fd)) return -1;
+  std::array<unsigned char, 4096> resident;
+  PageRange pages = pages_of(offset, bytes);
+  while (pages.bytes > 0) {
+    const uint64_t step = std::min<uint64_t>(pages.bytes, resident.size() * page_bytes());
+    void* map = ::mmap(nullptr, step, PROT_READ, MAP_SHARED, fd, static_cast<off_t>(pages.begin));
+    if (map == MAP_FAILED) return -1;
+    const bool told = ::mincore(map, step, resident.data()) == 0;
+    ::munmap(map, step);
+    if (!told) return -1;
+    const auto end = resident.begin() + static_cast<ptrdiff_t>(step / page_bytes());
+    if (!std::all_of(resident.begin(), end, [](unsigned char page) { return page & 1; })) return 0;
+    pages = {pages.begin + step, pages.bytes - step};
+  }
+  return 1;
+}
+
+bool cached_whole(int fd, uint64_t offset, uint64_t bytes) {
+  const int told = cached_by_cachestat(fd, offset, bytes);
+  return (told >= 0 ? told : cached_by_mincore(fd, offset, bytes)) > 0;
+}
+
+void drop_cached(int fd, uint64_t offset, uint64_t bytes) {
+  const PageRange pages = pages_of(offset, bytes);
+  (void)::posix_fadvise(fd, static_cast<off_t>(pages.begin), static_cast<off_t>(pages.bytes),
+                        POSIX_FADV_DONTNEED);
+}
+
+}  // namespace wsm

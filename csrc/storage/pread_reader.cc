@@ -1,0 +1,105 @@
+// A fixed pool of threads that pread, or memcpy from memory shards. Serves every kind of request; the
+// way of choice for what is in memory already, where one thread's copying is the limit.
+#include <pthread.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "storage/block_read.h"
+#include "storage/reader.h"
+#include "storage/request_queue.h"
+#include "util/event_fd.h"
+
+namespace wsm {
+namespace {
+
+class PreadReader final : public Reader {
+ public:
+  explicit PreadReader(const ReaderOptions& options)
+      : block_bytes_(options.block_bytes), queue_(options) {
+    threads_.reserve(options.depth);
+    try {
+      for (uint32_t i = 0; i < options.depth; ++i) threads_.emplace_back([this] { work(); });
+    } catch (...) {
+      stop();
+      throw;
+    }
+  }
+
+  ~PreadReader() override { stop(); }
+
+  bool submit(const ReadRequest& request) override {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!queue_.add(request)) return false;
+      if (queue_.any_done()) done_.raise();  // refused, or of no bytes: done at once
+    }
+    if (request.bytes > block_bytes_) {
+      block_waits_.notify_all();
+    } else {
+      block_waits_.notify_one();
+    }
+    return true;
+  }
+
+  size_t poll(std::span<ReadCompletion> completions) override {
+    done_.clear();
+    const std::lock_guard lock(mutex_);
+    const size_t count = queue_.take(completions);
+    if (queue_.any_done()) done_.raise();
+    return count;
+  }
+
+  int ready_fd() const override { return done_.fd(); }
+  uint32_t capacity() const override { return queue_.capacity(); }
+  const char* name() const override { return "pread"; }
+
+ private:
+  void work() {
+    (void)::pthread_setname_np(::pthread_self(), "wsm-pread");
+    BlockRead block;
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      block_waits_.wait(lock, [&] { return stopping_ || queue_.any_waiting(); });
+      if (stopping_) return;
+      queue_.next(&block);
+      lock.unlock();
+      block.start();
+      while (!block.advance(read_now(block))) {
+      }
+      lock.lock();
+      if (!queue_.finish(block)) continue;
+      // Outside of the lock: the one who is woken wants it at once.
+      lock.unlock();
+      done_.raise();
+      lock.lock();
+    }
+  }
+
+  void stop() {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    block_waits_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  const uint32_t block_bytes_;
+  EventFd done_;
+  std::mutex mutex_;
+  std::condition_variable block_waits_;
+  RequestQueue queue_;     // guarded by mutex_
+  bool stopping_ = false;  // guarded by mutex_
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace
+
+std::unique_ptr<Reader> make_pread_reader(const ReaderOptions& options) {
+  return std::make_unique<PreadReader>(options);
+}
+
+}  // namespace wsm

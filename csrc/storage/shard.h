@@ -1,0 +1,84 @@
+// A shard that is open for reading: a file (direct and buffered), or a tensor that lies in RAM.
+//
+// Lifecycle: opened at start, shared by the readers, closed with the engine; it outlives every read
+// that names it. Thread-safe: all methods may be called from any thread (the latch is atomic).
+// Failure: `open` throws IoError naming the path; a file whose direct reads are refused latches to
+// buffered ones for good and says why.
+#pragma once
+
+#include <sys/types.h>
+#include <time.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "util/unique_fd.h"
+
+namespace wsm {
+
+enum class DirectMode : uint8_t { kAuto, kOff, kOn };
+
+// What direct I/O needs of `path` (offset, length and address alike), by statx(STATX_DIOALIGN), else
+// the page size.
+uint32_t direct_alignment(const std::string& path);
+
+class Shard {
+ public:
+  // Opens a regular file, following symbolic links. kAuto tries O_DIRECT and falls back; kOn throws
+  // where it is refused. tmpfs is always buffered: it is memory already.
+  static std::unique_ptr<Shard> open(const std::string& path, DirectMode mode = DirectMode::kAuto);
+  // Borrows memory that outlives the shard.
+  static std::unique_ptr<Shard> from_memory(const std::string& name, const void* data, uint64_t bytes);
+
+  const std::string& path() const { return path_; }
+  uint64_t bytes() const { return bytes_; }
+  uint32_t alignment() const { return alignment_; }
+  const std::byte* memory() const { return memory_; }  // null for a file
+
+  bool direct() const { return direct_.load(std::memory_order_acquire); }
+  int direct_fd() const { return direct_fd_.get(); }   // meaningful while direct()
+  int buffered_fd() const { return buffered_fd_.get(); }
+  // Latches to buffered reads and keeps the first reason. False where the mode is kOn: nothing is
+  // latched, and the read that was refused has failed.
+  bool refuse_direct(const std::string& why);
+  // Direct reads were wanted and refused: what is read buffered in their place is dropped from the
+  // page cache again, so that streaming does not evict the user's other files.
+  bool drops_behind() const { return may_drop_behind_ && !direct(); }
+  std::string mode_reason() const;  // why reads are direct or buffered, for stats()
+
+  // True when every page of the range is in the page cache (cachestat, else mincore); false when unknown.
+  bool in_page_cache(uint64_t offset, uint64_t bytes) const;
+  // Tells the kernel that the range will not be used again (POSIX_FADV_DONTNEED). Never fails.
+  void drop_from_page_cache(uint64_t offset, uint64_t bytes) const;
+
+  // Throws IoError saying what changed (replaced, truncated, grown, modified, deleted) since `open`:
+  // device, inode, size and mtime of the path are compared. Nothing to do for memory.
+  void check_unchanged() const;
+
+ private:
+  Shard() = default;
+  void identify();                     // what check_unchanged compares, and the file's size
+  std::string try_direct();            // opens direct_fd_; why not, else empty
+  void set_reason(std::string reason);
+
+  std::string path_;
+  uint64_t bytes_ = 0;
+  uint32_t alignment_ = 1;
+  const std::byte* memory_ = nullptr;
+  UniqueFd buffered_fd_;
+  UniqueFd direct_fd_;
+  std::atomic<bool> direct_{false};
+  DirectMode mode_ = DirectMode::kAuto;
+  bool may_drop_behind_ = false;
+  mutable std::mutex reason_mutex_;
+  std::string reason_;  // guarded by reason_mutex_
+  dev_t device_ = 0;
+  ino_t inode_ = 0;
+  timespec mtime_{};
+};
+
+}  // namespace wsm

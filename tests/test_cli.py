@@ -1,0 +1,193 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from wsm_ext import cli, demo, transformers_loader
+from wsm_ext.synthetic import make_llama_checkpoint
+
+TINY = {"layers": 3, "hidden": 64, "intermediate": 160, "heads": 4, "kv_heads": 2, "vocab": 128}
+BUDGETS = ["--device", "cpu", "--device-memory", "400KiB", "--host-memory", "256KiB"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_llama_checkpoint(tmp_path / "model", shards=2, **TINY)
+
+
+@pytest.fixture
+def with_tokenizer(folder):
+    words = {f"w{number}": number for number in range(TINY["vocab"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prefill", "--help"], ["--version"]])
+def test_help_and_version(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 0
+    assert "wsm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["prefil"], ["prefill"], ["prefill", "m", "--reader", "mmap"], ["generate", "m"]],
+)
+def test_a_wrong_command_line_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: wsm" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "wsm_ext.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("wsm ")
+
+
+def test_prefill_prints_its_figures_and_writes_them(folder, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    work = [
+        "--batch",
+        "2",
+        "--tokens",
+        "5",
+        "--repeat",
+        "4",
+        "--lookahead",
+        "1",
+        "--reader",
+        "pread",
+    ]
+    arguments = ["prefill", str(folder), *BUDGETS, *work, "--json", str(out)]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for part in ("prefill of 2 x 5 tokens, 4 times", "time to first token", "disk to host"):
+        assert part in printed
+    content = json.loads(out.read_text())
+    assert content["command"] == ["wsm", *arguments]
+    assert content["plan"]["lookahead_units"] == 1
+    assert content["prefill"]["batch"] == 2
+    assert len(content["prefill"]["passes"]) == 4
+    assert all(entry["disk_bytes"] > 0 for entry in content["prefill"]["passes"])
+    assert {reader["reader"] for reader in content["stats"]["readers"].values()} == {"pread"}
+
+
+def test_generate_continues_the_prompt_as_the_resident_model_does(with_tokenizer, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    prompt = "w3 w1 w4"
+    asked = ["--prompt", prompt, "--max-new-tokens", "6", "--json", str(out)]
+    assert cli.main(["generate", str(with_tokenizer), *BUDGETS, *asked]) == 0
+    resident = AutoModelForCausalLM.from_pretrained(with_tokenizer, dtype="auto")
+    ids = resident.generate(torch.tensor([[3, 1, 4]]), max_new_tokens=6, do_sample=False)[0, 3:]
+    text = " ".join(f"w{number}" for number in ids.tolist())
+    assert text in capsys.readouterr().out
+    figures = json.loads(out.read_text())["generation"]
+    assert (figures["prompt_tokens"], figures["new_tokens"]) == (3, 6)
+    assert figures["text"] == text
+    assert 0 < figures["first_seconds"] < figures["seconds"]
+
+
+def failure(arguments, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--tokens", "0"], r"tokens \(0\)"),
+        (["--device", "mps"], "mps"),
+        (["--device-memory", "lots"], "device_memory"),
+        (["--host-memory", "1KiB"], "host_memory"),
+        (["--dtype", "float16"], "float16"),
+        (["--units", "model.layers.99"], "model.layers.99"),
+        (["--lookahead", "-1"], "lookahead_units"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_cause(folder, capsys, change, message):
+    error = failure(["prefill", str(folder), *BUDGETS, *change], capsys)
+    assert error.startswith("wsm: error: ")
+    assert re.search(message, error)
+
+
+def test_missing_models_and_tokenizers_are_errors(folder, tmp_path, capsys):
+    assert "no such folder" in failure(["prefill", str(tmp_path / "gone")], capsys)
+    asked = ["generate", str(folder), "--prompt", "w1"]
+    assert "has no tokenizer" in failure(asked, capsys)
+    assert "--max-new-tokens 0" in failure([*asked, "--max-new-tokens", "0"], capsys)
+
+
+def test_an_empty_prompt_is_an_error(with_tokenizer, capsys):
+    assert "no token" in failure(["generate", str(with_tokenizer), "--prompt", ""], capsys)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        cli.main(["prefill", str(tmp_path / "gone"), "--debug"])
+
+
+def test_other_errors_say_their_kind_and_interruptions_exit_with_130(folder, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise KeyError("layers")
+
+    monkeypatch.setattr(transformers_loader, "from_pretrained", fail)
+    assert "KeyError: 'layers'" in failure(["prefill", str(folder)], capsys)
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers_loader, "from_pretrained", interrupt)
+    assert cli.main(["prefill", str(folder)]) == 130
+
+
+def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
+    seen = {}
+
+    def capture(path, **options):
+        seen.update(options, path=path)
+        raise ValueError("captured")
+
+    monkeypatch.setattr(transformers_loader, "from_pretrained", capture)
+    options = {
+        "--device-memory": "1GiB", "--host-memory": "2GiB", "--units": "model.norm,lm_head",
+        "--lookahead": "5", "--reader": "uring", "--direct": "off", "--dtype": "bfloat16",
+        "--revision": "v1",
+    }  # fmt: skip
+    flat = [part for pair in options.items() for part in pair]
+    failure(["prefill", "owner/name", "--device", "cpu", *flat, "--local-files-only"], capsys)
+    del seen["progress"]
+    assert seen == {
+        "path": "owner/name",
+        "device": torch.device("cpu"),
+        "device_memory": "1GiB",
+        "host_memory": "2GiB",
+        "units": ["model.norm", "lm_head"],
+        "config": {"lookahead_units": 5, "reader": "uring", "direct": "off"},
+        "dtype": "bfloat16",
+        "revision": "v1",
+        "local_files_only": True,
+    }
+
+
+def test_demo_exits_with_0_or_1_by_the_bits(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    arguments = ["demo", "--size", "tiny", "--device", "cpu", "--json", str(out)]
+    assert cli.main(arguments) == 0
+    content = json.loads(out.read_text())
+    assert content["bit_equal"]
+    assert content["command"] == ["wsm", *arguments]
+    monkeypatch.setattr(demo._Outcome, "differences", lambda ours, theirs: ["prefill logits"])
+    assert cli.main(arguments) == 1
+    assert "different bits" in capsys.readouterr().out

@@ -1,0 +1,457 @@
+"""from_pretrained against transformers' own: names, ties, dtypes, buffers, and what is refused."""
+
+import json
+import logging
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompileConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from wsm_ext.checkpoint import CheckpointError
+from wsm_ext.synthetic import make_llama_checkpoint
+from wsm_ext.transformers_loader import _build, from_pretrained, prepare, resolve_folder
+
+TINY = {"layers": 3, "hidden": 64, "intermediate": 160, "heads": 4, "kv_heads": 2, "vocab": 128}
+BUDGETS = {"device": "cpu", "device_memory": "768KiB", "host_memory": "512KiB"}
+IDS = torch.arange(1, 11)[None]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_llama_checkpoint(tmp_path / "model", shards=1, **TINY)
+
+
+def resident(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def rewrite(folder, change):
+    """Let `change` edit the tensors of a checkpoint of one file."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_config(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def logits_of(model):
+    with torch.inference_mode():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def generate(model):
+    with torch.inference_mode():
+        return model.generate(
+            input_ids=IDS,
+            attention_mask=torch.ones_like(IDS),
+            max_new_tokens=32,
+            min_new_tokens=32,
+            do_sample=False,
+        )
+
+
+# Streamed against resident
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shards", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streamed_bits_equal_the_resident_model(tmp_path, shards, tie, dtype):
+    folder = make_llama_checkpoint(tmp_path, shards=shards, tie=tie, dtype=dtype, **TINY)
+    reference = resident(folder)
+    with from_pretrained(folder, **BUDGETS) as model:
+        for _ in range(2):
+            assert torch.equal(logits_of(model), logits_of(reference))
+        assert torch.equal(generate(model), generate(reference))
+
+
+def test_a_static_cache_does_not_compile(folder, monkeypatch, caplog):
+    def compiled(self, config):
+        raise AssertionError("the forward pass was compiled")
+
+    monkeypatch.setattr(LlamaForCausalLM, "get_compiled_call", compiled)
+    everywhere = CompileConfig()
+    everywhere._compile_all_devices = True
+    asked = {"cache_implementation": "static", "compile_config": everywhere, "max_new_tokens": 3}
+    with pytest.raises(AssertionError, match="compiled"):
+        resident(folder).generate(IDS, **asked)
+    with from_pretrained(folder, **BUDGETS) as model, caplog.at_level(logging.WARNING, "wsm_ext"):
+        assert model.generate(IDS, **asked).shape == (1, 13)
+    assert "runs uncompiled" in caplog.text
+
+
+# The module that is built
+
+
+def test_parameters_are_meta_and_buffers_are_the_resident_ones(folder):
+    edit_config(
+        folder,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+    module, checkpoint = prepare(folder)
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert set(checkpoint.tensors) == {name for name, _ in module.named_parameters()}
+    assert all(image.name == name for name, image in checkpoint.tensors.items())
+    assert not module.training
+    ours, theirs = dict(module.named_buffers()), dict(resident(folder).named_buffers())
+    assert (
+        set(ours)
+        == set(theirs)
+        == {"model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"}
+    )
+    for name, buffer in ours.items():
+        assert buffer.dtype == theirs[name].dtype
+        assert torch.equal(buffer, theirs[name])
+
+
+def test_building_a_70b_model_takes_no_memory():
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
+        num_hidden_layers=80, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = _build(config, None, torch.bfloat16)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert sum(parameter.nbytes for parameter in model.parameters()) > 130e9
+    assert grown * 1024 < 200e6
+
+
+def test_the_generation_config_is_loaded(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9], "top_k": 3}')
+    module, _ = prepare(folder)
+    assert module.generation_config.eos_token_id == [7, 9]
+    assert module.generation_config.top_k == 3
+
+
+def test_auto_class_overrides_the_architecture(folder):
+    for chosen in ("LlamaModel", LlamaModel, "AutoModel"):
+        rewrite(folder, lambda tensors: tensors.pop("lm_head.weight", None))
+        module, checkpoint = prepare(folder, auto_class=chosen)
+        assert type(module) is LlamaModel
+        assert "layers.0.self_attn.q_proj.weight" in checkpoint.tensors  # the prefix is gone
+
+
+def test_a_base_model_s_checkpoint_fills_the_whole_model(folder):
+    edit_config(folder, tie_word_embeddings=True)
+    resident(folder).model.save_pretrained(folder)
+    edit_config(folder, architectures=["LlamaForCausalLM"])
+    assert "layers.0.self_attn.q_proj.weight" in load_file(folder / "model.safetensors")
+    _, checkpoint = prepare(folder)
+    assert "model.layers.0.self_attn.q_proj.weight" in checkpoint.tensors
+
+
+def test_old_tensors_that_transformers_ignores_are_ignored(folder):
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    rewrite(folder, add)
+    _, checkpoint = prepare(folder)
+    assert not any("inv_freq" in name for name in checkpoint.tensors)
+
+
+def test_of_two_tensors_for_one_parameter_the_first_is_used(folder, caplog):
+    rewrite(folder, lambda tensors: tensors.update({"norm.weight": torch.zeros(64).bfloat16()}))
+    with caplog.at_level(logging.WARNING, "wsm_ext"):
+        prepare(folder)
+    assert "model.norm.weight and norm.weight are both model.norm.weight" in caplog.text
+    with from_pretrained(folder, **BUDGETS) as model:
+        assert torch.equal(logits_of(model), logits_of(resident(folder)))
+
+
+# Ties
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_tied_weights_resolve_to_the_one_that_is_there(folder, kept):
+    edit_config(folder, tie_word_embeddings=True)
+    other = {"lm_head.weight", "model.embed_tokens.weight"} - {kept}
+    rewrite(folder, lambda tensors: tensors.pop(other.pop()))
+    module, checkpoint = prepare(folder)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    extents = {
+        checkpoint.tensors[n].extents for n in ("lm_head.weight", "model.embed_tokens.weight")
+    }
+    assert len(extents) == 1
+    with from_pretrained(folder, **BUDGETS) as model:
+        assert torch.equal(logits_of(model), logits_of(resident(folder)))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_both_of_a_tied_pair_stay_apart_only_if_they_differ(folder, equal):
+    edit_config(folder, tie_word_embeddings=True)
+
+    def both(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        if not equal:
+            tensors["lm_head.weight"][-1, -1] += 1
+
+    rewrite(folder, both)
+    reference = resident(folder)
+    with from_pretrained(folder, **BUDGETS) as model:
+        assert torch.equal(logits_of(model), logits_of(reference))
+        assert model.plan.model_bytes == sum(p.nbytes for p in reference.parameters())
+
+
+# A model of our own: persistent buffers, modules kept in fp32, one parameter under two names
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "wsm_test_own"
+
+
+class Own(PreTrainedModel):
+    config_class = OwnConfig
+    _keep_in_fp32_modules_strict = ("gate",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first = nn.Linear(8, 8)
+        self.gate = nn.Linear(8, 8, bias=False)
+        self.twice = nn.Linear(8, 8, bias=False)
+        self.twice.weight = self.first.weight
+        self.register_buffer("kept", torch.zeros(3))
+        self.register_buffer("whole", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("computed", torch.arange(4.0), persistent=False)
+        self.post_init()
+
+    def forward(self, x):
+        return self.twice(self.gate(self.first(x).float()).to(x.dtype)) + self.computed.sum()
+
+
+AutoConfig.register("wsm_test_own", OwnConfig)
+
+
+@pytest.fixture
+def own(tmp_path):
+    OwnConfig(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    save_file(
+        {
+            "first.weight": torch.randn(8, 8).bfloat16(),
+            "first.bias": torch.randn(8).bfloat16(),
+            "gate.weight": torch.randn(8, 8),
+            "kept": torch.tensor([1.0, 2.0, 3.0]),
+            "whole": torch.tensor(41),
+        },
+        tmp_path / "model.safetensors",
+    )
+    return tmp_path
+
+
+def test_persistent_buffers_are_read_and_others_computed(own):
+    with from_pretrained(own, auto_class=Own, **BUDGETS) as model:
+        assert model.kept.tolist() == [1, 2, 3]
+        assert model.whole.item() == 41
+        assert model.computed.tolist() == [0, 1, 2, 3]
+
+
+def test_a_missing_buffer_keeps_its_initial_value_and_is_told(own, caplog):
+    rewrite(own, lambda tensors: tensors.pop("kept"))
+    with caplog.at_level(logging.WARNING, "wsm_ext"):
+        module, _ = prepare(own, auto_class=Own)
+    assert "initial values: kept" in caplog.text
+    assert module.kept.tolist() == [0, 0, 0]
+
+
+def test_modules_kept_in_fp32_have_the_dtype_that_transformers_gives_them(own):
+    module, _ = prepare(own, auto_class=Own)
+    assert module.gate.weight.dtype == torch.float32
+    assert module.first.weight.dtype == torch.bfloat16
+
+    def shrink(tensors):
+        tensors["gate.weight"] = tensors["gate.weight"].bfloat16()
+
+    rewrite(own, shrink)
+    with pytest.raises(ValueError, match=r"gate.weight \(file bfloat16, wanted float32\)"):
+        prepare(own, auto_class=Own)
+
+
+def test_one_parameter_under_two_names_stays_one(own):
+    module, checkpoint = prepare(own, auto_class=Own)
+    assert module.twice.weight is module.first.weight
+    assert checkpoint.tensors["twice.weight"].extents == checkpoint.tensors["first.weight"].extents
+
+
+# What is refused
+
+
+def test_missing_and_surplus_tensors_are_named(folder):
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.1.mlp.side_proj.weight"] = torch.ones(2)
+
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError) as error:
+        prepare(folder)
+    assert "lacks: model.layers.1.mlp.up_proj.weight;" in str(error.value)
+    assert "no place for: model.layers.1.mlp.side_proj.weight" in str(error.value)
+
+
+def test_of_many_missing_tensors_ten_are_named(folder):
+    edit_config(folder, num_hidden_layers=5)
+    with pytest.raises(CheckpointError, match="and 8 more") as error:
+        prepare(folder)
+    assert str(error.value).count("model.layers.") == 10
+
+
+def test_tied_tensors_that_are_both_absent_are_named(folder):
+    edit_config(folder, tie_word_embeddings=True)
+
+    def change(tensors):
+        del tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=r"lacks: lm_head.weight, model.embed_tokens.weight"):
+        prepare(folder)
+
+
+def test_wrong_shapes_are_named(folder):
+    edit_config(folder, vocab_size=130)
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight \(file \[128, 64\], model \[130, 64\]\)"
+    ):
+        prepare(folder)
+
+
+def test_another_dtype_is_refused_with_both_named(folder):
+    for dtype in (torch.float16, "float16", "torch.float16"):
+        with pytest.raises(
+            ValueError, match=r"dtype argument asks for float16.*file bfloat16, wanted"
+        ):
+            prepare(folder, dtype=dtype)
+    with pytest.raises(ValueError, match="'half-ish': not a dtype"):
+        prepare(folder, dtype="half-ish")
+
+
+def test_the_dtype_argument_mends_a_config_that_is_wrong(folder):
+    edit_config(folder, dtype="float32")
+    with pytest.raises(
+        ValueError, match=r"config.json asks for float32.*pass the checkpoint's own"
+    ):
+        prepare(folder)
+    module, _ = prepare(folder, dtype="bfloat16")
+    assert module.dtype == torch.bfloat16
+
+
+def test_without_a_dtype_in_the_config_the_tensors_decide(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert prepare(folder)[0].dtype == torch.bfloat16
+
+
+def test_one_tensor_of_another_dtype_is_named(folder):
+    name = "model.layers.2.self_attn.o_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].float()}))
+    with pytest.raises(ValueError, match=rf"differ: {name} \(file float32, wanted bfloat16\)$"):
+        prepare(folder)
+
+
+def test_experts_that_transformers_fuses_are_refused_by_name(tmp_path):
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"not supported yet: .*experts\.0\.w1.weight -> "):
+        prepare(tmp_path)
+
+
+def test_quantized_models_and_adapters_are_refused_by_name(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(CheckpointError, match="quantization_config: gptq"):
+        prepare(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        prepare(folder)
+
+
+def test_unknown_architectures_ask_for_auto_class(folder):
+    edit_config(folder, architectures=["LlamaForEverything"])
+    with pytest.raises(
+        CheckpointError, match=r"'LlamaForEverything' is not a model class.*auto_class"
+    ):
+        prepare(folder)
+    edit_config(folder, architectures=None)
+    assert type(prepare(folder)[0]) is LlamaForCausalLM
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty has no config.json"):
+        prepare(tmp_path / "empty")
+    os.remove(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has no \*.safetensors"):
+        prepare(folder)
+
+
+# Where the model is
+
+
+def test_local_paths_need_no_hub(folder, monkeypatch):
+    assert resolve_folder(str(folder)) == folder
+    with pytest.raises(CheckpointError, match="revision='v1' means nothing"):
+        resolve_folder(folder, revision="v1")
+    with pytest.raises(CheckpointError, match="is a file: give the model's folder"):
+        resolve_folder(folder / "model.safetensors")
+    for wrong in ("no/such/folder", "./gone", "/gone", "gone folder"):
+        with pytest.raises(CheckpointError, match="no such folder, and not a hub id"):
+            resolve_folder(wrong)
+
+
+def test_hub_ids_go_through_the_hub_client(folder, tmp_path, monkeypatch):
+    calls = []
+
+    def snapshot(name, **options):
+        calls.append((name, options))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert resolve_folder("owner/name", revision="v1", local_files_only=True) == folder
+    ((name, options),) = calls
+    assert (name, options["revision"], options["local_files_only"]) == ("owner/name", "v1", True)
+    assert {"*.safetensors", "*.json"} <= set(options["allow_patterns"])
+
+    def fail(name, **options):
+        raise OSError("no network\nand much more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="did not supply it: no network$"):
+        resolve_folder("owner/name")
+
+
+def test_links_of_a_hub_cache_are_followed(folder, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../blobs/{number}")
+    with from_pretrained(snapshot, **BUDGETS) as model:
+        assert torch.equal(logits_of(model), logits_of(resident(folder)))

@@ -1,0 +1,38 @@
+"""Weight streaming for PyTorch: models larger than the GPU's memory, or than RAM.
+
+    import wsm_ext as wsm
+    model = wsm.from_pretrained("Llama-3.1-70B/", device_memory="12GiB", host_memory="48GiB")
+    model.generate(...)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._engine import EngineError, __version__
+from .checkpoint import Checkpoint, CheckpointError, Extent, TensorImage, assemble
+from .config import Config
+from .stream import StreamedModule, stream
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Config",
+    "EngineError",
+    "Extent",
+    "StreamedModule",
+    "TensorImage",
+    "__version__",
+    "assemble",
+    "from_pretrained",
+    "stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers is optional, and slow to import.
+    if name == "from_pretrained":
+        from .transformers_loader import from_pretrained
+
+        return from_pretrained
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

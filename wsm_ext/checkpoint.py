@@ -1,0 +1,315 @@
+"""Safetensors checkpoints as byte ranges: tensor images over shards.
+
+Only headers are read. The `safetensors` package decides what a valid file is; since the format
+leaves no holes, tensor offsets follow from the order and the sizes of the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_INDEX_BYTES = 512 << 20
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
+_SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; names the file and the tensor, and what to do."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A byte range in a shard, with its place inside the tensor."""
+
+    shard: int
+    offset: int
+    nbytes: int
+    tensor_offset: int = 0
+
+
+@dataclass(frozen=True)
+class TensorImage:
+    """Where a tensor's bytes come from. The extents cover it exactly once."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def assemble(name: str, parts: Sequence[TensorImage], shape: Sequence[int]) -> TensorImage:
+    """One image of `parts` laid one after the other: a stack or a concatenation along dim 0."""
+    if not parts:
+        raise CheckpointError(f"{name!r} cannot be assembled from no tensors")
+    first = parts[0]
+    extents: list[Extent] = []
+    position = 0
+    for part in parts:
+        if part.dtype != first.dtype:
+            raise CheckpointError(
+                f"{name!r} cannot be assembled: {first.name!r} is {first.dtype},"
+                f" {part.name!r} is {part.dtype}; convert the checkpoint to one dtype"
+            )
+        extents += [replace(e, tensor_offset=e.tensor_offset + position) for e in part.extents]
+        position += part.nbytes
+    image = TensorImage(name, first.dtype, tuple(shape), tuple(extents))
+    if image.nbytes != position:
+        raise CheckpointError(
+            f"{name!r} of shape {list(shape)} needs {image.nbytes} bytes, but the {len(parts)}"
+            f" tensors from {first.name!r} to {parts[-1].name!r} have {position}"
+        )
+    return image
+
+
+@dataclass
+class Checkpoint:
+    """Tensor images by name, over `shards`: real files, symbolic links resolved."""
+
+    shards: list[Path]
+    tensors: dict[str, TensorImage]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Checkpoint:
+        """Read the headers of one file, a folder, an index file, or a list of files."""
+        if not isinstance(source, (str, os.PathLike)):
+            return cls._of_files([Path(path) for path in source])
+        if not os.fspath(source):
+            raise CheckpointError("the checkpoint's path is empty: give a file or a folder")
+        path = Path(source)
+        chosen = _choose(path) if path.is_dir() else [path]
+        if len(chosen) == 1 and chosen[0].name.endswith(INDEX_SUFFIX):
+            return cls._of_index(chosen[0])
+        return cls._of_files(chosen)
+
+    @classmethod
+    def _of_files(cls, files: list[Path]) -> Checkpoint:
+        if not files:
+            raise CheckpointError("the list of files is empty: give at least one safetensors file")
+        checkpoint = cls([], {})
+        origin: dict[str, Path] = {}
+        for file in files:
+            for image in checkpoint._add(file):
+                if image.name in origin:
+                    raise CheckpointError(
+                        f"tensor {image.name!r} is in {origin[image.name]} and in {file};"
+                        " give the files of one checkpoint, each once"
+                    )
+                origin[image.name] = file
+                checkpoint.tensors[image.name] = image
+        return checkpoint
+
+    @classmethod
+    def _of_index(cls, index: Path) -> Checkpoint:
+        weight_map = _read_index(index)
+        names_in: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            names_in.setdefault(file, []).append(name)
+        checkpoint = cls([], {})
+        unlisted: list[str] = []
+        for file, names in names_in.items():
+            shard = index.parent / file
+            if not shard.exists():
+                raise CheckpointError(
+                    f"{shard} is missing: {index} places {_some(names)} there; download it again"
+                )
+            images = {image.name: image for image in checkpoint._add(shard)}
+            lacking = [name for name in names if name not in images]
+            if lacking:
+                raise CheckpointError(
+                    f"{shard} has no tensor {_some(lacking)}, but {index} says so; the index and"
+                    " the shards are not of one checkpoint: download both again"
+                )
+            unlisted += [name for name in images if name not in weight_map]
+            checkpoint.tensors.update((name, images[name]) for name in names)
+        if unlisted:
+            warnings.warn(
+                f"{index} does not list {len(unlisted)} tensors that its shards have; they are"
+                f" left out: {_some(unlisted)}",
+                stacklevel=3,
+            )
+        return checkpoint
+
+    def _add(self, file: Path) -> list[TensorImage]:
+        """Append a shard; its images in file order."""
+        images, metadata = _read_header(file, len(self.shards))
+        self.shards.append(file.resolve())
+        for key, value in metadata.items():
+            self.metadata.setdefault(key, value)
+        return images
+
+
+def _choose(folder: Path) -> list[Path]:
+    """The folder's checkpoint: its index alone, or all of its files."""
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    files = [name for name in names if name.endswith(".safetensors")]
+    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if "model.safetensors" in files:  # goes before an index, as in transformers
+        unused = [name for name in files + indices if name != "model.safetensors"]
+        if unused:
+            warnings.warn(
+                f"{folder}: model.safetensors is used, {_some(unused)} not; to use others, give"
+                " the index or a list of files",
+                stacklevel=3,
+            )
+        return [folder / "model.safetensors"]
+    if "model" + INDEX_SUFFIX in indices:
+        return [folder / ("model" + INDEX_SUFFIX)]
+    if len(indices) > 1:
+        raise CheckpointError(
+            f"{folder} has several indices: {_some(indices)}; give the one that is meant"
+        )
+    chosen = indices or files
+    if not chosen:
+        pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
+        advice = f"convert {_some(pickles)} to safetensors" if pickles else "check the path"
+        raise CheckpointError(f"{folder} has no *.safetensors file; {advice}")
+    return [folder / name for name in chosen]
+
+
+def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, str]]:
+    size = _file_size(file)
+    try:
+        with safe_open(file, framework="pt", backend="pread") as header:
+            slices = [(name, header.get_slice(name)) for name in header.offset_keys()]
+            listed = [(name, s.get_shape(), s.get_dtype()) for name, s in slices]
+            metadata = header.metadata() or {}
+        with open(file, "rb") as stream:
+            position = 8 + int.from_bytes(stream.read(8), "little")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors: {error}; download it again if it is not whole"
+        ) from error
+    images: list[TensorImage] = []
+    for name, shape, code in listed:
+        dtype = _dtype(code, file, name)
+        nbytes = prod(shape) * dtype.itemsize
+        extents = (Extent(shard, position, nbytes),) if nbytes else ()
+        images.append(TensorImage(name, dtype, tuple(shape), extents))
+        position += nbytes
+    if position != size:
+        raise CheckpointError(
+            f"{file} has {size} bytes, but its header describes {position}; download it again"
+        )
+    return images, metadata
+
+
+def _file_size(file: Path) -> int:
+    if file.name.endswith(_PICKLE_SUFFIXES):
+        raise CheckpointError(
+            f"{file} is a pickle, which may run code when loaded: convert it to safetensors"
+            " (safetensors.torch.save_file)"
+        )
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be opened: {error}; check the path") from error
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise CheckpointError(f"{file} is not a regular file: give a safetensors file or a folder")
+    return status.st_size
+
+
+def _dtype(code: str, file: Path, name: str) -> torch.dtype:
+    if code in _SUB_BYTE:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has dtype {code}, smaller than a byte, which cannot be"
+            " streamed; convert it to a dtype of whole bytes"
+        )
+    dtype = getattr(torch, _TORCH_NAMES.get(code, ""), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has dtype {code}, which torch {torch.__version__} does not"
+            " know; a newer torch may"
+        )
+    return dtype
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The validated `weight_map`: tensor name to a relative path inside the index's folder."""
+    if _file_size(index) > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{index} is larger than {MAX_INDEX_BYTES} bytes: no index is")
+    try:
+        with open(index, "rb") as stream:
+            content = json.loads(
+                stream.read(MAX_INDEX_BYTES).decode("utf-8"), object_pairs_hook=_unique_keys
+            )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not valid JSON: {error}; download it again") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no object 'weight_map': it is no safetensors index")
+    if not weight_map:
+        raise CheckpointError(f"{index} has an empty 'weight_map': it lists no tensors")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{index}: the file of tensor {name!r} is {file!r}, not a name")
+        problem = _path_problem(file)
+        if problem:
+            raise CheckpointError(f"{index}: the file of tensor {name!r}, {file!r}, {problem}")
+    return weight_map
+
+
+def _path_problem(file: str) -> str | None:
+    """Why an index entry is refused. Lexical: symbolic links may lead anywhere (hub caches)."""
+    if "\0" in file or not PurePosixPath(file).parts:
+        return "is not a file name"
+    if PurePosixPath(file).is_absolute() or PureWindowsPath(file).anchor:
+        return "is absolute: shards lie in the index's folder"
+    if ".." in PurePosixPath(file).parts or ".." in PureWindowsPath(file).parts:
+        return "leaves the folder of the index, which is refused"
+    if not file.endswith(".safetensors"):
+        return "is not a safetensors file: convert the checkpoint to safetensors"
+    return None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} occurs twice")
+    return result
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    listed = sorted(names)
+    shown = ", ".join(repr(name) for name in listed[:most])
+    return shown + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -1,0 +1,305 @@
+"""The command `wsm`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from . import __version__, report
+from .demo import SIZES, run_demo
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 is success, 1 a demo whose bits differ, 2 an error, 130 an interruption."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    options.command_line = ["wsm", *arguments]
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("wsm: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"wsm: error: {_one_line(error)} (--debug shows where)", file=sys.stderr)
+        return _BAD_INPUT
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # Only of these does the text alone say enough; a KeyError's is a bare name.
+    clear = isinstance(error, (ValueError, OSError)) and text
+    return text if clear else f"{type(error).__name__}: {text}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wsm",
+        description="Run models that do not fit in memory: "
+        "weights are streamed from the disk while computing.",
+    )
+    parser.add_argument("--version", action="version", version=f"wsm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    common, streaming = _common(), _streaming()
+
+    prefill = commands.add_parser(
+        "prefill",
+        parents=[streaming, common],
+        help="time prefills of random tokens",
+        description="Stream a model and time prefills of random tokens: rates, stalls, memory.",
+    )
+    prefill.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (1)")
+    prefill.add_argument(
+        "--tokens", type=int, default=2048, metavar="T", help="tokens of each (2048)"
+    )
+    prefill.add_argument("--repeat", type=int, default=3, metavar="N", help="prefills to run (3)")
+    prefill.set_defaults(run=_prefill)
+
+    generate = commands.add_parser(
+        "generate",
+        parents=[streaming, common],
+        help="continue a text",
+        description="Stream a model and continue a text; the model's folder must have a tokenizer.",
+    )
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="stop after N tokens (64)"
+    )
+    generate.set_defaults(run=_generate)
+
+    demo = commands.add_parser(
+        "demo",
+        parents=[common],
+        help="stream a small synthetic model and check its bits",
+        description="Make a small Llama, stream it under budgets far smaller than it, and compare "
+        "logits and tokens bit for bit with the resident model. The exit status is 1 if they "
+        "differ.",
+    )
+    demo.add_argument("--keep", metavar="FOLDER", help="make the checkpoint there, and keep it")
+    demo.add_argument("--size", choices=sorted(SIZES), default="small", help=argparse.SUPPRESS)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _common() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cuda, cuda:1 or cpu (a GPU where there is one)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _streaming() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("model", metavar="MODEL", help="a model's folder, or its id on the hub")
+    parser.add_argument(
+        "--device-memory",
+        default="auto",
+        metavar="SIZE",
+        help='weights on the device, as "12GiB" (auto)',
+    )
+    parser.add_argument(
+        "--host-memory",
+        default="auto",
+        metavar="SIZE",
+        help='pinned host memory, as "48GiB" (auto)',
+    )
+    parser.add_argument(
+        "--units",
+        default="auto",
+        metavar="UNITS",
+        help="auto, layer, group, leaf, or module names with commas between",
+    )
+    parser.add_argument(
+        "--lookahead", type=int, metavar="N", help="units kept in flight ahead of the running one"
+    )
+    parser.add_argument("--reader", choices=("auto", "uring", "pread"), help="how files are read")
+    parser.add_argument("--direct", choices=("auto", "on", "off"), help="read past the page cache")
+    parser.add_argument(
+        "--dtype", default="auto", help="the checkpoint's dtype, where its config is wrong"
+    )
+    parser.add_argument("--revision", metavar="REV", help="the hub revision")
+    parser.add_argument("--local-files-only", action="store_true", help="ask the hub's cache only")
+    return parser
+
+
+def _prefill(options: argparse.Namespace) -> int:
+    console = Console()
+    device = report.resolve_device(options.device)
+    with _load(options, options.model, device) as (model, load_seconds):
+        report.print_plan(console, model)
+        result = report.run_prefills(
+            model,
+            device=device,
+            vocab=model.config.get_text_config().vocab_size,
+            batch=options.batch,
+            tokens=options.tokens,
+            repeat=options.repeat,
+        )
+        report.print_prefills(console, result, load_seconds=load_seconds)
+        _write(
+            options,
+            device,
+            model,
+            load_s=load_seconds,
+            model=options.model,
+            prefill=result.as_dict(),
+        )
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    console = Console()
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    from .transformers_loader import resolve_folder
+
+    device = report.resolve_device(options.device)
+    folder = resolve_folder(
+        options.model, revision=options.revision, local_files_only=options.local_files_only
+    )
+    tokenizer = _tokenizer(folder)
+    inputs = tokenizer(options.prompt, return_tensors="pt").to(device)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if prompt_tokens == 0:
+        raise ValueError("--prompt holds no token")
+    options.revision = None  # the folder is that revision
+    with _load(options, folder, device) as (model, load_seconds):
+        streamer = _timed_streamer(tokenizer)
+        begin = time.perf_counter()
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=options.max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+        )
+        report.synchronize(device)
+        figures = {
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": output.shape[1] - prompt_tokens,
+            "first_seconds": streamer.first_token_at - begin,
+            "seconds": time.perf_counter() - begin,
+        }
+        report.print_generation(console, **figures, device=device)
+        text = tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
+        _write(
+            options,
+            device,
+            model,
+            load_s=load_seconds,
+            model=options.model,
+            generation={**figures, "text": text},
+        )
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    device = report.resolve_device(options.device)
+    content = run_demo(Console(), device=device, keep=options.keep, size=SIZES[options.size])
+    content["command"] = options.command_line
+    if options.json:
+        report.write_json(options.json, content)
+    return 0 if content["bit_equal"] else 1
+
+
+@contextmanager
+def _load(
+    options: argparse.Namespace, path: Any, device: torch.device
+) -> Iterator[tuple[Any, float]]:
+    from .transformers_loader import from_pretrained
+
+    settings = {
+        "lookahead_units": options.lookahead,
+        "reader": options.reader,
+        "direct": options.direct,
+    }
+    named = options.units not in ("auto", "layer", "group", "leaf")
+    begin = time.perf_counter()
+    with _progress() as progress:
+        model = from_pretrained(
+            path,
+            dtype=options.dtype,
+            device=device,
+            device_memory=options.device_memory,
+            host_memory=options.host_memory,
+            units=options.units.split(",") if named else options.units,
+            config={key: value for key, value in settings.items() if value is not None},
+            revision=options.revision,
+            local_files_only=options.local_files_only,
+            progress=progress,
+        )
+    with model:
+        yield model, time.perf_counter() - begin
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    columns = (
+        TextColumn("loading resident weights"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        yield update
+
+
+def _tokenizer(folder: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for files that are not there
+        raise ValueError(
+            f"{folder} has no tokenizer that transformers can load; `wsm prefill` needs none"
+        ) from error
+
+
+def _timed_streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class Timed(TextStreamer):  # type: ignore[misc]
+        """Prints the text as it comes and notes when the first new token came."""
+
+        first_token_at = 0.0
+        puts = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.puts += 1
+            if self.puts == 2:  # the first is the prompt
+                self.first_token_at = time.perf_counter()
+            super().put(value)
+
+    return Timed(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _write(
+    options: argparse.Namespace, device: torch.device, model: Any, /, **results: Any
+) -> None:
+    if options.json:
+        content = report.document(options.command_line, device, model, **results)
+        report.write_json(options.json, content)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The plan as Python shows it: which bytes live where, and what every pass moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import _engine
+from .sizes import format_bytes
+from .sources import Source
+from .units import Unit
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """One unit: `streamed_bytes` come to the device each time it is loaded, the rest stays there."""
+
+    name: str
+    label: str
+    bytes: int
+    streamed_bytes: int
+
+
+class Plan:
+    """What the planner decided. Sizes are in bytes.
+
+    `device_home_bytes`, `host_home_bytes` and `disk_home_bytes` are the model's bytes by where they
+    live between uses; the latter two cross the link to the device in every pass, the last one also
+    the link from the disk. `arena_bytes` and `homes_bytes` are device memory, `cache_bytes` and
+    `staging_bytes` (`slot_count` slots of `chunk_bytes`) pinned host memory.
+    """
+
+    def __init__(self, planned: _engine.PlannedModel, units: list[Unit], source: Source) -> None:
+        self.model_bytes: int = planned.model_bytes
+        self.device_home_bytes: int = planned.device_home_bytes
+        self.host_home_bytes: int = planned.host_home_bytes
+        self.disk_home_bytes: int = planned.disk_home_bytes
+        self.arena_bytes: int = planned.arena_bytes
+        self.homes_bytes: int = planned.homes_bytes
+        self.cache_bytes: int = planned.cache_bytes
+        self.staging_bytes: int = planned.staging_bytes
+        self.chunk_bytes: int = planned.chunk_bytes
+        self.slot_count: int = planned.slot_count
+        self.lookahead_units: int = planned.lookahead_units
+        self.read_ahead_bytes: int = planned.read_ahead_bytes
+        self.device_budget_bytes: int = planned.device_budget_bytes
+        self.host_budget_bytes: int = planned.host_budget_bytes
+        self.warnings: list[str] = list(planned.warnings)
+        self.units: list[UnitPlan] = [
+            UnitPlan(
+                unit.name,
+                unit.label,
+                sum(source.tensors[source.index_of[slot.name]][1] for slot in unit.slots),
+                planned.streamed_bytes(index),
+            )
+            for index, unit in enumerate(units)
+        ]
+
+    @property
+    def streams(self) -> bool:
+        """False when everything has a home on the device: nothing is wrapped, nothing moves."""
+        return any(unit.streamed_bytes for unit in self.units)
+
+    def __str__(self) -> str:
+        streaming = sum(1 for unit in self.units if unit.streamed_bytes)
+        rows = [
+            ("model", f"{format_bytes(self.model_bytes)} in {len(self.units)} units, {streaming} stream"),
+            ("stays on the device", format_bytes(self.device_home_bytes)),
+            ("stays in host memory", f"{format_bytes(self.host_home_bytes)}, copied every pass"),
+            ("stays on the disk", f"{format_bytes(self.disk_home_bytes)}, read and copied every pass"),
+            (
+                "device memory",
+                f"{format_bytes(self.homes_bytes)} homes + {format_bytes(self.arena_bytes)} arena"
+                f" of {format_bytes(self.device_budget_bytes)}",
+            ),
+            (
+                "host memory",
+                f"{format_bytes(self.cache_bytes)} cache + {format_bytes(self.staging_bytes)} staging"
+                f" of {format_bytes(self.host_budget_bytes)}",
+            ),
+            ("units loaded ahead", str(self.lookahead_units)),
+        ]
+        width = max(len(label) for label, _ in rows)
+        lines = [f"{label:<{width}}  {value}" for label, value in rows]
+        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])

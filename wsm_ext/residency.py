@@ -1,0 +1,266 @@
+"""Puts parameters into the module just before its forward, and takes them out after it.
+
+The engine decides when bytes are on the device; this is the seam to PyTorch: the forward of each
+unit's module is wrapped on the instance, and so is that of every module that holds units, to know
+where a pass begins and ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from . import _engine
+from .placeholder import StreamedParameter
+from .sources import Source, live
+from .units import Unit
+
+PLACE_ALIGNMENT = 256
+
+
+def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    """`nbytes` of device memory that begin at a multiple of 256 bytes."""
+    if device.type != "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    block = torch.empty(nbytes + PLACE_ALIGNMENT, dtype=torch.uint8)
+    start = -block.data_ptr() % PLACE_ALIGNMENT
+    return block[start : start + nbytes]
+
+
+class Passes:
+    """One pass at a time: entered by every wrapped forward, begun by the outermost."""
+
+    def __init__(self, engine: _engine.Engine, current_stream: Callable[[], int]) -> None:
+        self._engine = engine
+        self._stream = current_stream
+        self._turn = threading.RLock()
+        self.depth = 0
+        self._owner: int | None = None
+
+    def enter(self) -> None:
+        self._turn.acquire()
+        try:
+            if self.depth == 0:
+                self._engine.begin_pass(self._stream())
+                self._owner = threading.get_ident()
+            self.depth += 1
+        except BaseException:
+            self._turn.release()
+            raise
+
+    def leave(self) -> None:
+        try:
+            self.depth -= 1
+            if self.depth == 0:
+                self._owner = None
+                self._engine.end_pass(self._stream())
+        finally:
+            self._turn.release()
+
+    def inside(self) -> bool:
+        """Whether this thread is in the middle of a pass."""
+        return self._owner == threading.get_ident()
+
+
+class Residency:
+    """Wraps a module's forwards and swaps its parameters, until `undo`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        units: list[Unit],
+        source: Source,
+        planned: _engine.PlannedModel,
+        engine: _engine.Engine,
+        device: torch.device,
+        arena: torch.Tensor,
+        homes: torch.Tensor,
+    ) -> None:
+        self._module = module
+        self._units = units
+        self._planned = planned
+        self._engine = engine
+        self._device = device
+        self._current_stream = stream_getter(device)
+        self._passes = Passes(engine, self._current_stream)
+        self._undo: list[Callable[[], None]] = []
+        self._warned: set[str] = set()
+        # By slot name: its unit, its tensor in the unit, and the parameter on the device.
+        self._placed: dict[str, tuple[int, int, bool, nn.Parameter]] = {}
+        holders: set[int] = set()
+        for index, unit in enumerate(units):
+            swaps = self._place(index, unit, source, arena, homes)
+            if planned.streamed_bytes(index):
+                self._wrap(unit.module, self._streamed_forward(index, unit, swaps))
+                holders.add(id(unit.module))
+        if holders:
+            self._wrap_ancestors(module, holders)
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """A copy of the parameter's bytes on the device.
+
+        Raises KeyError where there is no such parameter.
+        """
+        if name not in self._placed:
+            raise KeyError(f"there is no streamed parameter {name!r}")
+        unit, tensor, resident, parameter = self._placed[name]
+        if resident:
+            return parameter.detach().clone()
+        copy = torch.empty(parameter.shape, dtype=parameter.dtype)
+        self._engine.fetch(unit, tensor, copy.data_ptr())
+        return copy.to(self._device)
+
+    def is_resident(self, name: str) -> bool:
+        return self._placed[name][2]
+
+    def undo(self) -> None:
+        """Leave the module as it was found."""
+        while self._undo:
+            self._undo.pop()()
+
+    # -- parameters --------------------------------------------------------------------------------
+
+    def _place(
+        self, index: int, unit: Unit, source: Source, arena: torch.Tensor, homes: torch.Tensor
+    ) -> list[tuple[dict[str, Any], str, nn.Parameter, torch.Tensor]]:
+        """Builds the unit's parameters over device memory; what streams gets a placeholder."""
+        members = unit_tensors(unit, source)
+        places = self._planned.tensor_places(index)
+        swaps = []
+        for slot in unit.slots:
+            tensor = members.index(source.index_of[slot.name])
+            resident, offset = places[tensor]
+            found = live(slot)
+            nbytes = found.numel() * found.element_size()
+            memory = (homes if resident else arena)[offset : offset + nbytes]
+            with torch.inference_mode(False):
+                view = memory.view(found.dtype).view(found.shape)
+                placed = nn.Parameter(view, requires_grad=False)
+            parameters = slot.owner._parameters
+            self._undo.append(functools.partial(parameters.__setitem__, slot.key, found))
+            self._placed[slot.name] = (index, tensor, resident, placed)
+            if resident:
+                parameters[slot.key] = placed
+                continue
+            absent = StreamedParameter(
+                found.shape, found.dtype, placed.device, slot.name, self._resolve
+            )
+            parameters[slot.key] = absent  # type: ignore[assignment]
+            swaps.append((parameters, slot.key, placed, absent))
+        return swaps
+
+    def _resolve(self, name: str) -> torch.Tensor:
+        """The bytes of a parameter that is touched while it is not in place."""
+        if not self._passes.inside():
+            raise RuntimeError(
+                f"parameter {name!r} is streamed: its bytes are on the device only during the forward"
+                f" of its module. Use fetch({name!r}) of the streamed module for a copy, or close()"
+                " the streamed module first"
+            )
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"parameter {name!r} was read outside the forward of its own module and is loaded on"
+                " demand, which is slow; name the module that reads it in units=[...]",
+                stacklevel=3,
+            )
+        return self.fetch(name)
+
+    # -- forwards ----------------------------------------------------------------------------------
+
+    def _wrap(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        own = module.__dict__.get("forward")
+        functools.update_wrapper(forward, module.forward)
+        module.forward = forward
+
+        def unwrap() -> None:
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = own
+
+        self._undo.append(unwrap)
+
+    def _streamed_forward(
+        self,
+        index: int,
+        unit: Unit,
+        swaps: list[tuple[dict[str, Any], str, nn.Parameter, torch.Tensor]],
+    ) -> Callable[..., Any]:
+        forward = unit.module.forward
+        acquire, release = self._engine.acquire, self._engine.release
+        passes, current_stream = self._passes, self._current_stream
+        depth = 0  # of calls of this module within itself
+
+        def streamed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            if torch.is_grad_enabled():
+                refuse_gradients(unit.name, args, kwargs)
+            passes.enter()
+            try:
+                stream = current_stream()
+                acquire(index, stream)
+                depth += 1
+                try:
+                    for parameters, key, placed, _ in swaps:
+                        parameters[key] = placed
+                    return forward(*args, **kwargs)
+                finally:
+                    depth -= 1
+                    if depth == 0:
+                        for parameters, key, _, absent in swaps:
+                            parameters[key] = absent
+                    release(index, stream)
+            finally:
+                passes.leave()
+
+        return streamed
+
+    def _wrap_ancestors(self, module: nn.Module, holders: set[int]) -> None:
+        passes = self._passes
+
+        def within_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def entered(*args: Any, **kwargs: Any) -> Any:
+                passes.enter()
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    passes.leave()
+
+            return entered
+
+        for outer in module.modules():
+            if id(outer) in holders or isinstance(outer, (nn.ModuleList, nn.ModuleDict)):
+                continue
+            if any(id(inner) in holders for inner in outer.modules()):
+                self._wrap(outer, within_pass(outer.forward))
+
+
+def unit_tensors(unit: Unit, source: Source) -> list[int]:
+    """The unit's tensors, each once, in the order of its slots."""
+    return list(dict.fromkeys(source.index_of[slot.name] for slot in unit.slots))
+
+
+def stream_getter(device: torch.device) -> Callable[[], int]:
+    """The compute stream of the calling thread as an integer; 0 on the host device."""
+    if device.type != "cuda":
+        return lambda: 0
+    current = torch.cuda.current_stream
+    return lambda: current(device).cuda_stream
+
+
+def refuse_gradients(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A backward pass would read the arena after other units have written to it."""
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            raise RuntimeError(
+                f"unit {name!r} is streamed and got an input that requires grad: backward through"
+                " streamed weights is not supported. Run under torch.no_grad() or inference_mode()"
+            )

@@ -1,0 +1,212 @@
+"""Where the bytes of a module's parameters come from: a checkpoint, or the module's own tensors in RAM.
+
+The result is what the planner takes: shards, tensor images, and for each slot its image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import _engine
+from .checkpoint import Checkpoint, CheckpointError, Extent, TensorImage
+from .units import Slot, Unit
+
+_MOST_NAMED = 10
+_COMPARE_BYTES = 16 << 20
+
+
+@dataclass
+class Source:
+    """Shards and tensor images for `_engine.plan_model`, and which slot has which image."""
+
+    shards: list[tuple[str, int, int]] = field(default_factory=list)  # path, bytes, alignment
+    memory: list[int] = field(default_factory=list)  # address, or 0 for a file
+    tensors: list[tuple[str, int, list[tuple[int, int, int, int]]]] = field(default_factory=list)
+    index_of: dict[str, int] = field(default_factory=dict)  # slot name -> index into tensors
+    # The module's own parameters by shard, where the bytes come from RAM.
+    owned: dict[int, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def in_ram(self) -> bool:
+        return bool(self.owned)
+
+
+def live(slot: Slot) -> torch.Tensor:
+    """The parameter that the slot holds now."""
+    parameter = slot.owner._parameters[slot.key]
+    assert parameter is not None
+    return parameter
+
+
+def from_checkpoint(units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
+    """Match every slot with its tensor by name, shape and dtype.
+
+    A tied parameter may be in the checkpoint under any one of its names. Where it is there under
+    several, equal tensors become one image; unequal ones stay apart.
+
+    Raises CheckpointError naming what is missing, or has another shape or dtype.
+    """
+    slots = [slot for unit in units for slot in unit.slots]
+    tied: dict[int, list[str]] = {}
+    for slot in slots:
+        tied.setdefault(id(live(slot)), []).append(slot.name)
+    chosen: dict[str, str] = {}
+    problems: list[str] = []
+    for slot in slots:
+        names = [name for name in tied[id(live(slot))] if name in checkpoint.tensors]
+        if not names:
+            problems.append(f"{slot.name} is not in the checkpoint")
+            continue
+        name = slot.name if slot.name in names else names[0]
+        if name != names[0] and _same_bytes(checkpoint, names[0], name):
+            name = names[0]
+        chosen[slot.name] = name
+        problems += _mismatch(slot, checkpoint.tensors[name])
+    _raise_for(problems)
+    return _source_of_images(
+        checkpoint, {slot: checkpoint.tensors[name] for slot, name in chosen.items()}
+    )
+
+
+def _mismatch(slot: Slot, image: TensorImage) -> list[str]:
+    parameter = live(slot)
+    problems = []
+    if tuple(parameter.shape) != tuple(image.shape):
+        problems.append(
+            f"{slot.name} has shape {list(parameter.shape)}, the checkpoint's {image.name}"
+            f" has {list(image.shape)}"
+        )
+    if parameter.dtype != image.dtype:
+        problems.append(
+            f"{slot.name} is {parameter.dtype}, the checkpoint's {image.name} is {image.dtype};"
+            " build the module with the checkpoint's dtype"
+        )
+    return problems
+
+
+def _raise_for(problems: list[str]) -> None:
+    if not problems:
+        return
+    shown = "".join(f"\n  {line}" for line in problems[:_MOST_NAMED])
+    more = len(problems) - _MOST_NAMED
+    raise CheckpointError(
+        f"the checkpoint does not fit the module:{shown}" + (f"\n  and {more} more" if more > 0 else "")
+    )
+
+
+def _source_of_images(checkpoint: Checkpoint, images: dict[str, TensorImage]) -> Source:
+    source = Source()
+    for path in checkpoint.shards:
+        alignment = _engine.direct_alignment(str(path))
+        source.shards.append((str(path), path.stat().st_size, alignment))
+        source.memory.append(0)
+    seen: dict[tuple[Extent, ...], int] = {}
+    for slot_name, image in images.items():
+        if image.extents not in seen:
+            seen[image.extents] = len(source.tensors)
+            extents = [(e.shard, e.offset, e.nbytes, e.tensor_offset) for e in image.extents]
+            source.tensors.append((slot_name, image.nbytes, extents))
+        source.index_of[slot_name] = seen[image.extents]
+    return source
+
+
+def _same_bytes(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    one, two = checkpoint.tensors[a], checkpoint.tensors[b]
+    if one.extents == two.extents:
+        return True
+    if one.nbytes != two.nbytes:
+        return False
+    return all(
+        x == y
+        for x, y in zip(_blocks(checkpoint, one), _blocks(checkpoint, two), strict=True)
+    )
+
+
+def _blocks(checkpoint: Checkpoint, image: TensorImage) -> Iterable[bytes]:
+    """The image's bytes in tensor order, cut at multiples of one block."""
+    pending = bytearray()
+    for extent in sorted(image.extents, key=lambda e: e.tensor_offset):
+        with open(checkpoint.shards[extent.shard], "rb") as file:
+            file.seek(extent.offset)
+            left = extent.nbytes
+            while left:
+                block = file.read(min(left, _COMPARE_BYTES - len(pending)))
+                if not block:
+                    raise CheckpointError(f"{file.name} ends inside tensor {image.name!r}")
+                left -= len(block)
+                pending += block
+                if len(pending) == _COMPARE_BYTES:
+                    yield bytes(pending)
+                    pending.clear()
+    if pending:
+        yield bytes(pending)
+
+
+def from_module(units: Iterable[Unit]) -> Source:
+    """The module's own tensors are the shards; tied ones are one.
+
+    Raises ValueError naming a parameter that has no bytes (meta), or has them on another device.
+    """
+    source = Source()
+    index: dict[int, int] = {}
+    for unit in units:
+        for slot in unit.slots:
+            parameter = live(slot)
+            if parameter.device.type != "cpu":
+                raise ValueError(
+                    f"parameter {slot.name!r} is on {parameter.device}: without a checkpoint, stream()"
+                    " takes the weights from RAM. Give a checkpoint, or move the module to the CPU"
+                )
+            if id(parameter) not in index:
+                index[id(parameter)] = len(source.tensors)
+                _add_memory(source, slot.name, parameter)
+            source.index_of[slot.name] = index[id(parameter)]
+    return source
+
+
+def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
+    if type(parameter) not in (nn.Parameter, torch.Tensor):
+        raise ValueError(
+            f"parameter {name!r} is a {type(parameter).__name__}: only plain tensors can be streamed."
+            " Quantised tensor subclasses are not supported"
+        )
+    if not parameter.is_contiguous():
+        parameter.data = parameter.data.contiguous()
+    shard = len(source.shards)
+    nbytes = parameter.numel() * parameter.element_size()
+    source.shards.append((name, nbytes, 1))
+    source.memory.append(parameter.data_ptr())
+    source.tensors.append((name, nbytes, [(shard, 0, nbytes, 0)]))
+    source.owned[shard] = parameter  # type: ignore[assignment]
+
+
+def surplus(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """The checkpoint's tensors that are neither a parameter nor a persistent buffer of the module."""
+    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return sorted(set(checkpoint.tensors) - known)
+
+
+def check_surplus(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError naming tensors that the module has no place for."""
+    names = surplus(module, checkpoint)
+    if names:
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        raise CheckpointError(
+            f"the checkpoint has tensors that the module has not: {', '.join(names[:_MOST_NAMED])}{more}."
+            " Is it the checkpoint of this model?"
+        )
+
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """One small tensor (a buffer), read into RAM."""
+    image = checkpoint.tensors[name]
+    data = bytearray().join(_blocks(checkpoint, image))
+    if not data:
+        return torch.empty(image.shape, dtype=image.dtype)
+    return torch.frombuffer(data, dtype=torch.uint8).view(image.dtype).reshape(image.shape).clone()

@@ -1,0 +1,445 @@
+"""`stream()` and what it returns: a module whose weights stream to the device while it computes."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _engine, sources
+from .budgets import device_available, host_available
+from .checkpoint import Checkpoint
+from .config import Config, make_limits
+from .plan import Plan
+from .residency import Residency, allocate, stream_getter, unit_tensors
+from .sizes import parse_bytes
+from .sources import Source
+from .units import Slot, Unit, find_units
+
+CheckpointLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Checkpoint
+Progress = Callable[[int, int], None]
+
+_MIB = 1 << 20
+# With device="cpu" both budgets are RAM: what stays on the "device" needs no copy, so it gets more.
+_CPU_DEVICE_SHARE = 0.85
+
+
+def stream(
+    module: nn.Module,
+    checkpoint: CheckpointLike | None = None,
+    *,
+    device: str | torch.device | None = None,
+    device_memory: int | str = "auto",
+    host_memory: int | str = "auto",
+    units: str | Sequence[str] = "auto",
+    config: Config | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> StreamedModule:
+    """Make `module` run on `device` with its weights streamed within the budgets given.
+
+    Args:
+        module: any module; with a checkpoint its parameters may be on meta.
+        checkpoint: a safetensors file, a folder of them (with an index or without), a list of
+            files, or an open `Checkpoint`. None: the weights that the module holds in RAM.
+        device: "cuda", "cuda:1", or "cpu" (the host device); None: "cuda" where there is one.
+        device_memory: bytes, or "12GiB", for weights on the device: what stays there, and the arena
+            that the rest passes through. "auto": what is free, less a guard.
+        host_memory: the same for pinned host memory: the host cache and the staging ring.
+        units: what is loaded at once: "auto", "layer", "group" (attention, MLP), "leaf", or the
+            names of modules.
+        config: settings beyond these; they win over environment variables.
+        progress: called with (bytes done, bytes in all) while weights that stay are loaded.
+
+    Raises:
+        CheckpointError (a ValueError): the checkpoint is damaged or does not fit the module.
+        ValueError: an argument is wrong, or a budget too small; the message names the least.
+        OSError, TimeoutError: the storage failed. EngineError: the device did.
+    """
+    return StreamedModule(
+        module, checkpoint, device, device_memory, host_memory, units, config, progress
+    )
+
+
+class StreamedModule(nn.Module):
+    """A module whose weights stream. Attributes are those of the wrapped module, `.module`.
+
+    Use it like the module, as a context manager, or call `close()` when done: that leaves the
+    wrapped module as it was found.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        checkpoint: CheckpointLike | None,
+        device: str | torch.device | None,
+        device_memory: int | str,
+        host_memory: int | str,
+        units: str | Sequence[str],
+        config: Config | Mapping[str, Any] | None,
+        progress: Progress | None,
+    ) -> None:
+        super().__init__()
+        if isinstance(module, StreamedModule) or hasattr(module, "_wsm_streamed"):
+            raise ValueError("the module is streamed already: close() it first")
+        self._closed = True  # until everything stands
+        self.module = module
+        self._device = _resolve_device(device)
+        self._config = Config.resolve(config)
+        budgets = _Budgets(self._device, device_memory, host_memory, self._config)
+        opened = _open(checkpoint)
+        if opened is not None:
+            sources.check_surplus(module, opened)
+        self._units, self._source, self._planned, warned = _plan(
+            module, opened, units, budgets, self._config
+        )
+        self._plan = Plan(self._planned, self._units, self._source)
+        self._plan.warnings[:0] = warned
+        self._buffers_found: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self._start(opened, progress)
+
+    def _start(self, checkpoint: Checkpoint | None, progress: Progress | None) -> None:
+        planned, device = self._planned, self._device
+        self._arena = allocate(planned.arena_bytes, device)
+        self._homes = allocate(planned.homes_bytes, device)
+        current_stream = stream_getter(device)
+        self._engine = _engine.Engine(
+            planned,
+            -1 if device.type == "cpu" else device.index,
+            self._arena.data_ptr() if planned.arena_bytes else 0,
+            self._homes.data_ptr() if planned.homes_bytes else 0,
+            self._source.memory,
+            current_stream(),
+            _engine_options(self._config),
+        )
+        # Before torch and the driver are torn down, should nobody close it.
+        self._finalizer = weakref.finalize(self, self._engine.close)
+        try:
+            self._engine.load_resident(current_stream(), self._progress_of(progress))
+            if self._source.in_ram:
+                self._move_into_cache(current_stream())
+            self._place_buffers(checkpoint)
+            self._residency = Residency(
+                self.module,
+                self._units,
+                self._source,
+                planned,
+                self._engine,
+                device,
+                self._arena,
+                self._homes,
+            )
+        except BaseException:
+            self._restore_buffers()
+            self._engine.close()
+            raise
+        self._free_owned()
+        object.__setattr__(self.module, "_wsm_streamed", True)
+        self._closed = False
+
+    def _progress_of(self, progress: Progress | None) -> Callable[[], None] | None:
+        if progress is None:
+            return None
+        total = self._planned.device_home_bytes
+        return lambda: progress(min(self._engine.totals()["h2d_bytes"], total), total)
+
+    # -- weights that the module holds in RAM ------------------------------------------------------
+
+    def _move_into_cache(self, current: int) -> None:
+        """Load every unit once: what has a home in the host cache is then there."""
+        self._engine.begin_pass(current)
+        for index, unit in enumerate(self._plan.units):
+            if unit.streamed_bytes:
+                self._engine.acquire(index, current)
+                self._engine.release(index, current)
+        self._engine.end_pass(current)
+
+    def _free_owned(self) -> None:
+        """Free the module's own tensors whose bytes are all on the device or in the host cache."""
+        held = self._planned.shards_on_disk()
+        for shard, parameter in self._source.owned.items():
+            if shard not in held:
+                parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+    def _give_back_owned(self) -> None:
+        names = {index: name for name, index in self._source.index_of.items()}
+        for shard, parameter in self._source.owned.items():
+            if parameter.numel() == 0 and self._source.tensors[shard][1] > 0:
+                parameter.data = self._residency.fetch(names[shard]).cpu()
+
+    # -- buffers -----------------------------------------------------------------------------------
+
+    def _place_buffers(self, checkpoint: Checkpoint | None) -> None:
+        """Buffers are small: they live on the device. Persistent ones come from the checkpoint."""
+        for prefix, owner in self.module.named_modules():
+            for key, buffer in owner._buffers.items():
+                if buffer is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                value = buffer
+                persistent = key not in owner._non_persistent_buffers_set
+                if checkpoint is not None and persistent and name in checkpoint.tensors:
+                    value = sources.read_tensor(checkpoint, name)
+                    if value.shape != buffer.shape:
+                        raise ValueError(
+                            f"buffer {name!r} has shape {list(buffer.shape)}, the checkpoint's has"
+                            f" {list(value.shape)}"
+                        )
+                    value = value.to(buffer.dtype)
+                elif buffer.is_meta:
+                    raise ValueError(
+                        f"buffer {name!r} is on meta and the checkpoint does not have it: build the"
+                        " module with its buffers real (only parameters on meta)"
+                    )
+                self._buffers_found.append((owner, key, buffer))
+                owner._buffers[key] = value.to(self._device)
+
+    def _restore_buffers(self) -> None:
+        for owner, key, buffer in self._buffers_found:
+            owner._buffers[key] = buffer
+        self._buffers_found.clear()
+
+    # -- the surface -------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Where every byte lives and what a pass moves."""
+        return self._plan
+
+    def stats(self) -> dict[str, Any]:
+        """Counters as a plain dict: bytes per link, waits by cause, memory.
+
+        `last_pass` waits until the device has ended it. Byte counts are payload, but for
+        `disk_read_bytes`, which includes alignment. `stall_seconds` says how long the forward waited:
+        `disk` and `arena` on the host, `h2d` on the device.
+        """
+        host_bytes, pinned_bytes = self._engine.memory()
+        device_bytes = 0
+        if not self._closed:
+            device_bytes = _engine.device_block_bytes(
+                self._planned.arena_bytes
+            ) + _engine.device_block_bytes(self._planned.homes_bytes)
+        return {
+            "passes": self._engine.passes,
+            "memory": {
+                "device_bytes": device_bytes,
+                "device_peak_bytes": device_bytes,
+                "device_budget_bytes": self._planned.device_budget_bytes,
+                "host_bytes": host_bytes,
+                "host_pinned_bytes": pinned_bytes,
+                "host_peak_bytes": host_bytes,
+                "host_budget_bytes": self._planned.host_budget_bytes,
+            },
+            "last_pass": self._engine.last_pass(),
+            "totals": self._engine.totals(),
+            "readers": self._engine.readers(),
+            "warnings": self._plan.warnings + self._engine.warnings,
+        }
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """A copy on the device of the parameter `name` (a name of the wrapped module).
+
+        Raises KeyError where there is no such parameter.
+        """
+        if self._closed:
+            raise RuntimeError("the streamed module is closed")
+        return self._residency.fetch(name)
+
+    def close(self) -> None:
+        """Wait for what is under way, restore the module, and free all memory. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._give_back_owned()
+        finally:
+            self._residency.undo()
+            self._restore_buffers()
+            object.__delattr__(self.module, "_wsm_streamed")
+            self._engine.close()
+            self._residency._placed.clear()
+            del self._arena, self._homes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module" or name.startswith("_"):
+                raise
+            return getattr(super().__getattr__("module"), name)
+
+    def __enter__(self) -> StreamedModule:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self.__dict__.get("_closed", True):
+            self.close()
+
+    # Names are those of the wrapped module.
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.module.named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self._closed:
+            return self.module.state_dict(*args, **kwargs)
+        raise RuntimeError(
+            "a streamed module's weights are in its checkpoint; use fetch(name) for one of them, or"
+            " close() first"
+        )
+
+
+class _Budgets:
+    """Device and host bytes, and whether the user named them."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        device_memory: int | str,
+        host_memory: int | str,
+        config: Config,
+    ) -> None:
+        self.explicit_device = device_memory != "auto"
+        self.explicit_host = host_memory != "auto"
+        self.device_bytes = 0
+        self.host_bytes = 0
+        if self.explicit_device:
+            self.device_bytes = parse_bytes(device_memory, "device_memory")
+        if self.explicit_host:
+            self.host_bytes = parse_bytes(host_memory, "host_memory")
+        guard = config.gpu_free_guard_mb * _MIB
+        if device.type != "cpu":
+            if not self.explicit_device:
+                self.device_bytes = device_available(device, guard)
+            if not self.explicit_host:
+                self.host_bytes = host_available()
+            return
+        free = host_available()
+        if not self.explicit_device:
+            share = _CPU_DEVICE_SHARE if not self.explicit_host else 1.0
+            self.device_bytes = max(int((free - self.host_bytes) * share), 0)
+        if not self.explicit_host:
+            self.host_bytes = max(free - self.device_bytes, 0)
+
+
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and _engine.built_with_cuda else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise ValueError(f"device {str(device)!r} is not supported: use 'cuda', 'cuda:N' or 'cpu'")
+    if not _engine.built_with_cuda:
+        raise _engine.EngineError(
+            "wsm_ext was built without CUDA: install a CUDA toolkit and reinstall with WSM_CUDA=ON,"
+            " or use device='cpu'"
+        )
+    if not torch.cuda.is_available():
+        raise _engine.EngineError(
+            "torch sees no CUDA device: check the driver with nvidia-smi and that torch was installed"
+            " with CUDA, or use device='cpu'"
+        )
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    return torch.device("cuda", index)
+
+
+def _open(checkpoint: CheckpointLike | None) -> Checkpoint | None:
+    if checkpoint is None or isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    return Checkpoint.open(checkpoint)
+
+
+def _plan(
+    module: nn.Module,
+    checkpoint: Checkpoint | None,
+    units: str | Sequence[str],
+    budgets: _Budgets,
+    config: Config,
+) -> tuple[list[Unit], Source, _engine.PlannedModel, list[str]]:
+    """Plans with the units asked for; "auto" takes finer ones where the coarser do not fit."""
+    if units != "auto":
+        modes: list[str | Sequence[str]] = [units]
+    elif config.gpu_max_groups is not None:
+        modes = ["group"]
+    else:
+        modes = ["layer", "group", "leaf"]
+    refused: ValueError | None = None
+    for mode in modes:
+        found = find_units(module, mode)
+        for unit in found:
+            unit.slots = [slot for slot in unit.slots if _has_bytes(slot)]
+        found = [unit for unit in found if unit.slots]
+        if checkpoint is not None:
+            source = sources.from_checkpoint(found, checkpoint)
+        else:
+            source = sources.from_module(found)
+        try:
+            planned, warned = _plan_units(module, found, source, budgets, config)
+            return found, source, planned, warned
+        except ValueError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _has_bytes(slot: Slot) -> bool:
+    parameter = sources.live(slot)
+    if parameter.numel() == 0 and parameter.is_meta:
+        slot.owner._parameters[slot.key] = nn.Parameter(
+            torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
+        )
+    return parameter.numel() > 0
+
+
+def _plan_units(
+    module: nn.Module, units: list[Unit], source: Source, budgets: _Budgets, config: Config
+) -> tuple[_engine.PlannedModel, list[str]]:
+    members = [unit_tensors(unit, source) for unit in units]
+    sizes = [sum(source.tensors[tensor][1] for tensor in tensors) for tensors in members]
+    layers: dict[int, int] = {}
+    for unit, size in zip(units, sizes, strict=True):
+        if unit.layer is not None:
+            layers[unit.layer] = layers.get(unit.layer, 0) + size
+    in_layers = [s for u, s in zip(units, sizes, strict=True) if u.layer is not None]
+    largest = max(sizes, default=0)
+    fields, warned = make_limits(
+        config,
+        device_bytes=budgets.device_bytes,
+        host_bytes=budgets.host_bytes,
+        layer_bytes=max(layers.values(), default=largest),
+        group_bytes=max(in_layers, default=largest),
+        explicit_device=budgets.explicit_device,
+        explicit_host=budgets.explicit_host,
+    )
+    limits = _engine.Limits()
+    for key, value in fields.items():
+        setattr(limits, key, value)
+    specs = [
+        (unit.name, unit.label, tensors, unit.exclusive)
+        for unit, tensors in zip(units, members, strict=True)
+    ]
+    return _engine.plan_model(source.shards, source.tensors, specs, limits), warned
+
+
+def _engine_options(config: Config) -> _engine.EngineOptions:
+    options = _engine.EngineOptions()
+    options.reader = getattr(_engine.ReaderChoice, config.reader)
+    options.direct = getattr(_engine.DirectMode, config.direct)
+    options.read_threads = config.read_threads or 0
+    options.read_timeout_s = config.read_timeout_s
+    options.poison = config.poison
+    options.verbose = config.verbose
+    return options

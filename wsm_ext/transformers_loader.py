@@ -1,0 +1,247 @@
+"""Load a transformers model for streaming.
+
+The module is built with its parameters on the meta device, where they cost nothing, and its buffers
+real. `transformers_names` finds the tensor of each parameter and persistent buffer; what `stream`
+gets is a Checkpoint under the module's names. No tensor is read here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .checkpoint import Checkpoint, CheckpointError, TensorImage
+from .config import Config
+from .stream import StreamedModule, stream
+from .transformers_names import meta_parameter, place
+
+_log = logging.getLogger("wsm_ext")
+
+_DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_NOT_DOWNLOADED = ["original/*", "consolidated*"]
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    auto_class: Any = None,
+    device: str | torch.device | None = None,
+    device_memory: int | str = "auto",
+    host_memory: int | str = "auto",
+    units: Any = "auto",
+    config: Config | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> StreamedModule:
+    """Stream the transformers model in the folder `path`, or behind the hub id `path`.
+
+    `dtype` is "auto" (what the config says) or a dtype; the checkpoint's tensors must have it, for
+    nothing is cast on the way. `auto_class` is a transformers class, or its name, for a config
+    whose `architectures` does not decide. The other arguments are those of `stream`.
+    """
+    folder = resolve_folder(path, revision=revision, local_files_only=local_files_only)
+    module, checkpoint = prepare(folder, dtype=dtype, auto_class=auto_class)
+    return stream(
+        module,
+        checkpoint,
+        device=device,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        units=units,
+        config=config,
+        progress=progress,
+    )
+
+
+def prepare(
+    folder: Path, *, dtype: str | torch.dtype = "auto", auto_class: Any = None
+) -> tuple[PreTrainedModel, Checkpoint]:
+    """The model with its parameters on meta, and the checkpoint under the model's names."""
+    config = _read_config(folder)
+    checkpoint = _open_weights(folder, config)
+    main_dtype = _main_dtype(dtype, config, checkpoint)
+    model = _build(config, auto_class, main_dtype)
+
+    images = place(model, checkpoint, main_dtype, dtype)
+
+    _load_generation_config(model, folder)
+    _never_compile(model)
+    model.eval()
+    view = {name: replace(image, name=name) for name, image in images.items()}
+    return model, replace(checkpoint, tensors=view)
+
+
+def resolve_folder(
+    path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """A local folder as it is; anything else is asked from the hub's cache, then from the hub."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r} means nothing for the local folder {folder}"
+            )
+        return folder
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder} is a file: give the model's folder, which has its config.json too"
+        )
+    name = os.fspath(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise CheckpointError(f"{name}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=local_files_only,
+                allow_patterns=_DOWNLOADED,
+                ignore_patterns=_NOT_DOWNLOADED,
+            )
+        )
+    except Exception as error:  # the hub client has no common base class for what can go wrong
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{name}: no such folder here, and the hub did not supply it: {reason[0]}"
+        ) from error
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter (adapter_config.json); adapters are not supported: "
+            "merge it into its base model first"
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a transformers model")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method")
+            if isinstance(quantization, Mapping)
+            else getattr(quantization, "quant_method", None)
+        )
+        raise CheckpointError(
+            f"{folder} is quantized (quantization_config: {getattr(method, 'value', method)}); "
+            "quantized models are not supported"
+        )
+    return config
+
+
+def _open_weights(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+    named = getattr(config, "transformers_weights", None)
+    if named is not None:
+        raise CheckpointError(
+            f"{folder}: config.json names its weights itself ({named}), not supported"
+        )
+    return Checkpoint.open(folder)
+
+
+def _main_dtype(
+    dtype: str | torch.dtype, config: PreTrainedConfig, checkpoint: Checkpoint
+) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f'dtype={dtype!r}: not a dtype; "auto" takes the checkpoint\'s own')
+        return found
+    if config.dtype is not None:
+        return config.dtype
+    usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    held = (image.dtype for image in checkpoint.tensors.values())
+    return next((dtype for dtype in held if dtype in usual), torch.float32)
+
+
+# Building
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get meta parameters; one that is registered twice stays one."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            twin = getattr(param, "_wsm_meta_twin", None)
+            if twin is None:
+                twin = meta_parameter(param, param.dtype)
+                param._wsm_meta_twin = twin  # type: ignore[attr-defined]
+            param = twin
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _build(config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
+    build = _builder(config, auto_class)
+    with _parameters_on_meta(), no_init_weights():
+        model = build(config, dtype=dtype)
+    # As from_pretrained does, outside of the model's dtype. The parameters are marked as
+    # initialised, so this touches buffers alone.
+    model.initialize_weights()
+    return model
+
+
+def _builder(config: PreTrainedConfig, auto_class: Any) -> Callable[..., PreTrainedModel]:
+    if auto_class is None:
+        names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
+        auto_class = names[0]
+    found = getattr(transformers, auto_class, None) if isinstance(auto_class, str) else auto_class
+    if hasattr(found, "from_config"):
+        return found.from_config
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found._from_config
+    raise CheckpointError(
+        f"{auto_class!r} is not a model class of transformers {transformers.__version__}; "
+        'pass auto_class, for example auto_class="AutoModelForCausalLM"'
+    )
+
+
+def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        model.generation_config = GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )
+
+
+def _never_compile(model: PreTrainedModel) -> None:
+    """With a static cache `generate` would compile the forward, and capture graphs across units."""
+    decide = getattr(model, "_valid_auto_compile_criteria", None)
+    if decide is None:
+        return
+
+    def refuse(model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        if decide(model_kwargs, generation_config):
+            _log.warning(
+                "generate() would compile the forward pass; a streamed model runs uncompiled"
+            )
+        return False
+
+    model._valid_auto_compile_criteria = refuse
