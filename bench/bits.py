@@ -15,6 +15,7 @@ MIB = harness.MIB
 # One a pass: batch and length change between passes.
 SHAPES = ((1, 17), (2, 33), (1, 1), (1, 64), (3, 8))
 NEW_TOKENS = 32
+STAGING_MB = 2
 
 
 @dataclass
@@ -29,37 +30,39 @@ class Case:
 
 
 def cases(sizes: shapes.Sizes) -> Iterator[Case]:
-    layer, model = sizes.layer_place_bytes, sizes.model_bytes
-    arena = shapes.blocks(max(2 * layer, sizes.ends_place_bytes) + MIB)
-    tight = shapes.blocks(max(2 * layer, sizes.ends_place_bytes))
-    homes = shapes.blocks(model // 4)
-    staging = 16 * MIB
-    lone = {"home_bytes": 0, "chunk_mb": 0.25}
-    disk = {**lone, "arena_bytes": arena, "staging_mb": 16, "cpu_cache_cap_layers": 0}
+    """Limits in bytes are exact and small, so that the ring wraps and the arena is really tight."""
+    model = sizes.model_bytes
+    tight = max(2 * sizes.layer_place_bytes, sizes.ends_place_bytes)
+    arena = tight + sizes.layer_place_bytes
+    staging = STAGING_MB * MIB
+    ring = {"chunk_mb": 0.25, "staging_mb": STAGING_MB}
+    alone = {**ring, "arena_bytes": arena, "home_bytes": 0}
+    disk = {**alone, "cpu_cache_cap_layers": 0}
+    room = shapes.blocks(arena)
 
     def from_disk(plan: Any) -> bool:
         return bool(plan.disk_home_bytes == plan.model_bytes)
 
-    yield Case("all on disk", arena, staging, disk, from_disk)
-    cached = {**lone, "arena_bytes": arena, "staging_mb": 16}
-    everything = shapes.host_bytes(sizes, staging)
-    yield Case(
-        "all in the cache", arena, everything, cached, lambda p: p.host_home_bytes == p.model_bytes
-    )
-    mixed = {"arena_bytes": arena, "home_bytes": homes, "chunk_mb": 0.25, "staging_mb": 16}
-    yield Case(
-        "mixture",
-        arena + homes,
-        staging + model // 3,
-        mixed,
-        lambda p: min(p.device_home_bytes, p.host_home_bytes, p.disk_home_bytes) > 0,
-    )
+    def from_cache(plan: Any) -> bool:
+        return bool(plan.host_home_bytes == plan.model_bytes)
+
+    def from_all(plan: Any) -> bool:
+        return min(plan.device_home_bytes, plan.host_home_bytes, plan.disk_home_bytes) > 0
+
+    yield Case("all on disk", room, staging, disk, from_disk)
+    yield Case("all in the cache", room, shapes.host_bytes(sizes, staging), alone, from_cache)
+    mixed = {**ring, "arena_bytes": arena, "home_bytes": model // 4}
+    both = room + shapes.blocks(model // 4)
+    yield Case("mixture", both, staging + model // 3, mixed, from_all)
     barely = {**disk, "arena_bytes": tight}
-    yield Case("arena of two units", tight, staging, barely, lambda p: p.arena_bytes <= tight)
-    for reader in ("uring", "pread"):
-        for direct, mode in (("on", "direct"), ("off", "buffered")):
-            config = {**disk, "reader": reader, "direct": direct}
-            yield Case(f"{reader}, {mode}", arena, staging, config, from_disk, reader, mode)
+    yield Case("arena of two units", room, staging, barely, lambda p: 0 < p.arena_bytes <= tight)
+    for reader, direct, mode in (
+        ("uring", "on", "direct"),
+        ("pread", "on", "direct"),
+        ("pread", "off", "buffered"),
+    ):
+        config = {**disk, "reader": reader, "direct": direct}
+        yield Case(f"{reader}, {mode}", room, staging, config, from_disk, reader, mode)
 
 
 @torch.inference_mode()

@@ -103,9 +103,10 @@ def open_streamed(context: Context, **settings: Any) -> tuple[Any, float]:
 def device_settings(context: Context) -> tuple[int, dict[str, int]]:
     """Budget and settings: an arena of --arena-layers layers, homes of --home-bytes."""
     layers = context.arguments.arena_layers
-    arena = shapes.blocks(int(layers * context.sizes.layer_place_bytes))
-    homes = shapes.blocks(context.arguments.home_bytes)
-    return arena + homes, {"arena_bytes": arena, "home_bytes": homes}
+    arena = int(layers * context.sizes.layer_place_bytes)
+    homes = context.arguments.home_bytes
+    budget = shapes.blocks(arena) + shapes.blocks(homes)
+    return budget, {"arena_bytes": arena, "home_bytes": homes}
 
 
 def case_resident(context: Context) -> dict[str, Any]:

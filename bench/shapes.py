@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 _PLACE = 256  # device memory is laid out in steps of this
-_MIB = 1 << 20
 
 TINY = {"hidden": 256, "intermediate": 704, "heads": 8, "kv_heads": 4, "vocab": 512}
 
@@ -65,10 +64,10 @@ def _up(nbytes: int, step: int) -> int:
 
 
 def blocks(nbytes: int) -> int:
-    """Device bytes that one allocation takes, as torch's allocator rounds."""
-    if nbytes <= _MIB:
-        return min(nbytes, 1) * 2 * _MIB
-    return max(10 * _MIB, _up(nbytes, 2 * _MIB))
+    """Device bytes that one allocation takes, rounded as the planner does."""
+    from wsm_ext import _engine
+
+    return int(_engine.device_block_bytes(nbytes))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ as_root() {
 }
 
 python=${PYTHON:-python3}
-# Under another name than python3 the interpreter is the caller's own, and no package of the system's serves.
 python_has() { "$python" -c "$1" 2>/dev/null; }
+has_venv() { python_has 'import ensurepip, venv'; }
+has_headers() { python_has 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'; }
 
 missing_packages() {
   command -v g++ >/dev/null || echo g++
@@ -32,8 +33,8 @@ missing_packages() {
   [ -e /usr/include/liburing.h ] || echo liburing-dev
   [ -e /usr/include/gtest/gtest.h ] || echo libgtest-dev
   command -v "$python" >/dev/null || echo python3
-  python_has 'import ensurepip, venv' || echo python3-venv
-  python_has 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' || echo python3-dev
+  has_venv || echo python3-venv
+  has_headers || echo python3-dev
 }
 
 install_packages() {
@@ -46,7 +47,7 @@ install_packages() {
   # shellcheck disable=SC2086  # one word a package
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $wanted
   wanted=$(missing_packages | tr '\n' ' ')
-  [ -z "$wanted" ] || fail "still missing after apt-get install: $wanted (is PYTHON=$python your own build?)"
+  [ -z "$wanted" ] || fail "still missing after apt-get install: $wanted (is $(command -v "$python") the system's?)"
 }
 
 # The CUDA device needs the runtime's headers and archive, not the compiler. Without a toolkit they come as
@@ -59,6 +60,8 @@ install_cuda_runtime() {
   .venv/bin/python -m pip install -q 'cuda-toolkit[cudart,crt]==13.*'
 }
 
+[ "$python" = python3 ] || { has_venv && has_headers; } ||
+  fail "PYTHON=$python is not there, or lacks the module venv or its headers (Python.h)"
 install_packages
 python_has 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   fail "Python 3.10 or newer is needed, and $python is $("$python" -V 2>&1); name another by PYTHON="

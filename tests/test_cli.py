@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from wsm_ext import cli, demo, transformers_loader
 from wsm_ext.synthetic import make_llama_checkpoint
 
-TINY = {"layers": 3, "hidden": 64, "intermediate": 160, "heads": 4, "kv_heads": 2, "vocab": 128}
-BUDGETS = ["--device", "cpu", "--device-memory", "400KiB", "--host-memory", "256KiB"]
+# More than 2 MiB of layers: the least that a block of device memory costs.
+TINY = {"layers": 12, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 256}
+BUDGETS = ["--device", "cpu", "--device-memory", "2MiB", "--host-memory", "1MiB"]
 
 
 @pytest.fixture
@@ -107,10 +108,9 @@ def failure(arguments, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--tokens", "0"], r"tokens \(0\)"),
         (["--device", "mps"], "mps"),
         (["--device-memory", "lots"], "device_memory"),
-        (["--host-memory", "1KiB"], "host_memory"),
+        (["--host-memory", "1KiB"], "host_.* too small"),
         (["--dtype", "float16"], "float16"),
         (["--units", "model.layers.99"], "model.layers.99"),
         (["--lookahead", "-1"], "lookahead_units"),
@@ -126,7 +126,6 @@ def test_missing_models_and_tokenizers_are_errors(folder, tmp_path, capsys):
     assert "no such folder" in failure(["prefill", str(tmp_path / "gone")], capsys)
     asked = ["generate", str(folder), "--prompt", "w1"]
     assert "has no tokenizer" in failure(asked, capsys)
-    assert "--max-new-tokens 0" in failure([*asked, "--max-new-tokens", "0"], capsys)
 
 
 def test_an_empty_prompt_is_an_error(with_tokenizer, capsys):

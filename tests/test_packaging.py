@@ -49,6 +49,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     left_out = (
         ".git",
         ".venv",
+        ".whl",
+        ".debs",
         "build",
         "dist",
         "results",

@@ -261,6 +261,11 @@ def test_a_sequential_of_leaves_is_no_stack():
     assert [unit.layer for unit in units.values()] == [None, None]
 
 
+def test_a_sequential_with_one_block_is_no_stack():
+    net = nn.Sequential(Mixer(), nn.Linear(4, 8))
+    assert labels(find(net, "layer")) == ["unit=0.up", "unit=0.down", "unit=1"]
+
+
 def test_a_sequential_may_hold_layers_among_others():
     net = nn.Sequential(nn.Embedding(8, 4), Layer(), Layer(), nn.Linear(4, 8))
     units = find(net, "layer")
@@ -297,7 +302,11 @@ def test_several_stacks_have_qualified_labels():
         "unit=encoder.layers.1",
         "unit=decoder.layers.0",
     ]
-    assert [unit.layer for unit in units.values()] == [0, 1, 0]
+    assert [(unit.stack, unit.layer) for unit in units.values()] == [
+        ("encoder.layers", 0),
+        ("encoder.layers", 1),
+        ("decoder.layers", 0),
+    ]
     assert labels(find(net, "group"))[:2] == [
         "unit=encoder.layers.0 group=attn",
         "unit=encoder.layers.0 group=mlp",

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -290,11 +290,12 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _path_problem(file: str) -> str | None:
     """Why an index entry is refused. Lexical: symbolic links may lead anywhere (hub caches)."""
-    if "\0" in file or not PurePosixPath(file).parts:
+    path = PureWindowsPath(file)  # splits at both kinds of slashes
+    if "\0" in file or not path.parts:
         return "is not a file name"
-    if PurePosixPath(file).is_absolute() or PureWindowsPath(file).anchor:
+    if path.anchor:
         return "is absolute: shards lie in the index's folder"
-    if ".." in PurePosixPath(file).parts or ".." in PureWindowsPath(file).parts:
+    if ".." in path.parts:
         return "leaves the folder of the index, which is refused"
     if not file.endswith(".safetensors"):
         return "is not a safetensors file: convert the checkpoint to safetensors"

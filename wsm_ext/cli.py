@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.command_line = ["wsm", *arguments]
     try:
-        return options.run(options)
+        return int(options.run(options))
     except KeyboardInterrupt:
         print("wsm: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -60,11 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         help="time prefills of random tokens",
         description="Stream a model and time prefills of random tokens: rates, stalls, memory.",
     )
-    prefill.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (1)")
+    prefill.add_argument("--batch", type=_count, default=1, metavar="B", help="sequences (1)")
     prefill.add_argument(
-        "--tokens", type=int, default=2048, metavar="T", help="tokens of each (2048)"
+        "--tokens", type=_count, default=2048, metavar="T", help="tokens of each (2048)"
     )
-    prefill.add_argument("--repeat", type=int, default=3, metavar="N", help="prefills to run (3)")
+    prefill.add_argument(
+        "--repeat", type=_count, default=3, metavar="N", help="prefills to run (3)"
+    )
     prefill.set_defaults(run=_prefill)
 
     generate = commands.add_parser(
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     generate.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="stop after N tokens (64)"
+        "--max-new-tokens", type=_count, default=64, metavar="N", help="stop after N tokens (64)"
     )
     generate.set_defaults(run=_generate)
 
@@ -91,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", choices=sorted(SIZES), default="small", help=argparse.SUPPRESS)
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _common() -> argparse.ArgumentParser:
@@ -164,8 +172,6 @@ def _prefill(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     console = Console()
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     from .transformers_loader import resolve_folder
 
     device = report.resolve_device(options.device)
@@ -255,13 +261,18 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, visible=False)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("")
 
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=True)
+    def update(done: int, total: int) -> None:
+        bar.start()  # where nothing is loaded first, nothing is shown
+        bar.update(task, completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _tokenizer(folder: Any) -> Any:
@@ -278,7 +289,7 @@ def _tokenizer(folder: Any) -> Any:
 def _timed_streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
-    class Timed(TextStreamer):  # type: ignore[misc]
+    class Timed(TextStreamer):
         """Prints the text as it comes and notes when the first new token came."""
 
         first_token_at = 0.0

@@ -233,27 +233,31 @@ class _Limits:
         return count * size
 
     def device(self, budget: int, explicit: bool) -> int:
-        for name in ("max_cached_layers", "gpu_max_groups"):
-            wanted = self.counted(name)
-            if wanted is None:
-                continue
-            wanted = _device_block_bytes(wanted)
-            if wanted > budget:
-                self.warn(
-                    name,
-                    f"{format_bytes(wanted)} of device memory, but only {format_bytes(budget)} may"
-                    " be used: that is the limit",
-                )
-            elif wanted < budget and explicit:
-                self.warn(
-                    name,
-                    f"{format_bytes(wanted)} of device memory, less than the"
-                    f" {format_bytes(budget)} given: the smaller is used",
-                )
-            budget = min(budget, wanted)
+        counted = {n: self.counted(n) for n in ("max_cached_layers", "gpu_max_groups")}
+        wanted = {n: _device_block_bytes(size) for n, size in counted.items() if size is not None}
+        name = min(wanted, key=lambda n: wanted[n], default=None)
+        for other in wanted.keys() - {name}:
+            self.warn(other, f"{self.config.describe(str(name))} is the smaller and is used")
+        if name is not None:
+            self._compare(name, wanted[name], budget, explicit)
+            budget = min(budget, wanted[name])
         if explicit and self.config.sources["gpu_free_guard_mb"] != "default":
             self.warn("gpu_free_guard_mb", "has no effect, because device_memory is not 'auto'")
         return budget
+
+    def _compare(self, name: str, wanted: int, budget: int, explicit: bool) -> None:
+        if wanted > budget:
+            self.warn(
+                name,
+                f"{format_bytes(wanted)}, but only {format_bytes(budget)} may be used: that is the"
+                " limit",
+            )
+        elif wanted < budget and explicit:
+            self.warn(
+                name,
+                f"{format_bytes(wanted)}, less than the {format_bytes(budget)} given: the smaller"
+                " is used",
+            )
 
     def lookahead(self) -> int | None:
         """At most the count of layers, or of groups where these are the unit, less two."""
@@ -271,20 +275,9 @@ class _Limits:
         """Budget, cache and staging."""
         config = self.config
         high = self.counted("cpu_cache_hwm_layers")
-        if high is not None and high > budget:
-            self.warn(
-                "cpu_cache_hwm_layers",
-                f"{format_bytes(high)}, but only {format_bytes(budget)} of host memory may be used:"
-                " that is the limit",
-            )
-        elif high is not None:
-            if explicit and high < budget:
-                self.warn(
-                    "cpu_cache_hwm_layers",
-                    f"{format_bytes(high)}, less than the {format_bytes(budget)} of host memory"
-                    " given: the smaller is used",
-                )
-            budget = high
+        if high is not None:
+            self._compare("cpu_cache_hwm_layers", high, budget, explicit)
+            budget = min(budget, high)
         staging = None if config.staging_mb is None else config.staging_mb * _MIB
         if staging is not None and staging > budget:
             self.warn(

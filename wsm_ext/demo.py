@@ -25,7 +25,7 @@ from .synthetic import PRESETS, make_llama_checkpoint
 
 @dataclass(frozen=True)
 class Size:
-    shape: dict[str, int]
+    shape: dict[str, Any]
     layers: int
     shards: int
     tokens: int
@@ -39,12 +39,12 @@ SIZES = {
         PRESETS["demo"], layers=12, shards=5, tokens=64, device_memory="96MiB", host_memory="64MiB"
     ),
     "tiny": Size(
-        {"hidden": 64, "intermediate": 160, "heads": 4, "kv_heads": 2, "vocab": 256},
-        layers=6,
+        {"hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 256},
+        layers=12,
         shards=3,
         tokens=8,
-        device_memory="400KiB",
-        host_memory="256KiB",
+        device_memory="2MiB",
+        host_memory="1MiB",
     ),
 }
 

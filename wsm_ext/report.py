@@ -58,11 +58,11 @@ class Prefills:
 
     @property
     def first_seconds(self) -> float:
-        return self.passes[0]["seconds"]
+        return float(self.passes[0]["seconds"])
 
     @property
     def median_seconds(self) -> float:
-        return statistics.median(entry["seconds"] for entry in self.passes)
+        return float(statistics.median(entry["seconds"] for entry in self.passes))
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,11 +70,12 @@ class Prefills:
 
     def link_bytes(self, link: str) -> int:
         """Bytes over a link in one pass, the mean of all."""
-        return round(statistics.mean(entry[_LINKS[link]] for entry in self.passes))
+        return int(statistics.mean(entry[_LINKS[link]] for entry in self.passes))
 
     def link_gb_per_second(self, link: str) -> float:
         seconds = sum(entry["seconds"] for entry in self.passes)
-        return sum(entry[_LINKS[link]] for entry in self.passes) / seconds / 1e9
+        nbytes = sum(entry[_LINKS[link]] for entry in self.passes)
+        return float(nbytes / seconds / 1e9)
 
     def stall_seconds(self) -> dict[str, float]:
         """Waits in one pass by cause, the mean of all."""
@@ -175,7 +176,7 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
 
 
 def document(
-    command: Sequence[str], device: torch.device, model: Any, **results: Any
+    command: Sequence[str], device: torch.device, model: Any, /, **results: Any
 ) -> dict[str, Any]:
     """What a run leaves behind: what was measured, where, when, and with which settings."""
     return {

@@ -13,7 +13,7 @@ from torch import nn
 from . import _engine, sources
 from .budgets import device_available, host_available
 from .checkpoint import Checkpoint
-from .config import Config, make_limits
+from .config import Config, choose_units, make_limits
 from .plan import Plan
 from .residency import Residency, allocate, stream_getter, unit_tensors
 from .sizes import parse_bytes
@@ -370,12 +370,8 @@ def _plan(
     config: Config,
 ) -> tuple[list[Unit], Source, _engine.PlannedModel, list[str]]:
     """Plans with the units asked for; "auto" takes finer ones where the coarser do not fit."""
-    if units != "auto":
-        modes: list[str | Sequence[str]] = [units]
-    elif config.gpu_max_groups is not None:
-        modes = ["group"]
-    else:
-        modes = ["layer", "group", "leaf"]
+    chosen, unheeded = choose_units(config, units)
+    modes = ["layer", "group", "leaf"] if chosen == "auto" else [chosen]
     refused: ValueError | None = None
     for mode in modes:
         found = find_units(module, mode)
@@ -388,7 +384,7 @@ def _plan(
             source = sources.from_module(found)
         try:
             planned, warned = _plan_units(module, found, source, budgets, config)
-            return found, source, planned, warned
+            return found, source, planned, unheeded + warned
         except ValueError as error:
             refused = refused or error
     assert refused is not None
@@ -409,10 +405,11 @@ def _plan_units(
 ) -> tuple[_engine.PlannedModel, list[str]]:
     members = [unit_tensors(unit, source) for unit in units]
     sizes = [sum(source.tensors[tensor][1] for tensor in tensors) for tensors in members]
-    layers: dict[int, int] = {}
+    layers: dict[tuple[str | None, int], int] = {}
     for unit, size in zip(units, sizes, strict=True):
         if unit.layer is not None:
-            layers[unit.layer] = layers.get(unit.layer, 0) + size
+            layer = (unit.stack, unit.layer)
+            layers[layer] = layers.get(layer, 0) + size
     in_layers = [s for u, s in zip(units, sizes, strict=True) if u.layer is not None]
     largest = max(sizes, default=0)
     fields, warned = make_limits(

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .checkpoint import Checkpoint, CheckpointError, TensorImage
+from .checkpoint import Checkpoint, CheckpointError
 from .config import Config
 from .stream import StreamedModule, stream
 from .transformers_names import meta_parameter, place
@@ -164,7 +164,7 @@ def _main_dtype(
         if not isinstance(found, torch.dtype):
             raise ValueError(f'dtype={dtype!r}: not a dtype; "auto" takes the checkpoint\'s own')
         return found
-    if config.dtype is not None:
+    if isinstance(config.dtype, torch.dtype):
         return config.dtype
     usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     held = (image.dtype for image in checkpoint.tensors.values())
@@ -205,15 +205,18 @@ def _build(config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype) -> Pre
     return model
 
 
-def _builder(config: PreTrainedConfig, auto_class: Any) -> Callable[..., PreTrainedModel]:
+def _builder(config: PreTrainedConfig, auto_class: Any) -> Any:
     if auto_class is None:
         names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
         auto_class = names[0]
-    found = getattr(transformers, auto_class, None) if isinstance(auto_class, str) else auto_class
+    found: Any = auto_class
+    if isinstance(auto_class, str):
+        found = getattr(transformers, auto_class, None)
     if hasattr(found, "from_config"):
         return found.from_config
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        return found._from_config
+        model_class: Any = found
+        return model_class._from_config
     raise CheckpointError(
         f"{auto_class!r} is not a model class of transformers {transformers.__version__}; "
         'pass auto_class, for example auto_class="AutoModelForCausalLM"'

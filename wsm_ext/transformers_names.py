@@ -100,17 +100,12 @@ def _operations(converters: Iterable[WeightConverter], pattern: str) -> str:
 
 
 def _tie(model: PreTrainedModel, images: dict[str, TensorImage]) -> None:
-    """Tie as `PreTrainedModel.tie_weights` does after loading: to whichever tensor is there.
+    """Tied names share one parameter, and the image of whichever of them the checkpoint has.
 
-    Where both are, each name keeps its image: `stream` makes one of them if their bytes are equal.
+    Where it has several, each keeps its own: `stream` makes them one if their bytes are equal, and
+    leaves them apart if not, as `PreTrainedModel.tie_weights` does.
     """
-    pairs = list(model.all_tied_weights_keys.items())
-    for target, source in pairs:
-        if target in images and source not in images:
-            target, source = source, target
-        elif source not in images:
-            others = (name for name, of in pairs if of == source and name in images)
-            source = next(others, source)
+    for target, source in model.all_tied_weights_keys.items():
         parent, _, key = target.rpartition(".")
         setattr(model.get_submodule(parent), key, model.get_parameter(source))
     names_of: dict[int, list[str]] = {}

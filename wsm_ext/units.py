@@ -45,8 +45,9 @@ class Unit:
     slots: list[Slot]
     # Units lie inside the module: this one stays acquired while they run.
     exclusive: bool
-    # The index in the stack of layers that holds it.
+    # The index of the layer that it is or lies in, and the name of the stack that holds this layer.
     layer: int | None
+    stack: str | None = None
 
 
 @dataclass(eq=False)
@@ -309,6 +310,7 @@ def _make_units(nodes: list[_Node], homes: dict[int, _Node | None], grouped: boo
                 slots[id(node)],
                 exclusive=any(id(other) in slots for other in _below(node)),
                 layer=_layer_of(node).index,
+                stack=_layer_of(node).stack,
             )
         )
     return units

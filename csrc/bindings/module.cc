@@ -86,6 +86,7 @@ py::dict counts_dict(const Counts& counts) {
   d["h2d_bytes"] = counts.h2d_bytes;
   d["loads"] = counts.loads;
   d["demand_loads"] = counts.demand_loads;
+  d["misses"] = counts.misses;
   d["stall_seconds"] = stalls;
   return d;
 }

@@ -15,7 +15,8 @@ struct Counts {
   uint64_t disk_read_bytes = 0;  // read from files, alignment included
   uint64_t h2d_bytes = 0;        // copied to the device
   uint64_t loads = 0;            // units loaded
-  uint64_t demand_loads = 0;     // of these, because an acquire asked and no prefetch had
+  uint64_t demand_loads = 0;     // of these, begun by an acquire before any prefetch had
+  uint64_t misses = 0;           // acquires of another unit than the one expected next
   uint64_t stall_ns[kStallCauses] = {};
 
   Counts since(const Counts& start) const {
@@ -25,6 +26,7 @@ struct Counts {
     d.h2d_bytes -= start.h2d_bytes;
     d.loads -= start.loads;
     d.demand_loads -= start.demand_loads;
+    d.misses -= start.misses;
     for (int i = 0; i < kStallCauses; ++i) d.stall_ns[i] -= start.stall_ns[i];
     return d;
   }
@@ -36,6 +38,7 @@ struct Counters {
   std::atomic<uint64_t> h2d_bytes{0};
   std::atomic<uint64_t> loads{0};
   std::atomic<uint64_t> demand_loads{0};
+  std::atomic<uint64_t> misses{0};
   std::atomic<uint64_t> stall_ns[kStallCauses] = {};
 
   Counts read() const {
@@ -45,6 +48,7 @@ struct Counters {
     c.h2d_bytes = h2d_bytes;
     c.loads = loads;
     c.demand_loads = demand_loads;
+    c.misses = misses;
     for (int i = 0; i < kStallCauses; ++i) c.stall_ns[i] = stall_ns[i];
     return c;
   }

@@ -44,6 +44,7 @@ struct EngineOptions {
   double read_timeout_s = 30;
   bool poison = false;
   bool verbose = false;
+  std::function<Readers()> make_readers;  // tests: instead of the real ones
 };
 
 // Memory as really taken, now; nothing is freed before `close`, so now is the peak too.

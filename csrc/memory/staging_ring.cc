@@ -25,11 +25,16 @@ std::vector<uint64_t> slot_segments(uint32_t slots, uint64_t slot_bytes) {
 
 const char* text(StagingRing::State state) {
   switch (state) {
-    case StagingRing::State::kFree: return "free";
-    case StagingRing::State::kReading: return "reading";
-    case StagingRing::State::kDoomed: return "doomed";
-    case StagingRing::State::kFilled: return "filled";
-    case StagingRing::State::kCopying: return "copying";
+    case StagingRing::State::kFree:
+      return "free";
+    case StagingRing::State::kReading:
+      return "reading";
+    case StagingRing::State::kDoomed:
+      return "doomed";
+    case StagingRing::State::kFilled:
+      return "filled";
+    case StagingRing::State::kCopying:
+      return "copying";
   }
   return "unknown";
 }

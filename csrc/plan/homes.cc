@@ -1,64 +1,40 @@
 #include "plan/homes.h"
 
 #include <algorithm>
-#include <numeric>
 #include <optional>
 
 #include "plan/device_blocks.h"
+#include "plan/residency.h"
 #include "util/align.h"
 #include "util/check.h"
 
 namespace wsm {
 namespace {
 
-constexpr uint64_t kSmallTensor = kMiB;  // kept on the device first: many, and cheap
 constexpr size_t kMaxSamples =
     64;  // prefixes of the residency order that are tried before the search
 constexpr int kMaxRefills = 4;
 
-// Units by the fractional part of u / golden ratio: every beginning of this order is spread evenly.
-std::vector<uint32_t> spread_order(size_t units) {
-  std::vector<uint32_t> order(units);
-  std::iota(order.begin(), order.end(), 0);
-  const auto key = [](uint32_t u) { return u * 0x9E3779B97F4A7C15ull; };
-  std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return key(a) < key(b); });
-  return order;
-}
-
-// Each unit's tensors, largest first; a tensor of several units is only in the first that is
-// visited.
-std::vector<std::vector<uint32_t>> tensors_by_size(const ModelSpec& spec,
-                                                   const std::vector<uint32_t>& visit) {
-  std::vector<bool> taken(spec.tensors.size(), false);
-  std::vector<std::vector<uint32_t>> sorted;
-  for (const uint32_t u : visit) {
-    std::vector<uint32_t>& tensors = sorted.emplace_back();
-    for (const uint32_t t : spec.units[u].tensors) {
-      if (!taken[t]) tensors.push_back(t);
-      taken[t] = true;
-    }
-    std::stable_sort(tensors.begin(), tensors.end(), [&](uint32_t a, uint32_t b) {
-      return spec.tensors[a].bytes > spec.tensors[b].bytes;
-    });
-  }
-  return sorted;
-}
-
 // The searches below keep the first `k` tensors of the residency order and look for the largest k.
 class Search {
  public:
-  Search(const ModelSpec& spec, const Limits& limits)
+  Search(const ModelSpec& spec, const Limits& limits, ResidencyOrder order)
       : spec_(spec),
         device_bytes_(limits.device_bytes),
         home_limit_(limits.home_bytes.value_or(UINT64_MAX)),
         arena_limit_(limits.arena_bytes.value_or(UINT64_MAX)),
-        order_(residency_order(spec)),
-        rank_(spec.tensors.size(), 0) {
+        order_(std::move(order)) {
+    std::vector<size_t> rank(spec.tensors.size(), 0);
     prefix_bytes_.push_back(0);
     for (size_t i = 0; i < order_.tensors.size(); ++i) {
       const uint32_t t = order_.tensors[i];
-      rank_[t] = i;
+      rank[t] = i;
       prefix_bytes_.push_back(prefix_bytes_.back() + device_tensor_bytes(spec.tensors[t]));
+    }
+    for (const UnitSpec& unit : spec.units) {
+      for (const uint32_t t : unit.tensors) {
+        uses_.push_back({device_tensor_bytes(spec.tensors[t]), rank[t]});
+      }
     }
     make_samples();
   }
@@ -82,22 +58,19 @@ class Search {
     return largest_block_bytes(device_bytes_ - homes_cost(homes), arena_limit_);
   }
 
-  template <typename IsResident>
-  std::vector<Place> places(IsResident&& resident) const {
+  // Places of what streams when the first k tensors are kept.
+  std::vector<Place> places_of_prefix(size_t k) const {
     std::vector<Place> places;
     places.reserve(spec_.units.size());
+    const Use* use = uses_.data();
     for (const UnitSpec& unit : spec_.units) {
       Place& place = places.emplace_back();
       place.exclusive = unit.exclusive;
-      for (const uint32_t t : unit.tensors) {
-        if (!resident(t)) place.bytes += device_tensor_bytes(spec_.tensors[t]);
+      for (size_t i = 0; i < unit.tensors.size(); ++i, ++use) {
+        if (use->rank >= k) place.bytes += use->bytes;
       }
     }
     return places;
-  }
-
-  std::vector<Place> places_of_prefix(size_t k) const {
-    return places([&](uint32_t t) { return rank_[t] < k; });
   }
 
   // The largest prefix that is found to fit: among the samples from the largest down, then between
@@ -143,6 +116,11 @@ class Search {
   }
 
  private:
+  struct Use {
+    uint64_t bytes = 0;
+    size_t rank = 0;  // in the residency order
+  };
+
   bool fits(size_t k, Lookahead ahead) const {
     const std::optional<uint64_t> room = arena_room(prefix_bytes_[k]);
     return room && arena_fits(places_of_prefix(k), ahead, *room);
@@ -162,7 +140,7 @@ class Search {
   const uint64_t home_limit_;
   const uint64_t arena_limit_;
   const ResidencyOrder order_;
-  std::vector<size_t> rank_;            // by tensor: its index in the order
+  std::vector<Use> uses_;               // of tensors by units, unit by unit
   std::vector<uint64_t> prefix_bytes_;  // by k: device bytes of the first k tensors
   std::vector<size_t> samples_;         // ascending, from none to all
 };
@@ -238,63 +216,75 @@ void warn_smaller(const Limits& limits, uint32_t wanted, Lookahead ahead, Device
   }
 }
 
-// Keeps every further tensor that fits beside an arena of this size. True when there was one.
-bool refill(const ModelSpec& spec, const Search& search, uint64_t arena_bytes, DeviceHomes& homes) {
+std::vector<Place> streamed_places(const ModelSpec& spec, const std::vector<bool>& resident) {
+  std::vector<Place> places;
+  for (const UnitSpec& unit : spec.units) {
+    Place& place = places.emplace_back();
+    place.exclusive = unit.exclusive;
+    for (const uint32_t t : unit.tensors) {
+      if (!resident[t]) place.bytes += device_tensor_bytes(spec.tensors[t]);
+    }
+  }
+  return places;
+}
+
+std::vector<std::vector<uint32_t>> users_of_tensors(const ModelSpec& spec) {
+  std::vector<std::vector<uint32_t>> users(spec.tensors.size());
+  for (uint32_t u = 0; u < spec.units.size(); ++u) {
+    for (const uint32_t t : spec.units[u].tensors) users[t].push_back(u);
+  }
+  return users;
+}
+
+// Keeps every further tensor that fits beside the arena as it is. True when there was one. With
+// `users`, no unit's place becomes empty.
+bool refill(const ModelSpec& spec, const Search& search, DeviceHomes& homes,
+            const std::vector<std::vector<uint32_t>>* users = nullptr) {
   bool added = false;
   for (const uint32_t t : search.order().tensors) {
-    if (homes.resident[t]) continue;
-    const uint64_t with = homes.homes_bytes + device_tensor_bytes(spec.tensors[t]);
-    if (!search.homes_fit(with, arena_bytes)) continue;
+    const uint64_t bytes = device_tensor_bytes(spec.tensors[t]);
+    if (homes.resident[t] || !search.homes_fit(homes.homes_bytes + bytes, homes.arena.bytes)) {
+      continue;
+    }
+    if (users) {
+      const auto empties = [&](uint32_t u) { return homes.places[u].bytes == bytes; };
+      if (std::any_of((*users)[t].begin(), (*users)[t].end(), empties)) continue;
+      for (const uint32_t u : (*users)[t]) homes.places[u].bytes -= bytes;
+    }
     homes.resident[t] = true;
-    homes.homes_bytes = with;
+    homes.homes_bytes += bytes;
     added = true;
   }
   return added;
 }
 
 // Lays the arena out for the tensors chosen so far, then uses what is left, in turns: each tensor
-// that is kept may make the arena smaller. A layout stays valid when its places shrink.
+// that is kept may make the arena smaller.
 void lay_out(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
-  uint64_t room = search.arena_room(homes.homes_bytes).value();
+  const auto try_layout = [&] {
+    homes.places = streamed_places(spec, homes.resident);
+    auto layout =
+        fit_arena(homes.places, homes.ahead, search.arena_room(homes.homes_bytes).value());
+    if (layout) homes.arena = std::move(*layout);
+    return layout.has_value();
+  };
+  try_layout();
   for (int round = 0; round < kMaxRefills; ++round) {
-    homes.places = search.places([&](uint32_t t) { return homes.resident[t]; });
-    if (auto layout = fit_arena(homes.places, homes.ahead, room)) homes.arena = std::move(*layout);
-    room = homes.arena.bytes;
-    if (!refill(spec, search, homes.arena.bytes, homes)) return;
+    DeviceHomes refilled = homes;
+    if (!refill(spec, search, refilled)) return;
+    std::swap(homes, refilled);
+    if (try_layout()) continue;
+    homes = std::move(refilled);
+    break;
   }
-  homes.places = search.places([&](uint32_t t) { return homes.resident[t]; });
+  // A unit whose place becomes empty brings others nearer to each other, and there may be no layout
+  // for that. Where places only shrink, they stay clear of each other as they are.
+  const auto users = users_of_tensors(spec);
+  refill(spec, search, homes, &users);
 }
 
-}  // namespace
-
-uint64_t device_tensor_bytes(const TensorSpec& tensor) {
-  return align_up(tensor.bytes, kPlaceAlignment);
-}
-
-ResidencyOrder residency_order(const ModelSpec& spec) {
-  const auto by_unit = tensors_by_size(spec, spread_order(spec.units.size()));
-  size_t rounds = 0;
-  for (const auto& tensors : by_unit) rounds = std::max(rounds, tensors.size());
-  std::vector<std::vector<uint32_t>> small(rounds), large(rounds);
-  for (const auto& tensors : by_unit) {
-    for (size_t r = 0; r < tensors.size(); ++r) {
-      const bool is_small = spec.tensors[tensors[r]].bytes < kSmallTensor;
-      (is_small ? small : large)[r].push_back(tensors[r]);
-    }
-  }
-  ResidencyOrder order;
-  for (const auto* group : {&small, &large}) {
-    for (const auto& round : *group) {
-      if (round.empty()) continue;
-      order.tensors.insert(order.tensors.end(), round.begin(), round.end());
-      order.round_ends.push_back(order.tensors.size());
-    }
-  }
-  return order;
-}
-
-DeviceHomes choose_device_homes(const ModelSpec& spec, const Limits& limits) {
-  const Search search(spec, limits);
+DeviceHomes choose_in_order(const ModelSpec& spec, const Limits& limits, ResidencyOrder order) {
+  const Search search(spec, limits, std::move(order));
   DeviceHomes homes;
   homes.resident.assign(spec.tensors.size(), false);
   const uint64_t all_bytes = search.prefix_bytes(search.all());
@@ -313,6 +303,45 @@ DeviceHomes choose_device_homes(const ModelSpec& spec, const Limits& limits) {
   homes.homes_bytes = search.homes_request(homes.homes_bytes);
   homes.arena_bytes = search.arena_request(homes.arena.bytes);
   return homes;
+}
+
+uint64_t streamed_bytes(const DeviceHomes& homes) {
+  uint64_t bytes = 0;
+  for (const Place& place : homes.places) bytes += place.bytes;
+  return bytes;
+}
+
+bool better(const DeviceHomes& a, const DeviceHomes& b) {
+  if (a.ahead.units != b.ahead.units) return a.ahead.units > b.ahead.units;
+  if (a.ahead.seam != b.ahead.seam) return a.ahead.seam > b.ahead.seam;
+  return streamed_bytes(a) < streamed_bytes(b);
+}
+
+// The unit that streams least, of those in the cycle.
+std::optional<uint32_t> smallest_in_cycle(const DeviceHomes& homes) {
+  std::optional<uint32_t> smallest;
+  for (uint32_t u = 0; u < homes.places.size(); ++u) {
+    const Place& place = homes.places[u];
+    if (place.exclusive || place.bytes == 0) continue;
+    if (!smallest || place.bytes < homes.places[*smallest].bytes) smallest = u;
+  }
+  return smallest;
+}
+
+}  // namespace
+
+// An odd number of units cannot alternate between two places, the seam takes a third. Keeping one
+// unit whole costs no more than that, and makes the number even.
+DeviceHomes choose_device_homes(const ModelSpec& spec, const Limits& limits) {
+  const ResidencyOrder order = residency_order(spec);
+  DeviceHomes homes = choose_in_order(spec, limits, order);
+  const bool ideal = homes.ahead.seam == homes.ahead.units &&
+                     homes.arena.bytes == least_arena_bytes(homes.places, homes.ahead);
+  const std::optional<uint32_t> smallest = smallest_in_cycle(homes);
+  if (ideal || !smallest) return homes;
+  DeviceHomes other =
+      choose_in_order(spec, limits, with_first(order, spec.units[*smallest].tensors));
+  return better(other, homes) ? other : homes;
 }
 
 }  // namespace wsm

@@ -6,6 +6,7 @@
 #include "plan/chunks.h"
 #include "plan/homes.h"
 #include "plan/host_memory.h"
+#include "plan/residency.h"
 #include "util/align.h"
 #include "util/check.h"
 

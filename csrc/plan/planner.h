@@ -14,13 +14,13 @@ struct Limits {
   uint64_t host_bytes = 0;    // host cache and staging ring together; a hard limit
 
   // What follows overrides the planner's own choice where set.
-  std::optional<uint64_t> arena_bytes;    // the most that the arena may take (homes use the rest)
-  std::optional<uint64_t> home_bytes;     // the most that device homes may take; 0: an arena alone
-  std::optional<uint64_t> staging_bytes;  // size of the staging ring
-  std::optional<uint64_t> cache_bytes;    // the most that the host cache may take
-  std::optional<uint64_t> chunk_bytes;    // the largest chunk
-  std::optional<uint32_t> lookahead_units;   // 0: load on demand
-  std::optional<uint64_t> read_ahead_bytes;  // how far reads from the disk may run ahead
+  std::optional<uint64_t> arena_bytes{};  // the most that the arena may take (homes use the rest)
+  std::optional<uint64_t> home_bytes{};   // the most that device homes may take; 0: an arena alone
+  std::optional<uint64_t> staging_bytes{};     // size of the staging ring
+  std::optional<uint64_t> cache_bytes{};       // the most that the host cache may take
+  std::optional<uint64_t> chunk_bytes{};       // the largest chunk
+  std::optional<uint32_t> lookahead_units{};   // 0: load on demand
+  std::optional<uint64_t> read_ahead_bytes{};  // how far reads from the disk may run ahead
 };
 
 // Validates `spec`, then plans. Throws InvalidArgument naming the least that would work when a

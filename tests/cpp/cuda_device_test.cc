@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -224,15 +225,20 @@ TEST_F(CudaDeviceTest, FillsInTheOrderOfTheCalls) {
 }
 
 TEST_F(CudaDeviceTest, CopiesAcrossRegistrationsAndPageableMemory) {
-  const PinnedBuffer buffer(*device_, 4 * kMiB, {kMiB, 2 * kMiB, 4 * kMiB});
-  ASSERT_EQ(buffer.pinned_bytes(), 4 * kMiB);
-  device_->unregister_host(buffer.data() + 2 * kMiB);  // the last part is pageable now
-  const std::vector<uint8_t> bytes = pattern(buffer.bytes());
-  std::memcpy(buffer.data(), bytes.data(), bytes.size());
+  void* memory = std::aligned_alloc(4 * kKiB, 4 * kMiB);
+  auto* source = static_cast<uint8_t*>(memory);
+  const std::vector<uint8_t> bytes = pattern(4 * kMiB);
+  std::memcpy(source, bytes.data(), bytes.size());
+  // The first MiB, the second, and the rest pageable.
+  ASSERT_TRUE(device_->register_host(source, kMiB, nullptr));
+  ASSERT_TRUE(device_->register_host(source + kMiB, kMiB, nullptr));
   Target target(bytes.size());
-  device_->copy_to_device(target.data(), buffer.data(), bytes.size());
+  device_->copy_to_device(target.data(), source, bytes.size());
   device_->drain();
   EXPECT_EQ(target.read(), bytes);
+  device_->unregister_host(source);
+  device_->unregister_host(source + kMiB);
+  std::free(memory);
 }
 
 TEST_F(CudaDeviceTest, PinnedBufferIsPageLocked) {
@@ -247,19 +253,18 @@ TEST_F(CudaDeviceTest, PinnedBufferIsPageLocked) {
 }
 
 TEST_F(CudaDeviceTest, CopyWaitsForTheUsersStream) {
-  const PinnedBuffer buffer(*device_, kMiB);
+  const PinnedBuffer buffer(*device_, 2 * kMiB);
+  auto* seen = reinterpret_cast<uint8_t*>(buffer.data()) + kMiB;
   std::memset(buffer.data(), 0x11, kMiB);
   Target target(kMiB);
   UserStream user;
   const auto released = device_->make_event();
   const auto copied = device_->make_event();
-  std::vector<uint8_t> seen(kMiB);
   {
     Gate gate;
     gate.close(user.get());
     // Stands for the forward that still reads the place.
-    EXPECT_CUDA(
-        cudaMemcpyAsync(seen.data(), target.data(), kMiB, cudaMemcpyDeviceToHost, user.get()));
+    EXPECT_CUDA(cudaMemcpyAsync(seen, target.data(), kMiB, cudaMemcpyDeviceToHost, user.get()));
     device_->record(*released, user.handle());
     device_->wait(device_->copy_stream(), *released);
     device_->copy_to_device(target.data(), buffer.data(), kMiB);
@@ -271,7 +276,7 @@ TEST_F(CudaDeviceTest, CopyWaitsForTheUsersStream) {
   }
   EXPECT_TRUE(device_->done(*released));
   EXPECT_TRUE(device_->done(*copied));
-  EXPECT_EQ(seen, std::vector<uint8_t>(kMiB, 0xcc));
+  EXPECT_EQ(std::vector<uint8_t>(seen, seen + kMiB), std::vector<uint8_t>(kMiB, 0xcc));
   EXPECT_EQ(target.read(), std::vector<uint8_t>(kMiB, 0x11));
 }
 

@@ -85,6 +85,17 @@ TEST_F(HostDeviceTest, CopyIsVisibleOnceItsEventWasWaitedFor) {
   }
 }
 
+TEST_F(HostDeviceTest, CopyIsVisibleOnceItsEventIsDone) {
+  const auto ready = device_->make_event();
+  const std::vector<uint8_t> source = pattern(70000);
+  std::vector<uint8_t> target(source.size());
+  keep_busy();
+  device_->copy_to_device(target.data(), source.data(), source.size());
+  device_->record(*ready, device_->copy_stream());
+  while (!device_->done(*ready)) std::this_thread::yield();
+  EXPECT_EQ(target, source);
+}
+
 TEST_F(HostDeviceTest, EventThatWasNeverRecordedIsDone) {
   const auto event = device_->make_event();
   keep_busy();

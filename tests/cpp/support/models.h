@@ -29,7 +29,8 @@ class ModelBuilder {
   // A tensor whose parts lie in the last shard, `gap` bytes before each.
   uint32_t tensor_in_parts(const std::string& name, const std::vector<uint64_t>& parts,
                            uint64_t gap) {
-    TensorSpec tensor{.name = name};
+    TensorSpec tensor;
+    tensor.name = name;
     ShardSpec& shard = spec.shards.back();
     for (const uint64_t bytes : parts) {
       shard.bytes += gap;

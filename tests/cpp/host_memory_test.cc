@@ -1,0 +1,187 @@
+#include "plan/host_memory.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "support/contains.h"
+#include "support/models.h"
+#include "support/plan_checks.h"
+#include "util/align.h"
+#include "util/check.h"
+
+namespace wsm {
+namespace {
+
+using testing::contains;
+using testing::ModelBuilder;
+using testing::uniform_model;
+
+constexpr uint64_t kChunk = 16 * kMiB;
+
+// Everything streams: 10 layers of 64 MiB, beginning at an aligned offset, so of 4 chunks each.
+ModelSpec aligned_model() {
+  ModelBuilder model;
+  model.shard("s", 4096, 4096);
+  for (int i = 0; i < 10; ++i) {
+    const std::string name = concat("layers.", i);
+    model.unit(name, {model.tensor(name, 4 * kChunk)});
+  }
+  return model.spec;
+}
+
+Limits streaming(uint64_t host_bytes) {
+  return {.device_bytes = 128 * kMiB, .host_bytes = host_bytes, .home_bytes = 0};
+}
+
+uint64_t count(const Plan& plan, Home home) {
+  return std::count_if(plan.chunks.begin(), plan.chunks.end(),
+                       [&](const Chunk& chunk) { return chunk.home == home; });
+}
+
+TEST(HostMemory, AllCachedWithEightSlotsWhereAffordable) {
+  const Plan plan = make_plan(aligned_model(), streaming(48 * kChunk));
+  EXPECT_EQ(plan.chunk_bytes, kChunk);
+  EXPECT_EQ(plan.slot_count, 8u);
+  EXPECT_EQ(plan.cache_bytes, 40 * kChunk);
+  EXPECT_EQ(count(plan, Home::kHost), 40u);
+  EXPECT_EQ(plan.disk_home_bytes, 0u);
+}
+
+TEST(HostMemory, AllCachedWithFourSlotsWhereEightAreTooMany) {
+  const Plan plan = make_plan(aligned_model(), streaming(48 * kChunk - 1));
+  EXPECT_EQ(plan.slot_count, 4u);
+  EXPECT_EQ(plan.disk_home_bytes, 0u);
+  EXPECT_EQ(make_plan(aligned_model(), streaming(44 * kChunk)).disk_home_bytes, 0u);
+}
+
+TEST(HostMemory, AMixtureTakesAnEighthForTheRing) {
+  const Plan plan = make_plan(aligned_model(), streaming(44 * kChunk - 1));
+  EXPECT_EQ(plan.slot_count, 5u);
+  EXPECT_EQ(count(plan, Home::kHost), 38u);
+  EXPECT_EQ(make_plan(aligned_model(), streaming(16 * kChunk)).slot_count, 4u);
+}
+
+TEST(HostMemory, WithoutACacheTheRingTakesAll) {
+  Limits limits = streaming(30 * kChunk);
+  limits.cache_bytes = 0;
+  EXPECT_EQ(make_plan(aligned_model(), limits).slot_count, 30u);
+  limits.host_bytes = 1000 * kChunk;
+  EXPECT_EQ(make_plan(aligned_model(), limits).slot_count, 40u);  // there are no more chunks
+  limits.host_bytes = 1000 * kChunk;
+  EXPECT_EQ(make_plan(uniform_model(100, 1, 64 * kMiB), limits).slot_count, 64u);
+}
+
+TEST(HostMemory, ASmallBudgetTakesSmallerChunks) {
+  const auto chunk = [](uint64_t host) {
+    return make_plan(aligned_model(), streaming(host)).chunk_bytes;
+  };
+  EXPECT_EQ(chunk(8 * kChunk), kChunk);
+  EXPECT_EQ(chunk(8 * kChunk - 1), kChunk / 2);
+  EXPECT_EQ(chunk(kMiB), 128 * kKiB);
+  EXPECT_EQ(chunk(128 * kKiB), 64 * kKiB);
+}
+
+TEST(HostMemory, SlotsAreNoLargerThanTheLargestChunk) {
+  const Plan plan = make_plan(uniform_model(100, 1, 300000), streaming(16 * kMiB));
+  EXPECT_LE(plan.chunk_bytes, 300000u + 2 * 4096);
+  EXPECT_GE(plan.chunk_bytes, 300000u);
+}
+
+TEST(HostMemory, TooSmallNamesTheLeast) {
+  const auto refusal = [](const ModelSpec& spec, uint64_t host) -> std::string {
+    try {
+      make_plan(spec, streaming(host));
+    } catch (const InvalidArgument& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_TRUE(contains(refusal(aligned_model(), 128 * kKiB - 1), concat("at least ", 128 * kKiB)));
+  ModelSpec coarse = aligned_model();
+  coarse.shards[0].alignment = 64 * kKiB;
+  EXPECT_TRUE(contains(refusal(coarse, 256 * kKiB - 1), concat("at least ", 256 * kKiB)));
+  EXPECT_EQ(refusal(coarse, 256 * kKiB), "accepted");
+}
+
+TEST(HostMemory, TheRingIsAsLargeAsAskedFor) {
+  Limits limits = streaming(20 * kChunk);
+  limits.staging_bytes = 6 * kChunk;
+  const Plan plan = make_plan(aligned_model(), limits);
+  EXPECT_EQ(plan.staging_bytes(), 6 * kChunk);
+  EXPECT_EQ(plan.cache_bytes, 14 * kChunk);
+  EXPECT_TRUE(plan.warnings.empty());
+  limits.staging_bytes = kChunk;
+  EXPECT_EQ(make_plan(aligned_model(), limits).chunk_bytes, kChunk / 4);
+}
+
+TEST(HostMemory, WarnsOfARingThatCannotBe) {
+  Limits limits = streaming(20 * kChunk);
+  limits.staging_bytes = 21 * kChunk;
+  const Plan large = make_plan(aligned_model(), limits);
+  EXPECT_EQ(large.staging_bytes(), 20 * kChunk);
+  ASSERT_EQ(large.warnings.size(), 1u);
+  EXPECT_TRUE(contains(large.warnings[0], "staging_bytes"));
+  limits.staging_bytes = 1;
+  const Plan small = make_plan(aligned_model(), limits);
+  EXPECT_EQ(small.staging_bytes(), 128 * kKiB);
+  ASSERT_EQ(small.warnings.size(), 1u);
+}
+
+TEST(HostMemory, ChunksAreAsLargeAsAskedFor) {
+  Limits limits = streaming(40 * kChunk);
+  limits.chunk_bytes = 5000000;
+  const Plan plan = make_plan(aligned_model(), limits);
+  EXPECT_EQ(plan.chunk_bytes, align_down(5000000, 4096));
+  EXPECT_TRUE(plan.warnings.empty());
+}
+
+TEST(HostMemory, WarnsOfChunksThatCannotBe) {
+  for (const uint64_t asked : {uint64_t{1}, 64 * kKiB - 1, kSegmentBytes + 4096, 21 * kChunk}) {
+    Limits limits = streaming(40 * kChunk);
+    limits.chunk_bytes = asked;
+    const Plan plan = make_plan(aligned_model(), limits);
+    ASSERT_EQ(plan.warnings.size(), 1u) << asked;
+    EXPECT_TRUE(contains(plan.warnings[0], concat("chunk_bytes = ", asked)));
+  }
+}
+
+// Each layer gets its share of the cache to within one chunk, at any budget.
+TEST(HostMemory, CachedBytesAreSpreadEvenly) {
+  const ModelSpec spec = uniform_model(40, 4, 20 * kMiB);
+  for (uint64_t host = 10; host < 240; host += 7) {
+    SCOPED_TRACE(concat("host budget of ", host, " chunks"));
+    const Plan plan = make_plan(spec, streaming(host * kChunk));
+    double disk_before = 0;
+    double before = 0;
+    const double share =
+        double(plan.disk_home_bytes) / (plan.disk_home_bytes + plan.host_home_bytes);
+    for (uint32_t u = 0; u < plan.units.size(); ++u) {
+      double disk = 0;
+      for (uint32_t c = 0; c < plan.units[u].chunk_count; ++c) {
+        const Chunk& chunk = plan.chunks[plan.units[u].first_chunk + c];
+        if (chunk.home == Home::kDisk) disk += chunk.payload_bytes;
+      }
+      EXPECT_NEAR(disk, share * plan.units[u].streamed_bytes, 1.5 * kChunk) << "unit " << u;
+      disk_before += disk;
+      before += plan.units[u].streamed_bytes;
+      EXPECT_NEAR(disk_before, share * before, 1.5 * kChunk) << "up to unit " << u;
+    }
+  }
+}
+
+TEST(HostMemory, SegmentsEndAtChunks) {
+  Limits limits = streaming(1000 * kChunk);
+  limits.chunk_bytes = 48 * kMiB;
+  const Plan plan = make_plan(aligned_model(), limits);
+  // 48 and 16 MiB in turns: 48+16+48+16+48+16+48+16 are 256 MiB.
+  ASSERT_EQ(plan.cache_segments, (std::vector<uint64_t>{256 * kMiB, 512 * kMiB, 640 * kMiB}));
+  limits.chunk_bytes = 200 * kMiB;
+  limits.device_bytes = 400 * kMiB;
+  const Plan whole = make_plan(uniform_model(3, 1, 200 * kMiB - 8192), limits);
+  EXPECT_EQ(whole.cache_segments.size(), 3u);
+  EXPECT_EQ(whole.cache_segments[0], 200 * kMiB - 4096);
+}
+
+}  // namespace
+}  // namespace wsm

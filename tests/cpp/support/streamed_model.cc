@@ -1,0 +1,116 @@
+#include "support/streamed_model.h"
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+
+#include "util/align.h"
+
+namespace wsm::testing {
+
+StreamedModel::StreamedModel(uint64_t seed, ModelShape shape) {
+  std::mt19937_64 random(seed);
+  std::vector<uint64_t> ends(shape.shards, 0);
+  // Headers make odd offsets in real files; so do these.
+  for (uint64_t& end : ends) end = 8 + random() % 5000;
+  for (uint32_t u = 0; u < shape.units; ++u) {
+    UnitSpec unit{"unit" + std::to_string(u), "layer=" + std::to_string(u), {}, false};
+    unit.exclusive = std::ranges::count(shape.exclusive, u) > 0;
+    const uint32_t shard = u % shape.shards;
+    uint64_t unit_bytes = 0;
+    for (uint32_t t = 0; t < shape.tensors_per_unit; ++t) {
+      const uint64_t span = shape.most_tensor_bytes - shape.least_tensor_bytes + 1;
+      uint64_t size = shape.least_tensor_bytes + random() % span;
+      if (t == 0) size = align_up(size, 256);  // so that some neighbours can be copied as one
+      unit.tensors.push_back(static_cast<uint32_t>(spec_.tensors.size()));
+      spec_.tensors.push_back({unit.name + ".t" + std::to_string(t), size, {{shard, ends[shard], size, 0}}});
+      ends[shard] += size;
+      unit_bytes += size;
+    }
+    bytes_ += unit_bytes;
+    largest_unit_ = std::max(largest_unit_, unit_bytes);
+    spec_.units.push_back(std::move(unit));
+  }
+  for (uint32_t s = 0; s < shape.shards; ++s) {
+    const std::string path = folder_ / ("shard" + std::to_string(s));
+    if (shape.in_memory) {
+      memory_.emplace_back(ends[s]);
+      fill_pattern(memory_.back(), 0, s);
+      spec_.shards.push_back({path, ends[s], 1});
+    } else {
+      memory_.emplace_back();
+      write_pattern_file(path, ends[s], s);
+      spec_.shards.push_back({path, ends[s], direct_alignment(path)});
+    }
+  }
+}
+
+Engine& StreamedModel::open(const Plan& plan, EngineOptions options) {
+  engine_.reset();
+  device_memory_.assign(plan.arena_bytes + plan.homes_bytes + 2 * kPlaceAlignment, std::byte{0xEE});
+  const auto base = reinterpret_cast<uintptr_t>(device_memory_.data());
+  arena_ = reinterpret_cast<std::byte*>(align_up(base, kPlaceAlignment));
+  homes_ = arena_ + align_up(plan.arena_bytes, kPlaceAlignment);
+  std::vector<const void*> memory;
+  for (const auto& shard : memory_) memory.push_back(shard.empty() ? nullptr : shard.data());
+  engine_ = std::make_unique<Engine>(spec_, plan, make_host_device(), arena_, homes_, memory, 0,
+                                     std::move(options));
+  return *engine_;
+}
+
+std::string StreamedModel::compare(const TensorSpec& tensor, const std::byte* found) const {
+  for (const Extent& extent : tensor.extents) {
+    const std::span<const std::byte> part(found + extent.tensor_offset, extent.bytes);
+    const size_t at = first_mismatch(part, extent.offset, extent.shard);
+    if (at < extent.bytes) return concat(" ", tensor.name, "@", extent.tensor_offset + at);
+  }
+  return "";
+}
+
+std::string StreamedModel::wrong_bytes(uint32_t unit) const {
+  std::string wrong;
+  const UnitPlan& planned = engine_->plan().units[unit];
+  for (size_t t = 0; t < planned.tensors.size(); ++t) {
+    const TensorPlace& place = planned.tensors[t];
+    wrong += compare(spec_.tensors[spec_.units[unit].tensors[t]],
+                     (place.resident ? homes_ : arena_) + place.offset);
+  }
+  return wrong;
+}
+
+std::string StreamedModel::wrong_fetch(uint32_t unit) const {
+  std::string wrong;
+  const UnitPlan& planned = engine_->plan().units[unit];
+  for (uint32_t t = 0; t < planned.tensors.size(); ++t) {
+    if (planned.tensors[t].resident) continue;
+    const TensorSpec& tensor = spec_.tensors[spec_.units[unit].tensors[t]];
+    std::vector<std::byte> copy(tensor.bytes);
+    engine_->fetch(unit, t, copy.data());
+    wrong += compare(tensor, copy.data());
+  }
+  return wrong;
+}
+
+std::string StreamedModel::use(uint32_t unit) {
+  if (engine_->plan().units[unit].place_bytes == 0) return wrong_bytes(unit);
+  engine_->acquire(unit, 0, {});
+  std::string wrong = wrong_bytes(unit);
+  engine_->release(unit, 0);
+  return wrong;
+}
+
+std::string StreamedModel::pass(const std::vector<uint32_t>& order) {
+  std::string wrong;
+  engine_->begin_pass(0);
+  for (const uint32_t unit : order) wrong += use(unit);
+  engine_->end_pass(0);
+  return wrong;
+}
+
+std::vector<uint32_t> StreamedModel::all_units() const {
+  std::vector<uint32_t> order(spec_.units.size());
+  std::iota(order.begin(), order.end(), 0);
+  return order;
+}
+
+}  // namespace wsm::testing

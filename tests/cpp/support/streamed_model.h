@@ -1,0 +1,65 @@
+// A small model on disk and an engine that streams it to the host device, for tests: every byte tells
+// where it came from, so what an acquire brought can be checked to the byte.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "plan/planner.h"
+#include "support/temp_file.h"
+
+namespace wsm::testing {
+
+struct ModelShape {
+  uint32_t units = 8;
+  uint32_t tensors_per_unit = 3;
+  uint32_t shards = 2;
+  uint64_t least_tensor_bytes = 20'000;
+  uint64_t most_tensor_bytes = 90'000;
+  bool in_memory = false;  // the shards lie in RAM
+  std::vector<uint32_t> exclusive;
+};
+
+class StreamedModel {
+ public:
+  explicit StreamedModel(uint64_t seed = 1, ModelShape shape = {});
+
+  const ModelSpec& spec() const { return spec_; }
+  uint64_t bytes() const { return bytes_; }
+  uint64_t largest_unit_bytes() const { return largest_unit_; }
+  std::string shard_path(uint32_t shard) const { return spec_.shards[shard].path; }
+
+  Plan plan(const Limits& limits) const { return make_plan(spec_, limits); }
+  // Opens an engine by a plan; the memory is the model's, and lives on when the engine is closed.
+  Engine& open(const Plan& plan, EngineOptions options = {});
+  Engine& engine() { return *engine_; }
+  void close() { engine_.reset(); }
+
+  // The names of the unit's tensors whose bytes are not right now; empty when all are.
+  std::string wrong_bytes(uint32_t unit) const;
+  std::string wrong_fetch(uint32_t unit) const;
+  // Acquires, checks, releases. What was wrong, or empty.
+  std::string use(uint32_t unit);
+  // One pass over `order`.
+  std::string pass(const std::vector<uint32_t>& order);
+  std::vector<uint32_t> all_units() const;
+
+ private:
+  std::string compare(const TensorSpec& tensor, const std::byte* found) const;
+
+  TempFolder folder_;
+  uint64_t bytes_ = 0;
+  uint64_t largest_unit_ = 0;
+  ModelSpec spec_;
+  std::vector<std::vector<std::byte>> memory_;  // by shard, where it lies in RAM
+  std::vector<std::byte> device_memory_;
+  std::byte* arena_ = nullptr;
+  std::byte* homes_ = nullptr;
+  std::unique_ptr<Engine> engine_;
+};
+
+}  // namespace wsm::testing

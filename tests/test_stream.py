@@ -1,0 +1,452 @@
+"""A streamed module gives the bits of the resident one, whatever the budgets and the way of the bytes."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import Net, make_net, on_meta, save, tokens
+from torch import nn
+
+import wsm_ext as wsm
+
+MIB = 1 << 20
+LAYER = 7 * MIB  # of float32, a little more than it is
+MODEL = 64 * MIB
+CHUNK = {"chunk_mb": 1.0}
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    "disk": dict(device_memory=3 * LAYER, host_memory=8 * MIB, config={"home_bytes": 0}),
+    "cache": dict(device_memory=3 * LAYER, host_memory=MODEL + 8 * MIB, config={"home_bytes": 0}),
+    "mixture": dict(device_memory=6 * LAYER, host_memory=24 * MIB, config={}),
+    "two_units": dict(
+        device_memory=3 * LAYER, host_memory=8 * MIB, config={"home_bytes": 0, "arena_bytes": 2 * LAYER}
+    ),
+    "uring": dict(device_memory=3 * LAYER, host_memory=8 * MIB, config={"reader": "uring"}),
+    "uring_direct": dict(
+        device_memory=3 * LAYER, host_memory=8 * MIB, config={"reader": "uring", "direct": "on"}
+    ),
+    "pread": dict(device_memory=3 * LAYER, host_memory=8 * MIB, config={"reader": "pread"}),
+    "pread_direct": dict(
+        device_memory=3 * LAYER, host_memory=8 * MIB, config={"reader": "pread", "direct": "on"}
+    ),
+    "buffered": dict(device_memory=3 * LAYER, host_memory=8 * MIB, config={"direct": "off"}),
+    "resident": dict(device_memory=2 * MODEL, host_memory=8 * MIB, config={}),
+}
+
+
+def options(name: str, **config: Any) -> dict[str, Any]:
+    chosen = dict(BUDGETS[name])
+    chosen["config"] = {**CHUNK, "poison": True, **chosen["config"], **config}
+    return chosen
+
+
+def uring_works() -> bool:
+    from wsm_ext import _engine
+
+    return bool(_engine.built_with_uring)
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    return make_net()
+
+
+@pytest.fixture(scope="module")
+def folder(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(net, tmp_path_factory.mktemp("net"), shards=3)
+
+
+def expected(net: nn.Module, device: torch.device, x: torch.Tensor) -> torch.Tensor:
+    resident = net.to(device)
+    try:
+        with torch.inference_mode():
+            return resident(x.to(device)).cpu()
+    finally:
+        net.to("cpu")
+
+
+def check(streamed: nn.Module, net: nn.Module, device: torch.device, passes: int = 5) -> None:
+    for index in range(passes):
+        x = tokens(1 + index % 3, 5 + 7 * (index % 4), seed=index)
+        with torch.inference_mode():
+            assert torch.equal(streamed(x.to(device)).cpu(), expected(net, device, x)), index
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_bits_are_those_of_the_resident_module(
+    name: str, device: torch.device, net: Net, folder: Path
+) -> None:
+    if name.startswith("uring") and not uring_works():
+        pytest.skip("built without liburing")
+    with wsm.stream(on_meta(net), folder, device=device, **options(name)) as streamed:
+        check(streamed, net, device)
+        plan = streamed.plan
+        if name == "disk":
+            assert plan.disk_home_bytes == plan.model_bytes
+        if name == "cache":
+            assert plan.host_home_bytes == plan.model_bytes
+        if name == "mixture":
+            assert min(plan.device_home_bytes, plan.host_home_bytes, plan.disk_home_bytes) > 0
+        if name == "two_units":
+            assert plan.lookahead_units == 1
+        if name == "resident":
+            assert not plan.streams
+        if name in ("uring_direct", "pread_direct", "buffered"):
+            readers = streamed.stats()["readers"].values()
+            assert {r["mode"] for r in readers} == {"buffered" if name == "buffered" else "direct"}
+        if name in ("uring_direct", "pread_direct"):
+            assert {r["reader"] for r in readers} == {name.split("_")[0]}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("units", ["layer", "group", "leaf", ["layers.0", "layers.3.mlp", "head"]])
+def test_dtypes_and_units(
+    dtype: torch.dtype, units: Any, device: torch.device, tmp_path: Path
+) -> None:
+    net = make_net(dtype=dtype)
+    save(net, tmp_path, odd=True)
+    budgets = options("mixture")
+    with wsm.stream(on_meta(net, dtype=dtype), tmp_path, device=device, units=units, **budgets) as s:
+        check(s, net, device, passes=3)
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+@pytest.mark.parametrize("odd", [False, True])
+def test_shards_and_odd_offsets(
+    shards: int, odd: bool, device: torch.device, net: Net, tmp_path: Path
+) -> None:
+    save(net, tmp_path, shards=shards, odd=odd)
+    with wsm.stream(on_meta(net), tmp_path, device=device, **options("disk")) as streamed:
+        check(streamed, net, device, passes=2)
+
+
+class Packed(nn.Module):
+    """Weights that are no floats of torch's default: they must pass through untouched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = nn.Parameter(torch.zeros(999, 33, dtype=torch.int8), requires_grad=False)
+        self.tiny = nn.Parameter(torch.zeros(777, 31).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.small.float().sum() + self.tiny.float().sum()
+
+
+def test_int8_and_fp8_pass_through_untouched(device: torch.device, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    net = nn.ModuleDict({"layers": nn.ModuleList(Packed() for _ in range(4))})
+    net["layers"][0].small.data.random_(-128, 128)
+    for layer in net["layers"]:
+        layer.small.data = torch.randint(-128, 128, (999, 33), dtype=torch.int8)
+        layer.tiny.data = torch.randn(777, 31).to(torch.float8_e4m3fn)
+    save(net, tmp_path)
+    with torch.device("meta"):
+        empty = nn.ModuleDict({"layers": nn.ModuleList(Packed() for _ in range(4))})
+    config = {"home_bytes": 0, "poison": True}
+    with wsm.stream(
+        empty, tmp_path, device=device, device_memory=24 * MIB, host_memory=MIB, config=config
+    ) as streamed:
+        assert streamed.plan.disk_home_bytes > 0
+        for name, parameter in net.named_parameters():
+            assert torch.equal(
+                streamed.fetch(name).cpu().view(torch.uint8), parameter.view(torch.uint8)
+            )
+        x = torch.ones(2, device=device)
+        for layer, resident in zip(streamed.module["layers"], net["layers"], strict=True):
+            with torch.inference_mode():
+                assert torch.equal(layer(x), resident.to(device)(x))
+
+
+def test_tied_weights_are_one_image(device: torch.device, tmp_path: Path) -> None:
+    net = make_net(tied=True)
+    save(net, tmp_path)
+    with wsm.stream(on_meta(net, tied=True), tmp_path, device=device, **options("disk")) as streamed:
+        check(streamed, net, device, passes=2)
+        total = sum(p.numel() * p.element_size() for p in net.parameters())
+        assert streamed.plan.model_bytes == total
+
+
+@pytest.mark.parametrize("name", ["disk", "cache", "mixture", "resident"])
+def test_weights_that_the_module_holds_in_ram(name: str, device: torch.device, net: Net) -> None:
+    own = make_net()
+    objects = dict(own.named_parameters())
+    with wsm.stream(own, device=device, **options(name)) as streamed:
+        check(streamed, net, device, passes=3)
+        assert streamed.stats()["totals"]["disk_bytes"] == 0
+        if name in ("cache", "resident"):
+            assert all(parameter.numel() == 0 for parameter in objects.values())
+    for key, parameter in net.named_parameters():
+        assert own.get_parameter(key) is objects[key]
+        assert torch.equal(objects[key], parameter)
+    with torch.inference_mode():
+        assert torch.equal(own(tokens()), net(tokens()))
+
+
+def test_layers_skipped_repeated_and_reversed(device: torch.device, net: Net, folder: Path) -> None:
+    class Reordered(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+            self.order = list(range(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.inner.embed(x)
+            for index in self.order:
+                x = self.inner.layers[index](x)
+            return self.inner.head(self.inner.norm(x))
+
+    resident = Reordered(net)
+    with wsm.stream(on_meta(net), folder, device=device, **options("disk")) as streamed:
+        orders = [range(8), reversed(range(8)), [0, 0, 3, 3, 3], [7, 1], [2, 5, 2, 5, 2], range(8)]
+        reordered = Reordered(streamed.module)
+        for order in orders:
+            resident.order = reordered.order = list(order)
+            check(reordered, resident, device, passes=2)
+
+
+def test_steady_passes_read_what_lives_on_the_disk(net: Net, folder: Path) -> None:
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("mixture")) as streamed:
+        with torch.inference_mode():
+            for _ in range(3):
+                streamed(tokens())
+            before = streamed.stats()["totals"]
+            for _ in range(10):
+                streamed(tokens())
+        after = streamed.stats()["totals"]
+        # What is read ahead at either end may differ by less than a pass.
+        passes = (after["disk_bytes"] - before["disk_bytes"]) / streamed.plan.disk_home_bytes
+        assert 9 <= passes <= 11
+
+
+def test_close_leaves_the_module_as_it_was_found(net: Net, folder: Path) -> None:
+    module = on_meta(net)
+    parameters = dict(module.named_parameters())
+    buffers = dict(module.named_buffers())
+    streamed = wsm.stream(module, folder, device="cpu", **options("disk"))
+    assert "forward" in module.layers[0].__dict__
+    assert type(module.layers[0].self_attn.weight) is not nn.Parameter
+    streamed.close()
+    streamed.close()
+    assert dict(module.named_parameters()) == parameters
+    for name, buffer in module.named_buffers():
+        assert buffer is buffers[name]
+    for inner in module.modules():
+        assert "forward" not in inner.__dict__
+    with pytest.raises(RuntimeError, match="closed"):
+        streamed.fetch("head.weight")
+    with wsm.stream(module, folder, device="cpu", **options("cache")) as again:
+        check(again, net, torch.device("cpu"), passes=1)
+
+
+def test_everything_resident_leaves_no_wrapper(net: Net, folder: Path) -> None:
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("resident")) as streamed:
+        assert all("forward" not in inner.__dict__ for inner in streamed.module.modules())
+        assert streamed.plan.arena_bytes == 0
+
+
+def test_buffers_are_right(net: Net, folder: Path, device: torch.device) -> None:
+    with wsm.stream(on_meta(net), folder, device=device, **options("disk")) as streamed:
+        for name, buffer in net.named_buffers():
+            found = streamed.module.get_buffer(name)
+            assert found.device.type == device.type
+            assert torch.equal(found.cpu(), buffer)
+
+
+def test_a_parameter_touched_outside_its_forward_raises(net: Net, folder: Path) -> None:
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
+        weight = streamed.module.layers[2].self_attn.weight
+        assert weight.shape == net.layers[2].self_attn.weight.shape
+        assert weight.dtype == torch.float32
+        assert isinstance(weight, nn.Parameter)
+        for touch in (
+            lambda: weight + 1,
+            lambda: weight.sum(),
+            lambda: weight.data,
+            lambda: weight.numpy(),
+            lambda: weight.data_ptr(),
+            lambda: weight[0],
+            lambda: streamed.state_dict(),
+            lambda: streamed.module.state_dict(),
+            lambda: torch.nn.functional.linear(torch.ones(1, 384), weight),
+        ):
+            with pytest.raises(RuntimeError, match="fetch"):
+                touch()
+        assert torch.equal(streamed.fetch("layers.2.self_attn.weight"), net.layers[2].self_attn.weight)
+        with pytest.raises(KeyError, match="nothing"):
+            streamed.fetch("nothing")
+
+
+def test_a_parameter_read_by_an_enclosing_module_is_loaded_on_demand(
+    device: torch.device, net: Net, folder: Path
+) -> None:
+    class Reads(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) + self.inner.layers[6].self_attn.weight.sum()
+
+    empty = Reads(on_meta(net))
+    save(Reads(net), folder.parent / "reads")
+    with wsm.stream(empty, folder.parent / "reads", device=device, **options("disk")) as streamed:
+        with pytest.warns(UserWarning, match="layers.6.self_attn.weight"):
+            check(streamed, Reads(net), device, passes=1)
+
+
+def test_inputs_that_require_grad_raise(net: Net, folder: Path) -> None:
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
+        x = torch.ones(1, 3, 384, requires_grad=True)
+        with pytest.raises(RuntimeError, match="requires? grad"):
+            streamed.module.layers[0]({"x": x}["x"])
+        with torch.no_grad():
+            streamed.module.layers[0](x)
+        streamed.module.layers[0](x.detach())
+
+
+def test_an_exception_in_forward_leaves_nothing_acquired(
+    net: Net, folder: Path, device: torch.device
+) -> None:
+    with wsm.stream(on_meta(net), folder, device=device, **options("two_units")) as streamed:
+        layer = streamed.module.layers[3]
+        handle = layer.mlp.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            check(streamed, net, device, passes=1)
+        handle.remove()
+        with pytest.raises(RuntimeError, match="fetch"):
+            _ = layer.self_attn.weight + 1
+        check(streamed, net, device, passes=2)
+
+
+def test_two_threads_take_turns(net: Net, folder: Path, device: torch.device) -> None:
+    want = expected(net, device, tokens())
+    wrong: list[Any] = []
+    with wsm.stream(on_meta(net), folder, device=device, **options("disk")) as streamed:
+
+        def run() -> None:
+            with torch.inference_mode():
+                for _ in range(4):
+                    if not torch.equal(streamed(tokens().to(device)).cpu(), want):
+                        wrong.append("bits")
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+        assert streamed.stats()["passes"] == 8
+    assert not wrong
+
+
+def test_two_models_at_once(net: Net, folder: Path, device: torch.device) -> None:
+    other = make_net(seed=9)
+    own = make_net(seed=9)
+    with (
+        wsm.stream(on_meta(net), folder, device=device, **options("disk")) as one,
+        wsm.stream(own, device=device, **options("cache")) as two,
+    ):
+        for _ in range(2):
+            check(one, net, device, passes=1)
+            check(two, other, device, passes=1)
+
+
+def test_deletion_without_close(net: Net, folder: Path) -> None:
+    threads = threading.active_count()
+    module = on_meta(net)
+    streamed = wsm.stream(module, folder, device="cpu", **options("disk"))
+    del streamed
+    gc.collect()
+    assert threading.active_count() == threads
+    assert "forward" not in module.layers[0].__dict__
+
+
+def test_a_stream_of_a_stream_is_an_error(net: Net, folder: Path) -> None:
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
+        with pytest.raises(ValueError, match="already"):
+            wsm.stream(streamed, folder, device="cpu")
+        with pytest.raises(ValueError, match="already"):
+            wsm.stream(streamed.module, folder, device="cpu")
+
+
+def test_attributes_pass_through(net: Net, folder: Path) -> None:
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
+        assert streamed.layers is streamed.module.layers
+        names = [name for name, _ in streamed.named_parameters()]
+        assert names == [name for name, _ in net.named_parameters()]
+        with pytest.raises(AttributeError, match="missing"):
+            _ = streamed.missing
+
+
+class TestMismatches:
+    """What does not fit is an error that names it, before anything is allocated."""
+
+    def test_missing_surplus_shape_dtype(self, net: Net, tmp_path: Path) -> None:
+        cases = {
+            "layers.7.mlp.0.weight is not in the checkpoint": lambda t: t.pop("layers.7.mlp.0.weight"),
+            "extra.weight": lambda t: t.update({"extra.weight": torch.zeros(3)}),
+            "head.weight has shape": lambda t: t.update({"head.weight": torch.zeros(3, 3)}),
+            "norm.weight is torch.float32, the checkpoint's norm.weight is torch.float16": lambda t: (
+                t.update({"norm.weight": t["norm.weight"].half()})
+            ),
+        }
+        from safetensors.torch import save_file
+
+        for number, (message, spoil) in enumerate(cases.items()):
+            tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+            spoil(tensors)
+            file = tmp_path / f"{number}.safetensors"
+            save_file(tensors, file)
+            with pytest.raises(wsm.CheckpointError, match=message.replace(".", r"\.")):
+                wsm.stream(on_meta(net), file, device="cpu", **options("disk"))
+
+    def test_a_buffer_on_meta_that_nothing_supplies(self, net: Net, folder: Path) -> None:
+        module = on_meta(net)
+        module.layers[1]._buffers["steps"] = torch.empty(4, device="meta")
+        with pytest.raises(ValueError, match=r"layers\.1\.steps"):
+            wsm.stream(module, folder, device="cpu", **options("disk"))
+
+    def test_meta_without_a_checkpoint(self, net: Net) -> None:
+        with pytest.raises(ValueError, match=r"embed\.weight.*checkpoint"):
+            wsm.stream(on_meta(net), device="cpu", **options("disk"))
+
+    @pytest.mark.parametrize("memory", ["device_memory", "host_memory"])
+    def test_a_budget_too_small_names_the_least(self, memory: str, net: Net, folder: Path) -> None:
+        arguments = {"device_memory": "60MiB", "host_memory": "20MiB", memory: "40KiB"}
+        with pytest.raises(ValueError, match="at least") as refused:
+            wsm.stream(on_meta(net), folder, device="cpu", **arguments)
+        assert any(character.isdigit() for character in str(refused.value))
+
+    def test_devices(self, net: Net, folder: Path) -> None:
+        with pytest.raises(ValueError, match="mps"):
+            wsm.stream(on_meta(net), folder, device="mps")
+        if not torch.cuda.is_available():
+            with pytest.raises(wsm.EngineError, match="device='cpu'"):
+                wsm.stream(on_meta(net), folder, device="cuda")
+
+
+def test_auto_budgets_need_no_arguments(net: Net, folder: Path, device: torch.device) -> None:
+    with wsm.stream(on_meta(net), folder, device=device) as streamed:
+        check(streamed, net, device, passes=2)
+
+
+def test_stats_have_what_users_ask_for(net: Net, folder: Path, device: torch.device) -> None:
+    with wsm.stream(on_meta(net), folder, device=device, **options("mixture")) as streamed:
+        check(streamed, net, device, passes=3)
+        stats = streamed.stats()
+        assert stats["passes"] == 3
+        memory = stats["memory"]
+        assert 0 < memory["device_bytes"] <= memory["device_budget_bytes"] == 6 * LAYER
+        assert 0 < memory["host_pinned_bytes"] <= memory["host_budget_bytes"] == 24 * MIB
+        assert set(stats["last_pass"]["stall_seconds"]) == {"disk", "h2d", "arena"}
+        assert stats["last_pass"]["seconds"] > 0
+        assert stats["last_pass"]["h2d_bytes"] > 0
+        assert stats["totals"]["disk_bytes"] >= stats["last_pass"]["disk_bytes"]
+        assert stats["totals"]["disk_read_bytes"] >= stats["totals"]["disk_bytes"]
+        assert len(stats["readers"]) == 3
+        assert str(folder.resolve()) in next(iter(stats["readers"]))
