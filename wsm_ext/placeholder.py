@@ -55,6 +55,15 @@ class StreamedParameter(torch.Tensor):
         args, kwargs = tree_map_only(StreamedParameter, resolved, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        return self._resolve(self.wsm_name).cpu().numpy(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        return self._resolve(self.wsm_name).tolist()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._resolve(self.wsm_name).__dlpack__(*args, **kwargs)
+
     def data_ptr(self) -> NoReturn:
         self._resolve(self.wsm_name)
         raise RuntimeError(f"parameter {self.wsm_name!r} is streamed and has no address between uses")

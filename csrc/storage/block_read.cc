@@ -69,7 +69,7 @@ bool BlockRead::retry_idle(const std::string& why) {
 }
 
 bool BlockRead::at_end_of_file() const {
-  struct stat info {};
+  struct stat info{};
   return ::fstat(shard_->buffered_fd(), &info) == 0 &&
          static_cast<uint64_t>(info.st_size) <= offset_ + done_;
 }
@@ -94,8 +94,8 @@ bool BlockRead::fail(const std::string& why) {
 int64_t read_now(const BlockRead& block) {
   const Shard& shard = block.shard();
   if (shard.memory() == nullptr) {
-    const ssize_t got = ::pread(block.fd(), block.target(), block.length(),
-                                static_cast<off_t>(block.offset()));
+    const ssize_t got =
+        ::pread(block.fd(), block.target(), block.length(), static_cast<off_t>(block.offset()));
     return got < 0 ? -errno : got;
   }
   const uint64_t left = shard.bytes() - std::min(block.offset(), shard.bytes());

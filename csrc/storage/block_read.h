@@ -1,16 +1,16 @@
-// One block of a request on its way from the shard to the target: the one place where reads advance,
-// are retried and fail.
+// One block of a request on its way from the shard to the target: the one place where reads
+// advance, are retried and fail.
 //
 //   start -> read [offset(), +length()) into target() -> advance(result) -> false: read again
 //                                                                       -> true: finished
 //
 // The reader does the read, by whatever means, and hands over what it gave: bytes, or -errno.
 //
-// Lifecycle: made by RequestQueue, owned by the reader (a thread's stack, a fixed pool); used by one
-// thread at a time; shard and target outlive it. Allocates only to tell an error.
-// Failure: `error` says path, offset and errno. EINTR, EAGAIN and reads without progress are retried
-// up to kMaxIdleReads times in a row. A direct read that the kernel refuses latches its shard to
-// buffered reads, and goes on there.
+// Lifecycle: made by RequestQueue, owned by the reader (a thread's stack, a fixed pool); used by
+// one thread at a time; shard and target outlive it. Allocates only to tell an error. Failure:
+// `error` says path, offset and errno. EINTR, EAGAIN and reads without progress are retried up to
+// kMaxIdleReads times in a row. A direct read that the kernel refuses latches its shard to buffered
+// reads, and goes on there.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +30,8 @@ class BlockRead {
   // [begin, +bytes) of the request; `slot` is the queue's.
   BlockRead(const ReadRequest& request, uint32_t slot, uint32_t begin, uint32_t bytes);
 
-  // Decides between the direct and the buffered way. May ask the kernel: not to be called under a lock.
+  // Decides between the direct and the buffered way. May ask the kernel: not to be called under a
+  // lock.
   void start();
 
   bool direct() const { return direct_; }
@@ -67,7 +68,7 @@ class BlockRead {
   uint32_t need_ = 0;
   uint32_t done_ = 0;  // bytes that are in place, from the block's start
   uint32_t slot_ = 0;
-  uint32_t idle_reads_ = 0;  // in a row that brought nothing
+  uint32_t idle_reads_ = 0;    // in a row that brought nothing
   bool cache_wanted_ = false;  // the request asked for a buffered read
   bool direct_ = false;
   bool drop_behind_ = false;

@@ -41,7 +41,7 @@ PageRange pages_of(uint64_t offset, uint64_t bytes) {
 
 // mincore answers "all cached" about files of others, so that nobody can spy on them.
 bool mincore_is_honest(int fd) {
-  struct stat info {};
+  struct stat info{};
   if (::fstat(fd, &info) != 0) return false;
   const uid_t user = ::geteuid();
   if (user == 0 || user == info.st_uid) return true;

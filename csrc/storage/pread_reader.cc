@@ -1,5 +1,5 @@
-// A fixed pool of threads that pread, or memcpy from memory shards. Serves every kind of request; the
-// way of choice for what is in memory already, where one thread's copying is the limit.
+// A fixed pool of threads that pread, or memcpy from memory shards. Serves every kind of request;
+// the way of choice for what is in memory already, where one thread's copying is the limit.
 #include <pthread.h>
 
 #include <condition_variable>

@@ -29,7 +29,8 @@ RequestQueue::RequestQueue(const ReaderOptions& options)
       free_(options.requests),
       waiting_(options.requests),
       done_(options.requests) {
-  check(options.requests > 0 && options.depth > 0, "a reader needs requests and depth of at least 1");
+  check(options.requests > 0 && options.depth > 0,
+        "a reader needs requests and depth of at least 1");
   check(options.block_bytes > 0 && options.block_bytes <= kMaxBlockBytes,
         "a reader's block_bytes must be in 1 .. ", kMaxBlockBytes, ", not ", options.block_bytes);
   for (uint32_t index = 0; index < options.requests; ++index) free_.push(index);
@@ -83,7 +84,7 @@ size_t RequestQueue::take(std::span<ReadCompletion> completions) {
     Slot& slot = slots_[index];
     completions[count].tag = slot.request.tag;
     completions[count].bytes = slot.done_bytes;
-    completions[count].error = std::exchange(slot.error, {});
+    completions[count].error = std::move(slot.error);
     free_.push(index);
   }
   return count;

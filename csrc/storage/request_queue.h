@@ -1,13 +1,14 @@
-// The requests of a reader, in a fixed pool: cut into blocks first come, first served, and completed
-// when the last block of theirs has finished.
+// The requests of a reader, in a fixed pool: cut into blocks first come, first served, and
+// completed when the last block of theirs has finished.
 //
-//   free --add--> waiting --next (last block cut)--> flying --finish (last block)--> done --take--> free
+//   free --add--> waiting --next (last block cut)--> flying --finish (last block)--> done --take-->
+//   free
 //                    |                                                                ^
 //                    +--- finish of a failed block: no further ones are cut ----------+
 //
 // Lifecycle: owned by a reader; not thread-safe. Allocates at construction only, errors aside.
-// Failure: `add` answers false when the pool is used up; a request that cannot be read is done at once,
-// with an error.
+// Failure: `add` answers false when the pool is used up; a request that cannot be read is done at
+// once, with an error.
 #pragma once
 
 #include <cstdint>
@@ -61,10 +62,10 @@ class RequestQueue {
  private:
   struct Slot {
     ReadRequest request;
-    uint32_t cut_bytes = 0;       // that blocks were made of
-    uint32_t flying_blocks = 0;   // made, not finished
+    uint32_t cut_bytes = 0;      // that blocks were made of
+    uint32_t flying_blocks = 0;  // made, not finished
     uint64_t done_bytes = 0;
-    std::string error;            // of the first block that failed
+    std::string error;  // of the first block that failed
   };
 
   uint32_t block_bytes_;

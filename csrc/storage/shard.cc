@@ -22,7 +22,7 @@ namespace {
 }
 
 bool in_memory_file_system(int fd) {
-  struct statfs info {};
+  struct statfs info{};
   if (::fstatfs(fd, &info) != 0) return false;
   return info.f_type == TMPFS_MAGIC || info.f_type == RAMFS_MAGIC;
 }
@@ -44,7 +44,7 @@ bool same_time(const timespec& a, const timespec& b) {
 
 uint32_t direct_alignment(const std::string& path) {
 #ifdef STATX_DIOALIGN
-  struct statx info {};
+  struct statx info{};
   if (::statx(AT_FDCWD, path.c_str(), 0, STATX_DIOALIGN, &info) == 0) {
     // Zero: the file system answers that it cannot do direct reads, and `open` will find that out.
     const uint32_t align = std::max(info.stx_dio_mem_align, info.stx_dio_offset_align);
@@ -69,7 +69,7 @@ std::unique_ptr<Shard> Shard::open(const std::string& path, DirectMode mode) {
 
   const bool in_memory = in_memory_file_system(shard->buffered_fd());
   shard->may_drop_behind_ = mode == DirectMode::kAuto && !in_memory;
-  const std::string refusal = in_memory                   ? "tmpfs"
+  const std::string refusal = in_memory                  ? "tmpfs"
                               : mode == DirectMode::kOff ? "direct reads are turned off"
                                                          : shard->try_direct();
   check<IoError>(mode != DirectMode::kOn || refusal.empty(), "direct reads of ", path,
@@ -97,7 +97,7 @@ std::unique_ptr<Shard> Shard::from_memory(const std::string& name, const void* d
 }
 
 void Shard::identify() {
-  struct stat info {};
+  struct stat info{};
   if (::fstat(buffered_fd(), &info) != 0) fail("cannot examine", path_, errno);
   check<IoError>(S_ISREG(info.st_mode), path_, " is ",
                  S_ISDIR(info.st_mode) ? "a directory" : "not a regular file",
@@ -114,7 +114,7 @@ std::string Shard::try_direct() {
   UniqueFd fd(::open(concat("/proc/self/fd/", buffered_fd()).c_str(), flags));
   if (!fd.valid() && errno == ENOENT) fd = UniqueFd(::open(path_.c_str(), flags));
   if (!fd.valid()) return concat("O_DIRECT refused at open: ", errno_text(errno));
-  struct stat info {};
+  struct stat info{};
   if (::fstat(fd.get(), &info) != 0 || info.st_dev != device_ || info.st_ino != inode_) {
     return "the file was replaced while it was opened";
   }
@@ -159,7 +159,7 @@ void Shard::drop_from_page_cache(uint64_t offset, uint64_t bytes) const {
 
 void Shard::check_unchanged() const {
   if (memory_ != nullptr) return;
-  struct stat now {};
+  struct stat now{};
   const int error = ::stat(path_.c_str(), &now) == 0 ? 0 : errno;
   const uint64_t size = static_cast<uint64_t>(now.st_size);
   std::string change;

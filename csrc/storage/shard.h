@@ -22,8 +22,8 @@ namespace wsm {
 
 enum class DirectMode : uint8_t { kAuto, kOff, kOn };
 
-// What direct I/O needs of `path` (offset, length and address alike), by statx(STATX_DIOALIGN), else
-// the page size.
+// What direct I/O needs of `path` (offset, length and address alike), by statx(STATX_DIOALIGN),
+// else the page size.
 uint32_t direct_alignment(const std::string& path);
 
 class Shard {
@@ -32,7 +32,8 @@ class Shard {
   // where it is refused. tmpfs is always buffered: it is memory already.
   static std::unique_ptr<Shard> open(const std::string& path, DirectMode mode = DirectMode::kAuto);
   // Borrows memory that outlives the shard.
-  static std::unique_ptr<Shard> from_memory(const std::string& name, const void* data, uint64_t bytes);
+  static std::unique_ptr<Shard> from_memory(const std::string& name, const void* data,
+                                            uint64_t bytes);
 
   const std::string& path() const { return path_; }
   uint64_t bytes() const { return bytes_; }
@@ -40,7 +41,7 @@ class Shard {
   const std::byte* memory() const { return memory_; }  // null for a file
 
   bool direct() const { return direct_.load(std::memory_order_acquire); }
-  int direct_fd() const { return direct_fd_.get(); }   // meaningful while direct()
+  int direct_fd() const { return direct_fd_.get(); }  // meaningful while direct()
   int buffered_fd() const { return buffered_fd_.get(); }
   // Latches to buffered reads and keeps the first reason. False where the mode is kOn: nothing is
   // latched, and the read that was refused has failed.
@@ -50,19 +51,20 @@ class Shard {
   bool drops_behind() const { return may_drop_behind_ && !direct(); }
   std::string mode_reason() const;  // why reads are direct or buffered, for stats()
 
-  // True when every page of the range is in the page cache (cachestat, else mincore); false when unknown.
+  // True when every page of the range is in the page cache (cachestat, else mincore); false when
+  // unknown.
   bool in_page_cache(uint64_t offset, uint64_t bytes) const;
   // Tells the kernel that the range will not be used again (POSIX_FADV_DONTNEED). Never fails.
   void drop_from_page_cache(uint64_t offset, uint64_t bytes) const;
 
-  // Throws IoError saying what changed (replaced, truncated, grown, modified, deleted) since `open`:
-  // device, inode, size and mtime of the path are compared. Nothing to do for memory.
+  // Throws IoError saying what changed (replaced, truncated, grown, modified, deleted) since
+  // `open`: device, inode, size and mtime of the path are compared. Nothing to do for memory.
   void check_unchanged() const;
 
  private:
   Shard() = default;
-  void identify();                     // what check_unchanged compares, and the file's size
-  std::string try_direct();            // opens direct_fd_; why not, else empty
+  void identify();           // what check_unchanged compares, and the file's size
+  std::string try_direct();  // opens direct_fd_; why not, else empty
   void set_reason(std::string reason);
 
   std::string path_;

@@ -37,8 +37,10 @@ constexpr long kProbeSeconds = 5;
 class Ring {
  public:
   explicit Ring(unsigned entries) {
-    // Cooperative task running spares the thread an interrupt for each completion; since Linux 5.19.
-    error_ = init(entries, IORING_SETUP_CLAMP | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG);
+    // Cooperative task running spares the thread an interrupt for each completion; since
+    // Linux 5.19.
+    error_ =
+        init(entries, IORING_SETUP_CLAMP | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG);
     if (error_ == EINVAL) error_ = init(entries, IORING_SETUP_CLAMP);
   }
   ~Ring() {
@@ -71,8 +73,8 @@ std::string likely_cause(int error) {
   return "; a seccomp filter, as containers have, is the likely cause";
 }
 
-// One real read through the ring: a version, or a ring alone, does not prove that reads are allowed.
-// Returns why not, else an empty string.
+// One real read through the ring: a version, or a ring alone, does not prove that reads are
+// allowed. Returns why not, else an empty string.
 std::string probe(io_uring* ring) {
   const UniqueFd file(::memfd_create("wsm-probe", MFD_CLOEXEC));
   const char wanted = 'w';
@@ -157,7 +159,9 @@ class UringReader final : public Reader {
     int32_t result;
   };
 
-  size_t in_kernel() const { return blocks_.size() - free_.size() - prepared_.size() - reaped_.size(); }
+  size_t in_kernel() const {
+    return blocks_.size() - free_.size() - prepared_.size() - reaped_.size();
+  }
 
   void reap() {
     std::array<io_uring_cqe*, 64> batch;
@@ -183,16 +187,14 @@ class UringReader final : public Reader {
   }
 
   void push_on() {
-    do {
-      while (!free_.empty() && queue_.any_waiting()) {
-        const uint32_t index = free_.back();
-        free_.pop_back();
-        queue_.next(&blocks_[index]);
-        blocks_[index].start();
-        prepare(index);
-      }
-      submit_prepared();
-    } while (broken_ != 0 && !free_.empty() && queue_.any_waiting());
+    while (!free_.empty() && queue_.any_waiting()) {
+      const uint32_t index = free_.back();
+      free_.pop_back();
+      queue_.next(&blocks_[index]);
+      blocks_[index].start();
+      prepare(index);
+    }
+    submit_prepared();
     if (queue_.any_done() || !prepared_.empty()) done_.raise();
   }
 
@@ -234,7 +236,8 @@ class UringReader final : public Reader {
   Ring ring_;
   int broken_ = 0;  // errno by which the ring refused for good; then nothing is submitted any more
 
-  // Each block is in one of: free_, prepared_ (in the submission queue, in this order), the kernel, reaped_.
+  // Each block is in one of: free_, prepared_ (in the submission queue, in this order), the kernel,
+  // reaped_.
   std::vector<BlockRead> blocks_;
   std::vector<uint32_t> free_;
   std::vector<uint32_t> prepared_;

@@ -1,8 +1,8 @@
 // A flag that another thread, or the kernel, raises and that poll(2) can wait for.
 //
 // Raised until `clear`, however often it was raised. Thread-safe.
-// Failure: the constructor throws where the process is out of file descriptors; raising and clearing
-// cannot fail.
+// Failure: the constructor throws where the process is out of file descriptors; raising and
+// clearing cannot fail.
 #pragma once
 
 #include <sys/eventfd.h>

@@ -75,7 +75,8 @@ TEST_F(BlockReadTest, AlignsAgainAfterAShortDirectRead) {
   EXPECT_EQ(read.target(), buffer_.data() + alignment);
   EXPECT_EQ(read.length(), kBytes - alignment);
   EXPECT_EQ(read.done(), alignment + 7) << "what is there stays counted";
-  EXPECT_FALSE(read.advance(3)) << "shorter than what is there already, but not the end of the file";
+  EXPECT_FALSE(read.advance(3))
+      << "shorter than what is there already, but not the end of the file";
   EXPECT_EQ(read.done(), alignment + 7);
   EXPECT_TRUE(read.advance(kBytes - alignment));
   EXPECT_EQ(read.done(), kBytes);

@@ -22,7 +22,9 @@ class FaultyReaderTest : public ::testing::Test {
   ReadRequest request(uint64_t tag = 0, bool buffered = false) {
     return {shard_.get(), 0, kBytes, kBytes, buffer_.data() + tag * kBytes, tag, buffered};
   }
-  size_t mismatch(uint64_t tag = 0) { return first_mismatch(buffer_.span(tag * kBytes, kBytes), 0); }
+  size_t mismatch(uint64_t tag = 0) {
+    return first_mismatch(buffer_.span(tag * kBytes, kBytes), 0);
+  }
 
   TempFile file_{kBytes};
   std::unique_ptr<Shard> shard_ = Shard::open(file_.path());

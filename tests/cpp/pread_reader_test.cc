@@ -1,9 +1,8 @@
-#include "storage/reader.h"
-
 #include <gtest/gtest.h>
 
 #include <vector>
 
+#include "storage/reader.h"
 #include "support/contains.h"
 #include "support/reader_cases.h"
 #include "support/temp_file.h"
@@ -13,19 +12,37 @@ namespace wsm::testing {
 namespace {
 
 TEST(PreadReader, ReadsSizesAroundABlock) { reads_sizes_around_a_block(make_pread_reader); }
-TEST(PreadReader, ReadsUnalignedHeadsAndTails) { reads_unaligned_heads_and_tails(make_pread_reader); }
-TEST(PreadReader, AcceptsTheEndOfTheFileWhenEnoughIsThere) { accepts_the_end_of_the_file_when_enough_is_there(make_pread_reader); }
+TEST(PreadReader, ReadsUnalignedHeadsAndTails) {
+  reads_unaligned_heads_and_tails(make_pread_reader);
+}
+TEST(PreadReader, AcceptsTheEndOfTheFileWhenEnoughIsThere) {
+  accepts_the_end_of_the_file_when_enough_is_there(make_pread_reader);
+}
 TEST(PreadReader, TellsATruncatedShard) { tells_a_truncated_shard(make_pread_reader); }
 TEST(PreadReader, TellsPathOffsetAndErrno) { tells_path_offset_and_errno(make_pread_reader); }
-TEST(PreadReader, AnswersFalseWhenAllRequestsAreUsed) { answers_false_when_all_requests_are_used(make_pread_reader); }
-TEST(PreadReader, CompletesManyRequestsOnceEach) { completes_many_requests_once_each(make_pread_reader); }
+TEST(PreadReader, AnswersFalseWhenAllRequestsAreUsed) {
+  answers_false_when_all_requests_are_used(make_pread_reader);
+}
+TEST(PreadReader, CompletesManyRequestsOnceEach) {
+  completes_many_requests_once_each(make_pread_reader);
+}
 TEST(PreadReader, LatchesARefusedDirectRead) { latches_a_refused_direct_read(make_pread_reader); }
-TEST(PreadReader, FailsARefusedDirectReadWhereRequired) { fails_a_refused_direct_read_where_required(make_pread_reader); }
-TEST(PreadReader, DropsBehindOnlyWhatWasNotCached) { drops_behind_only_what_was_not_cached(make_pread_reader); }
-TEST(PreadReader, CompletesRequestsThatCannotBeRead) { completes_requests_that_cannot_be_read(make_pread_reader); }
-TEST(PreadReader, StaysReadyWhileCompletionsAreLeft) { stays_ready_while_completions_are_left(make_pread_reader); }
+TEST(PreadReader, FailsARefusedDirectReadWhereRequired) {
+  fails_a_refused_direct_read_where_required(make_pread_reader);
+}
+TEST(PreadReader, DropsBehindOnlyWhatWasNotCached) {
+  drops_behind_only_what_was_not_cached(make_pread_reader);
+}
+TEST(PreadReader, CompletesRequestsThatCannotBeRead) {
+  completes_requests_that_cannot_be_read(make_pread_reader);
+}
+TEST(PreadReader, StaysReadyWhileCompletionsAreLeft) {
+  stays_ready_while_completions_are_left(make_pread_reader);
+}
 TEST(PreadReader, WritesNothingAfterItsEnd) { writes_nothing_after_its_end(make_pread_reader); }
-TEST(PreadReader, WorksInAnotherThreadThanItsMaker) { works_in_another_thread_than_its_maker(make_pread_reader); }
+TEST(PreadReader, WorksInAnotherThreadThanItsMaker) {
+  works_in_another_thread_than_its_maker(make_pread_reader);
+}
 TEST(PreadReader, RefusesUselessOptions) { refuses_useless_options(make_pread_reader); }
 
 TEST(PreadReader, ReadsMemoryShards) {

@@ -133,8 +133,8 @@ TEST(Shard, FollowsSymbolicLinks) {
 
 TEST(Shard, RefusesWhatIsNoRegularFile) {
   const TempFolder folder;
-  EXPECT_TRUE(contains(error_of([&] { Shard::open(folder.path()); }),
-                       folder.path() + " is a directory"));
+  EXPECT_TRUE(
+      contains(error_of([&] { Shard::open(folder.path()); }), folder.path() + " is a directory"));
   EXPECT_TRUE(contains(error_of([&] { Shard::open(folder / "absent"); }),
                        folder / "absent: No such file or directory (errno 2)"));
   EXPECT_TRUE(contains(error_of([&] { direct_alignment(folder / "absent"); }), "(errno 2)"));
@@ -162,7 +162,7 @@ TEST(Shard, TellsWhetherARangeIsCachedAndDropsIt) {
   shard->drop_from_page_cache(4 * kMiB, kMiB);
   EXPECT_FALSE(shard->in_page_cache(4 * kMiB, kMiB));
   ASSERT_EQ(::pread(fd.get(), buffer.data(), kMiB, 8 * kMiB), 100);
-  EXPECT_TRUE(shard->in_page_cache(8 * kMiB, 4096)) << "the range is cut at the end of the file";
+  EXPECT_TRUE(shard->in_page_cache(8 * kMiB, kMiB)) << "the range is cut at the end of the file";
   EXPECT_FALSE(shard->in_page_cache(size, 4096)) << "nothing is there to be cached";
 }
 

@@ -1,5 +1,3 @@
-#include "storage/reader.h"
-
 #include <gtest/gtest.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -11,6 +9,7 @@
 #include <cstddef>
 #include <thread>
 
+#include "storage/reader.h"
 #include "support/contains.h"
 #include "support/reader_cases.h"
 #include "support/temp_file.h"
@@ -51,18 +50,32 @@ void forbid(uint32_t number) {
 
 TEST_F(UringReader, ReadsSizesAroundABlock) { reads_sizes_around_a_block(make); }
 TEST_F(UringReader, ReadsUnalignedHeadsAndTails) { reads_unaligned_heads_and_tails(make); }
-TEST_F(UringReader, AcceptsTheEndOfTheFileWhenEnoughIsThere) { accepts_the_end_of_the_file_when_enough_is_there(make); }
+TEST_F(UringReader, AcceptsTheEndOfTheFileWhenEnoughIsThere) {
+  accepts_the_end_of_the_file_when_enough_is_there(make);
+}
 TEST_F(UringReader, TellsATruncatedShard) { tells_a_truncated_shard(make); }
 TEST_F(UringReader, TellsPathOffsetAndErrno) { tells_path_offset_and_errno(make); }
-TEST_F(UringReader, AnswersFalseWhenAllRequestsAreUsed) { answers_false_when_all_requests_are_used(make); }
+TEST_F(UringReader, AnswersFalseWhenAllRequestsAreUsed) {
+  answers_false_when_all_requests_are_used(make);
+}
 TEST_F(UringReader, CompletesManyRequestsOnceEach) { completes_many_requests_once_each(make); }
 TEST_F(UringReader, LatchesARefusedDirectRead) { latches_a_refused_direct_read(make); }
-TEST_F(UringReader, FailsARefusedDirectReadWhereRequired) { fails_a_refused_direct_read_where_required(make); }
-TEST_F(UringReader, DropsBehindOnlyWhatWasNotCached) { drops_behind_only_what_was_not_cached(make); }
-TEST_F(UringReader, CompletesRequestsThatCannotBeRead) { completes_requests_that_cannot_be_read(make); }
-TEST_F(UringReader, StaysReadyWhileCompletionsAreLeft) { stays_ready_while_completions_are_left(make); }
+TEST_F(UringReader, FailsARefusedDirectReadWhereRequired) {
+  fails_a_refused_direct_read_where_required(make);
+}
+TEST_F(UringReader, DropsBehindOnlyWhatWasNotCached) {
+  drops_behind_only_what_was_not_cached(make);
+}
+TEST_F(UringReader, CompletesRequestsThatCannotBeRead) {
+  completes_requests_that_cannot_be_read(make);
+}
+TEST_F(UringReader, StaysReadyWhileCompletionsAreLeft) {
+  stays_ready_while_completions_are_left(make);
+}
 TEST_F(UringReader, WritesNothingAfterItsEnd) { writes_nothing_after_its_end(make); }
-TEST_F(UringReader, WorksInAnotherThreadThanItsMaker) { works_in_another_thread_than_its_maker(make); }
+TEST_F(UringReader, WorksInAnotherThreadThanItsMaker) {
+  works_in_another_thread_than_its_maker(make);
+}
 TEST_F(UringReader, RefusesUselessOptions) { refuses_useless_options(make); }
 
 TEST_F(UringReader, ReadsWithOneBlockInFlight) {
@@ -71,10 +84,12 @@ TEST_F(UringReader, ReadsWithOneBlockInFlight) {
   const auto shard = Shard::open(file.path());
   const AlignedBuffer buffer(2 * kMiB);
   for (const uint64_t tag : {0, 1}) {
-    ASSERT_TRUE(reader->submit({shard.get(), 0, kMiB, kMiB, buffer.data() + tag * kMiB, tag, false}));
+    ASSERT_TRUE(
+        reader->submit({shard.get(), 0, kMiB, kMiB, buffer.data() + tag * kMiB, tag, false}));
   }
   for (const ReadCompletion& completion : wait_for(*reader, 2)) EXPECT_EQ(completion.error, "");
-  for (const uint64_t tag : {0, 1}) EXPECT_EQ(first_mismatch(buffer.span(tag * kMiB, kMiB), 0), kMiB);
+  for (const uint64_t tag : {0, 1})
+    EXPECT_EQ(first_mismatch(buffer.span(tag * kMiB, kMiB), 0), kMiB);
 }
 
 TEST_F(UringReader, RefusesMemoryShards) {

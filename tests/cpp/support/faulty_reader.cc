@@ -55,8 +55,8 @@ void FaultyReader::take_off() {
 
 bool FaultyReader::read(BlockRead& block, int64_t* result) {
   const uint64_t number = reads_++;
-  const bool eio = number >= options_.eio_from_read &&
-                   number - options_.eio_from_read < options_.eio_reads;
+  const bool eio =
+      number >= options_.eio_from_read && number - options_.eio_from_read < options_.eio_reads;
   const bool interrupted = chance(options_.interrupt_chance);
   if (number == options_.lost_read || eio || interrupted) {
     ++faults_;

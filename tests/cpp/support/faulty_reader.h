@@ -1,12 +1,13 @@
-// A reader over real reads whose storage is faulty in ways that a seed decides: the same seed and the
-// same calls give the same faults.
+// A reader over real reads whose storage is faulty in ways that a seed decides: the same seed and
+// the same calls give the same faults.
 //
-// All but the faults is the real thing: requests are cut, advanced and completed by RequestQueue and
-// BlockRead. Each `poll` does one step: it may finish some blocks, and hold others back.
+// All but the faults is the real thing: requests are cut, advanced and completed by RequestQueue
+// and BlockRead. Each `poll` does one step: it may finish some blocks, and hold others back.
 //
-// Lifecycle: as any Reader; used from one thread. Reads are done inside `poll`, so nothing is under way
-// when it is destroyed. No clocks, no threads: a delay is counted in polls, and `ready_fd` stays
-// readable while a poll would get on. With nothing but lost requests left it is not readable any more.
+// Lifecycle: as any Reader; used from one thread. Reads are done inside `poll`, so nothing is under
+// way when it is destroyed. No clocks, no threads: a delay is counted in polls, and `ready_fd`
+// stays readable while a poll would get on. With nothing but lost requests left it is not readable
+// any more.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +26,9 @@ inline constexpr uint64_t kNever = UINT64_MAX;
 
 struct FaultyOptions {
   ReaderOptions reader{};
-  double short_chance = 0;      // a read gives fewer bytes than asked, at least one
-  double interrupt_chance = 0;  // a read gives EINTR or EAGAIN
-  double flip_chance = 0;       // a bit of what a read brought is flipped
+  double short_chance = 0;          // a read gives fewer bytes than asked, at least one
+  double interrupt_chance = 0;      // a read gives EINTR or EAGAIN
+  double flip_chance = 0;           // a bit of what a read brought is flipped
   uint64_t eio_from_read = kNever;  // reads from this one on (counted from 0) give EIO
   uint64_t eio_reads = 1;           // so many of them; kNever: for ever
   uint64_t lost_read = kNever;      // this read never completes
@@ -72,8 +73,8 @@ class FaultyReader final : public Reader {
   uint64_t faults_ = 0;
 };
 
-// A seed for FaultyReader: $WSM_TEST_SEED when set, else a fresh one. Prints it, so that a failure can
-// be run again.
+// A seed for FaultyReader: $WSM_TEST_SEED when set, else a fresh one. Prints it, so that a failure
+// can be run again.
 uint64_t test_seed();
 
 }  // namespace wsm::testing

@@ -100,7 +100,8 @@ std::vector<ReadCompletion> wait_for(Reader& reader, size_t count) {
       all.resize(count);
       return all;
     }
-    const size_t got = reader.poll(std::span(some).first(std::min(some.size(), count - all.size())));
+    const size_t got =
+        reader.poll(std::span(some).first(std::min(some.size(), count - all.size())));
     std::move(some.begin(), some.begin() + static_cast<ptrdiff_t>(got), std::back_inserter(all));
   }
   EXPECT_EQ(all.size(), count);
@@ -117,7 +118,8 @@ void reads_sizes_around_a_block(const MakeReader& make) {
   const TempFile file(12 * kBlock + 4096);
   const auto shard = Shard::open(file.path());
   for (const Way way : {Way::kDirect, Way::kBuffered}) {
-    for (const uint32_t bytes : {1u, 4096u, kBlock - 1, kBlock, kBlock + 1, 2 * kBlock, 11 * kBlock + 7}) {
+    for (const uint32_t bytes :
+         {1u, 4096u, kBlock - 1, kBlock, kBlock + 1, 2 * kBlock, 11 * kBlock + 7}) {
       expect_reads(*reader, *shard, 0, bytes, way);
       expect_reads(*reader, *shard, 4096, bytes, way);
     }
@@ -130,7 +132,8 @@ void reads_unaligned_heads_and_tails(const MakeReader& make) {
   const TempFile file(size);
   const auto shard = Shard::open(file.path());
   for (const Way way : {Way::kDirect, Way::kBuffered}) {
-    for (const uint64_t offset : {1ul, 4095ul, 4097ul, uint64_t{kBlock} - 1, size - 5000, size - 1}) {
+    for (const uint64_t offset :
+         {1ul, 4095ul, 4097ul, uint64_t{kBlock} - 1, size - 5000, size - 1}) {
       for (const uint64_t bytes : {1ul, 511ul, 4097ul, uint64_t{kBlock}, size}) {
         const auto inside = static_cast<uint32_t>(std::min(bytes, size - offset));
         expect_reads(*reader, *shard, offset, inside, way);
@@ -244,7 +247,8 @@ void completes_many_requests_once_each(const MakeReader& make) {
   EXPECT_EQ(seen.size(), kRequests);
   for (size_t i = 0; i < kRequests; ++i) {
     const uint32_t need = requests[i].need_bytes;
-    EXPECT_EQ(first_mismatch(buffers[i].span(0, need), requests[i].offset), need) << "request " << i;
+    EXPECT_EQ(first_mismatch(buffers[i].span(0, need), requests[i].offset), need)
+        << "request " << i;
     EXPECT_TRUE(buffers[i].guard_whole());
   }
 }
@@ -306,7 +310,9 @@ void completes_requests_that_cannot_be_read(const MakeReader& make) {
   EXPECT_EQ(nothing.error, "");
   EXPECT_EQ(nothing.bytes, 0u);
   EXPECT_EQ(nothing.tag, 5u);
-  const auto error_of = [&](const ReadRequest& request) { return read_one(*reader, request).error; };
+  const auto error_of = [&](const ReadRequest& request) {
+    return read_one(*reader, request).error;
+  };
   EXPECT_TRUE(contains(error_of({shard.get(), 0, 4096, 4097, buffer.data(), 0, false}), "4097"));
   EXPECT_TRUE(contains(error_of({nullptr, 0, 4096, 4096, buffer.data(), 0, false}), "shard"));
   EXPECT_TRUE(contains(error_of({shard.get(), 0, 4096, 4096, nullptr, 0, false}), "null"));
@@ -321,7 +327,8 @@ void stays_ready_while_completions_are_left(const MakeReader& make) {
   const auto shard = Shard::open(file.path());
   const AlignedBuffer buffer(kBlock);
   for (uint64_t tag = 0; tag < 5; ++tag) {
-    ASSERT_TRUE(reader->submit({shard.get(), 0, 4096, 4096, buffer.data() + tag * 4096, tag, false}));
+    ASSERT_TRUE(
+        reader->submit({shard.get(), 0, 4096, 4096, buffer.data() + tag * 4096, tag, false}));
   }
   std::array<ReadCompletion, 1> one;
   for (size_t left = 5; left > 0;) {

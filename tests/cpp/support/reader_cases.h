@@ -1,4 +1,5 @@
-// What every reader must do, as functions of how one is made: each reader's test file calls them all.
+// What every reader must do, as functions of how one is made: each reader's test file calls them
+// all.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +22,7 @@ class AlignedBuffer {
   explicit AlignedBuffer(size_t bytes);
   std::byte* data() const { return data_.get(); }
   std::span<std::byte> span(size_t offset, size_t bytes) const { return {data() + offset, bytes}; }
-  bool guard_whole() const;           // nothing was written behind the end
+  bool guard_whole() const;                  // nothing was written behind the end
   bool untouched_from(size_t offset) const;  // nothing was written from there on
 
  private:

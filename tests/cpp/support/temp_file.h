@@ -1,7 +1,8 @@
-// Temporary files on a real disk, filled with a pattern that tells any byte by its place in the file.
+// Temporary files on a real disk, filled with a pattern that tells any byte by its place in the
+// file.
 //
-// TempFolder lies under $TMPDIR, else /var/tmp (/tmp may be a tmpfs, which has no direct reads), and is
-// removed with all that is in it by its destructor.
+// TempFolder lies under $TMPDIR, else /var/tmp (/tmp may be a tmpfs, which has no direct reads),
+// and is removed with all that is in it by its destructor.
 #pragma once
 
 #include <cstddef>
