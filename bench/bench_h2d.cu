@@ -151,7 +151,8 @@ Source make_source(const std::string& kind, Device& device, uint64_t bytes,
                    std::vector<std::string>* warnings) {
   Source source{kind, nullptr, true, {}};
   if (kind == "pinned") {
-    auto buffer = std::make_shared<PinnedBuffer>(device, bytes);
+    // One registration: CUDA refuses a raw copy that crosses two.
+    auto buffer = std::make_shared<PinnedBuffer>(device, bytes, std::vector<uint64_t>{bytes});
     warnings->insert(warnings->end(), buffer->warnings().begin(), buffer->warnings().end());
     source.hold = buffer->pinned_bytes() >= bytes;
     source.data = buffer->data();

@@ -7,10 +7,10 @@
 // The reader does the read, by whatever means, and hands over what it gave: bytes, or -errno.
 //
 // Lifecycle: made by RequestQueue, owned by the reader (a thread's stack, a fixed pool); used by
-// one thread at a time; shard and target outlive it. Allocates only to tell an error. Failure:
-// `error` says path, offset and errno. EINTR, EAGAIN and reads without progress are retried up to
-// kMaxIdleReads times in a row. A direct read that the kernel refuses latches its shard to buffered
-// reads, and goes on there.
+// one thread at a time; shard and target outlive it. Allocates only to tell an error.
+// Failure: `error` says path, offset and errno. EINTR, EAGAIN and reads without progress are
+// retried up to kMaxIdleReads times in a row. A direct read that the kernel refuses latches its
+// shard to buffered reads, and goes on there.
 #pragma once
 
 #include <cstddef>

@@ -1,10 +1,10 @@
 // The requests of a reader, in a fixed pool: cut into blocks first come, first served, and
 // completed when the last block of theirs has finished.
 //
-//   free --add--> waiting --next (last block cut)--> flying --finish (last block)--> done --take-->
-//   free
-//                    |                                                                ^
-//                    +--- finish of a failed block: no further ones are cut ----------+
+//   free --add--> waiting --next (last block cut)--> flying --finish (last block)--> done
+//    ^               |                                                                ^ |
+//    |               +--- finish of a failed block: no further ones are cut ----------+ |
+//    +----------------------------------- take -----------------------------------------+
 //
 // Lifecycle: owned by a reader; not thread-safe. Allocates at construction only, errors aside.
 // Failure: `add` answers false when the pool is used up; a request that cannot be read is done at
