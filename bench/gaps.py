@@ -1,4 +1,4 @@
-"""Where the link's time goes while passes stream from RAM: copies by size, and the gaps between them.
+"""Where the link's time goes while passes stream from RAM: copies by size, and the gaps.
 
     python bench/gaps.py --preset 70b --layers 6 --folder /dev/shm/llama-6
 
@@ -18,7 +18,7 @@ from typing import Any
 import harness
 import shapes
 import torch
-from harness import GB, MIB
+from harness import MIB
 from passes import forwards
 
 
@@ -41,7 +41,9 @@ def describe(copies: list[dict[str, Any]]) -> dict[str, Any]:
         by_size[size][1] += nbytes
         by_size[size][2] += duration
         gap = start - end
-        length = "< 2 us" if gap < 2 else "< 5 us" if gap < 5 else "< 50 us" if gap < 50 else "longer"
+        length = (
+            "< 2 us" if gap < 2 else "< 5 us" if gap < 5 else "< 50 us" if gap < 50 else "longer"
+        )
         gaps[length][0] += 1
         gaps[length][1] += max(gap, 0.0)
         end = start + duration
@@ -67,7 +69,17 @@ def misaligned(device: torch.device) -> dict[str, float]:
     target = torch.empty(64 * block + 8192, dtype=torch.uint8, device=device)
     rates: dict[str, list[float]] = defaultdict(list)
     for _ in range(3):
-        for shift, to in ((0, 0), (8, 0), (16, 0), (64, 0), (128, 0), (256, 0), (512, 0), (8, 8), (0, 8)):
+        for shift, to in (
+            (0, 0),
+            (8, 0),
+            (16, 0),
+            (64, 0),
+            (128, 0),
+            (256, 0),
+            (512, 0),
+            (8, 8),
+            (0, 8),
+        ):
             begin, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             for i in range(64):
@@ -76,7 +88,9 @@ def misaligned(device: torch.device) -> dict[str, float]:
                 )
             done.record()
             done.synchronize()
-            rates[f"source +{shift}, target +{to}"].append(64 * block / begin.elapsed_time(done) / 1e6)
+            rates[f"source +{shift}, target +{to}"].append(
+                64 * block / begin.elapsed_time(done) / 1e6
+            )
     return {name: max(some) for name, some in rates.items()}
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that all tests share. `device` runs a test on the host device, and on a GPU where there is one."""
+"""Fixtures that all tests share. `device`: the host device, and a GPU where there is one."""
 
 from __future__ import annotations
 

@@ -90,7 +90,11 @@ def save(net: nn.Module, folder: Path, shards: int = 1, odd: bool = False) -> Pa
     names = list(tensors)
     for shard in range(shards):
         part = {name: tensors[name] for name in names[shard::shards]}
-        name = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        name = (
+            "model.safetensors"
+            if shards == 1
+            else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        )
         save_file(part, folder / name, metadata=metadata)
     return folder
 

@@ -1,4 +1,4 @@
-"""A streamed module gives the bits of the resident one, whatever the budgets and the way of the bytes."""
+"""A streamed module gives the bits of the resident one, whatever the budgets."""
 
 from __future__ import annotations
 
@@ -20,24 +20,36 @@ MODEL = 64 * MIB
 CHUNK = {"chunk_mb": 1.0}
 
 BUDGETS: dict[str, dict[str, Any]] = {
-    "disk": dict(
-        device_memory=3 * LAYER, host_memory=8 * MIB, config={"home_bytes": 0, "staging_mb": 8}
-    ),
-    "cache": dict(device_memory=3 * LAYER, host_memory=MODEL + 8 * MIB, config={"home_bytes": 0}),
-    "mixture": dict(device_memory=4 * LAYER, host_memory=14 * MIB, config={"staging_mb": 4}),
-    "two_units": dict(
-        device_memory=3 * LAYER, host_memory=8 * MIB, config={"home_bytes": 0, "arena_bytes": 2 * LAYER}
-    ),
-    "uring": dict(device_memory=3 * LAYER, host_memory=8 * MIB, config={"reader": "uring"}),
-    "uring_direct": dict(
-        device_memory=3 * LAYER, host_memory=8 * MIB, config={"reader": "uring", "direct": "on"}
-    ),
-    "pread": dict(device_memory=3 * LAYER, host_memory=8 * MIB, config={"reader": "pread"}),
-    "pread_direct": dict(
-        device_memory=3 * LAYER, host_memory=8 * MIB, config={"reader": "pread", "direct": "on"}
-    ),
-    "buffered": dict(device_memory=3 * LAYER, host_memory=8 * MIB, config={"direct": "off"}),
-    "resident": dict(device_memory=2 * MODEL, host_memory=8 * MIB, config={}),
+    "disk": {
+        "device_memory": 3 * LAYER,
+        "host_memory": 8 * MIB,
+        "config": {"home_bytes": 0, "staging_mb": 8},
+    },
+    "cache": {
+        "device_memory": 3 * LAYER,
+        "host_memory": MODEL + 8 * MIB,
+        "config": {"home_bytes": 0},
+    },
+    "mixture": {"device_memory": 4 * LAYER, "host_memory": 14 * MIB, "config": {"staging_mb": 4}},
+    "two_units": {
+        "device_memory": 3 * LAYER,
+        "host_memory": 8 * MIB,
+        "config": {"home_bytes": 0, "arena_bytes": 2 * LAYER},
+    },
+    "uring": {"device_memory": 3 * LAYER, "host_memory": 8 * MIB, "config": {"reader": "uring"}},
+    "uring_direct": {
+        "device_memory": 3 * LAYER,
+        "host_memory": 8 * MIB,
+        "config": {"reader": "uring", "direct": "on"},
+    },
+    "pread": {"device_memory": 3 * LAYER, "host_memory": 8 * MIB, "config": {"reader": "pread"}},
+    "pread_direct": {
+        "device_memory": 3 * LAYER,
+        "host_memory": 8 * MIB,
+        "config": {"reader": "pread", "direct": "on"},
+    },
+    "buffered": {"device_memory": 3 * LAYER, "host_memory": 8 * MIB, "config": {"direct": "off"}},
+    "resident": {"device_memory": 2 * MODEL, "host_memory": 8 * MIB, "config": {}},
 }
 
 
@@ -113,7 +125,9 @@ def test_dtypes_and_units(
     net = make_net(dtype=dtype)
     save(net, tmp_path, odd=True)
     budgets = options("mixture")
-    with wsm.stream(on_meta(net, dtype=dtype), tmp_path, device=device, units=units, **budgets) as s:
+    with wsm.stream(
+        on_meta(net, dtype=dtype), tmp_path, device=device, units=units, **budgets
+    ) as s:
         check(s, net, device, passes=3)
 
 
@@ -167,7 +181,9 @@ def test_int8_and_fp8_pass_through_untouched(device: torch.device, tmp_path: Pat
 def test_tied_weights_are_one_image(device: torch.device, tmp_path: Path) -> None:
     net = make_net(tied=True)
     save(net, tmp_path)
-    with wsm.stream(on_meta(net, tied=True), tmp_path, device=device, **options("disk")) as streamed:
+    with wsm.stream(
+        on_meta(net, tied=True), tmp_path, device=device, **options("disk")
+    ) as streamed:
         check(streamed, net, device, passes=2)
         total = sum(p.numel() * p.element_size() for p in net.parameters())
         assert streamed.plan.model_bytes == total
@@ -278,7 +294,9 @@ def test_a_parameter_touched_outside_its_forward_raises(net: Net, folder: Path) 
         ):
             with pytest.raises(RuntimeError, match="fetch"):
                 touch()
-        assert torch.equal(streamed.fetch("layers.2.self_attn.weight"), net.layers[2].self_attn.weight)
+        assert torch.equal(
+            streamed.fetch("layers.2.self_attn.weight"), net.layers[2].self_attn.weight
+        )
         with pytest.raises(KeyError, match="nothing"):
             streamed.fetch("nothing")
 
@@ -296,15 +314,17 @@ def test_a_parameter_read_by_an_enclosing_module_is_loaded_on_demand(
 
     empty = Reads(on_meta(net))
     save(Reads(net), folder.parent / "reads")
-    with wsm.stream(empty, folder.parent / "reads", device=device, **options("disk")) as streamed:
-        with pytest.warns(UserWarning, match="layers.6.self_attn.weight"):
-            check(streamed, Reads(net), device, passes=1)
+    with (
+        wsm.stream(empty, folder.parent / "reads", device=device, **options("disk")) as streamed,
+        pytest.warns(UserWarning, match=r"layers\.6\.self_attn\.weight"),
+    ):
+        check(streamed, Reads(net), device, passes=1)
 
 
 def test_inputs_that_require_grad_raise(net: Net, folder: Path) -> None:
     with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
         x = torch.ones(1, 3, 384, requires_grad=True)
-        with pytest.raises(RuntimeError, match="requires? grad"):
+        with pytest.raises(RuntimeError, match="requires grad"):
             streamed.module.layers[0]({"x": x}["x"])
         with torch.no_grad():
             streamed.module.layers[0](x)
@@ -390,10 +410,12 @@ class TestMismatches:
 
     def test_missing_surplus_shape_dtype(self, net: Net, tmp_path: Path) -> None:
         cases = {
-            "layers.7.mlp.0.weight is not in the checkpoint": lambda t: t.pop("layers.7.mlp.0.weight"),
+            "layers.7.mlp.0.weight is not in the checkpoint": lambda t: t.pop(
+                "layers.7.mlp.0.weight"
+            ),
             "extra.weight": lambda t: t.update({"extra.weight": torch.zeros(3)}),
             "head.weight has shape": lambda t: t.update({"head.weight": torch.zeros(3, 3)}),
-            "norm.weight is torch.float32, the checkpoint's norm.weight is torch.float16": lambda t: (
+            "norm.weight is torch.float32, the checkpoint's .* is torch.float16": lambda t: (
                 t.update({"norm.weight": t["norm.weight"].half()})
             ),
         }
@@ -404,7 +426,7 @@ class TestMismatches:
             spoil(tensors)
             file = tmp_path / f"{number}.safetensors"
             save_file(tensors, file)
-            with pytest.raises(wsm.CheckpointError, match=message.replace(".", r"\.")):
+            with pytest.raises(wsm.CheckpointError, match=message):
                 wsm.stream(on_meta(net), file, device="cpu", **options("disk"))
 
     def test_a_buffer_on_meta_that_nothing_supplies(self, net: Net, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Weight streaming for PyTorch: models larger than the GPU's memory, or than RAM.
 
-    import wsm_ext as wsm
-    model = wsm.from_pretrained("Llama-3.1-70B/", device_memory="12GiB", host_memory="48GiB")
-    model.generate(...)
+import wsm_ext as wsm
+model = wsm.from_pretrained("Llama-3.1-70B/", device_memory="12GiB", host_memory="48GiB")
+model.generate(...)
 """
 
 from __future__ import annotations

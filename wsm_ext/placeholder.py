@@ -28,13 +28,13 @@ class StreamedParameter(torch.Tensor):
         name: str,
         resolve: Callable[[str], torch.Tensor],
     ) -> StreamedParameter:
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device, requires_grad=False
         )
         made._is_param = True  # isinstance(_, nn.Parameter)
         made.wsm_name = name
         made._resolve = resolve
-        return made  # type: ignore[no-any-return]
+        return made
 
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class StreamedParameter(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: tuple[type, ...],
@@ -66,11 +66,15 @@ class StreamedParameter(torch.Tensor):
 
     def data_ptr(self) -> NoReturn:
         self._resolve(self.wsm_name)
-        raise RuntimeError(f"parameter {self.wsm_name!r} is streamed and has no address between uses")
+        raise RuntimeError(
+            f"parameter {self.wsm_name!r} is streamed and has no address between uses"
+        )
 
     def untyped_storage(self) -> NoReturn:
         self._resolve(self.wsm_name)
-        raise RuntimeError(f"parameter {self.wsm_name!r} is streamed and has no storage between uses")
+        raise RuntimeError(
+            f"parameter {self.wsm_name!r} is streamed and has no storage between uses"
+        )
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         return (

@@ -12,7 +12,7 @@ from .units import Unit
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """One unit: `streamed_bytes` come to the device each time it is loaded, the rest stays there."""
+    """One unit: `streamed_bytes` come to the device at each load, the rest stays there."""
 
     name: str
     label: str
@@ -63,10 +63,16 @@ class Plan:
     def __str__(self) -> str:
         streaming = sum(1 for unit in self.units if unit.streamed_bytes)
         rows = [
-            ("model", f"{format_bytes(self.model_bytes)} in {len(self.units)} units, {streaming} stream"),
+            (
+                "model",
+                f"{format_bytes(self.model_bytes)} in {len(self.units)} units, {streaming} stream",
+            ),
             ("stays on the device", format_bytes(self.device_home_bytes)),
             ("stays in host memory", f"{format_bytes(self.host_home_bytes)}, copied every pass"),
-            ("stays on the disk", f"{format_bytes(self.disk_home_bytes)}, read and copied every pass"),
+            (
+                "stays on the disk",
+                f"{format_bytes(self.disk_home_bytes)}, read and copied every pass",
+            ),
             (
                 "device memory",
                 f"{format_bytes(self.homes_bytes)} homes + {format_bytes(self.arena_bytes)} arena"
@@ -74,7 +80,8 @@ class Plan:
             ),
             (
                 "host memory",
-                f"{format_bytes(self.cache_bytes)} cache + {format_bytes(self.staging_bytes)} staging"
+                f"{format_bytes(self.cache_bytes)} cache"
+                f" + {format_bytes(self.staging_bytes)} staging"
                 f" of {format_bytes(self.host_budget_bytes)}",
             ),
             ("units loaded ahead", str(self.lookahead_units)),

@@ -24,14 +24,18 @@ from .units import Unit
 
 PLACE_ALIGNMENT = 256
 
+# A module's parameters, the key in them, what is there during the forward, and what at other times.
+Swap = tuple[dict[str, Any], str, nn.Parameter, StreamedParameter]
+
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     """`nbytes` of device memory that begin at a multiple of 256 bytes."""
-    if device.type != "cpu":
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    block = torch.empty(nbytes + PLACE_ALIGNMENT, dtype=torch.uint8)
-    start = -block.data_ptr() % PLACE_ALIGNMENT
-    return block[start : start + nbytes]
+    with torch.inference_mode(False):
+        if device.type != "cpu":
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        block = torch.empty(nbytes + PLACE_ALIGNMENT, dtype=torch.uint8)
+        start = -block.data_ptr() % PLACE_ALIGNMENT
+        return block[start : start + nbytes]
 
 
 class Passes:
@@ -129,11 +133,11 @@ class Residency:
 
     def _place(
         self, index: int, unit: Unit, source: Source, arena: torch.Tensor, homes: torch.Tensor
-    ) -> list[tuple[dict[str, Any], str, nn.Parameter, torch.Tensor]]:
+    ) -> list[Swap]:
         """Builds the unit's parameters over device memory; what streams gets a placeholder."""
         members = unit_tensors(unit, source)
         places = self._planned.tensor_places(index)
-        swaps = []
+        swaps: list[Swap] = []
         for slot in unit.slots:
             tensor = members.index(source.index_of[slot.name])
             resident, offset = places[tensor]
@@ -143,7 +147,7 @@ class Residency:
             with torch.inference_mode(False):
                 view = memory.view(found.dtype).view(found.shape)
                 placed = nn.Parameter(view, requires_grad=False)
-            parameters = slot.owner._parameters
+            parameters: dict[str, Any] = slot.owner._parameters
             self._undo.append(functools.partial(parameters.__setitem__, slot.key, found))
             self._placed[slot.name] = (index, tensor, resident, placed)
             if resident:
@@ -152,7 +156,7 @@ class Residency:
             absent = StreamedParameter(
                 found.shape, found.dtype, placed.device, slot.name, self._resolve
             )
-            parameters[slot.key] = absent  # type: ignore[assignment]
+            parameters[slot.key] = absent
             swaps.append((parameters, slot.key, placed, absent))
         return swaps
 
@@ -160,15 +164,15 @@ class Residency:
         """The bytes of a parameter that is touched while it is not in place."""
         if not self._passes.inside():
             raise RuntimeError(
-                f"parameter {name!r} is streamed: its bytes are on the device only during the forward"
-                f" of its module. Use fetch({name!r}) of the streamed module for a copy, or close()"
+                f"parameter {name!r} is streamed: its bytes are on the device only during the"
+                f" forward of its module. Use fetch({name!r}) of the streamed module, or close()"
                 " the streamed module first"
             )
         if name not in self._warned:
             self._warned.add(name)
             warnings.warn(
-                f"parameter {name!r} was read outside the forward of its own module and is loaded on"
-                " demand, which is slow; name the module that reads it in units=[...]",
+                f"parameter {name!r} was read outside the forward of its own module and is loaded"
+                " on demand, which is slow; name the module that reads it in units=[...]",
                 stacklevel=3,
             )
         return self.fetch(name)
@@ -192,7 +196,7 @@ class Residency:
         self,
         index: int,
         unit: Unit,
-        swaps: list[tuple[dict[str, Any], str, nn.Parameter, torch.Tensor]],
+        swaps: list[Swap],
     ) -> Callable[..., Any]:
         forward = unit.module.forward
         acquire, release = self._engine.acquire, self._engine.release

@@ -1,4 +1,4 @@
-"""Where the bytes of a module's parameters come from: a checkpoint, or the module's own tensors in RAM.
+"""Where the bytes of a module's parameters come from: a checkpoint, or its own tensors in RAM.
 
 The result is what the planner takes: shards, tensor images, and for each slot its image.
 """
@@ -94,7 +94,8 @@ def _raise_for(problems: list[str]) -> None:
     shown = "".join(f"\n  {line}" for line in problems[:_MOST_NAMED])
     more = len(problems) - _MOST_NAMED
     raise CheckpointError(
-        f"the checkpoint does not fit the module:{shown}" + (f"\n  and {more} more" if more > 0 else "")
+        f"the checkpoint does not fit the module:{shown}"
+        + (f"\n  and {more} more" if more > 0 else "")
     )
 
 
@@ -121,8 +122,7 @@ def _same_bytes(checkpoint: Checkpoint, a: str, b: str) -> bool:
     if one.nbytes != two.nbytes:
         return False
     return all(
-        x == y
-        for x, y in zip(_blocks(checkpoint, one), _blocks(checkpoint, two), strict=True)
+        x == y for x, y in zip(_blocks(checkpoint, one), _blocks(checkpoint, two), strict=True)
     )
 
 
@@ -158,8 +158,9 @@ def from_module(units: Iterable[Unit]) -> Source:
             parameter = live(slot)
             if parameter.device.type != "cpu":
                 raise ValueError(
-                    f"parameter {slot.name!r} is on {parameter.device}: without a checkpoint, stream()"
-                    " takes the weights from RAM. Give a checkpoint, or move the module to the CPU"
+                    f"parameter {slot.name!r} is on {parameter.device}: without a checkpoint,"
+                    " stream() takes the weights from RAM. Give a checkpoint, or move the module to"
+                    " the CPU"
                 )
             if id(parameter) not in index:
                 index[id(parameter)] = len(source.tensors)
@@ -171,8 +172,8 @@ def from_module(units: Iterable[Unit]) -> Source:
 def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
     if type(parameter) not in (nn.Parameter, torch.Tensor):
         raise ValueError(
-            f"parameter {name!r} is a {type(parameter).__name__}: only plain tensors can be streamed."
-            " Quantised tensor subclasses are not supported"
+            f"parameter {name!r} is a {type(parameter).__name__}: only plain tensors can be"
+            " streamed. Quantised tensor subclasses are not supported"
         )
     if not parameter.is_contiguous():
         parameter.data = parameter.data.contiguous()
@@ -185,7 +186,7 @@ def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
 
 
 def surplus(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """The checkpoint's tensors that are neither a parameter nor a persistent buffer of the module."""
+    """The checkpoint's tensors that are neither a parameter nor a buffer of the module."""
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     return sorted(set(checkpoint.tensors) - known)
@@ -197,10 +198,9 @@ def check_surplus(module: nn.Module, checkpoint: Checkpoint) -> None:
     if names:
         more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
         raise CheckpointError(
-            f"the checkpoint has tensors that the module has not: {', '.join(names[:_MOST_NAMED])}{more}."
-            " Is it the checkpoint of this model?"
+            "the checkpoint has tensors that the module has not:"
+            f" {', '.join(names[:_MOST_NAMED])}{more}. Is it the checkpoint of this model?"
         )
-
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:

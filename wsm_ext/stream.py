@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from .checkpoint import Checkpoint
 from .config import Config, choose_units, make_limits
 from .plan import Plan
 from .residency import Residency, allocate, stream_getter, unit_tensors
-from .sizes import parse_bytes
+from .sizes import format_bytes, parse_bytes
 from .sources import Source
 from .units import Slot, Unit, find_units
 
@@ -213,8 +214,8 @@ class StreamedModule(nn.Module):
         """Counters as a plain dict: bytes per link, waits by cause, memory.
 
         `last_pass` waits until the device has ended it. Byte counts are payload, but for
-        `disk_read_bytes`, which includes alignment. `stall_seconds` says how long the forward waited:
-        `disk` and `arena` on the host, `h2d` on the device.
+        `disk_read_bytes`, which includes alignment. `stall_seconds` says how long the forward
+        waited: `disk` and `arena` on the host, `h2d` on the device.
         """
         host_bytes, pinned_bytes = self._engine.memory()
         device_bytes = 0
@@ -349,8 +350,8 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
         )
     if not torch.cuda.is_available():
         raise _engine.EngineError(
-            "torch sees no CUDA device: check the driver with nvidia-smi and that torch was installed"
-            " with CUDA, or use device='cpu'"
+            "torch sees no CUDA device: check the driver with nvidia-smi and that torch was"
+            " installed with CUDA, or use device='cpu'"
         )
     index = torch.cuda.current_device() if resolved.index is None else resolved.index
     return torch.device("cuda", index)
@@ -428,7 +429,19 @@ def _plan_units(
         (unit.name, unit.label, tensors, unit.exclusive)
         for unit, tensors in zip(units, members, strict=True)
     ]
-    return _engine.plan_model(source.shards, source.tensors, specs, limits), warned
+    try:
+        return _engine.plan_model(source.shards, source.tensors, specs, limits), warned
+    except ValueError as error:
+        raise ValueError(_in_terms_of_arguments(str(error))) from None
+
+
+def _in_terms_of_arguments(message: str) -> str:
+    """The planner's message with the names and sizes that the caller knows."""
+    for planner, argument in (("device_bytes", "device_memory"), ("host_bytes", "host_memory")):
+        message = message.replace(planner, argument)
+    return re.sub(
+        r"\b\d{5,}\b", lambda digits: f"{digits[0]} ({format_bytes(int(digits[0]))})", message
+    )
 
 
 def _engine_options(config: Config) -> _engine.EngineOptions:

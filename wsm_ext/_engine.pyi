@@ -1,0 +1,98 @@
+"""The C++ engine. Sizes are in bytes; streams and addresses are integers."""
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+__version__: str
+built_with_cuda: bool
+built_with_uring: bool
+
+class EngineError(RuntimeError): ...
+
+class Limits:
+    device_bytes: int
+    host_bytes: int
+    arena_bytes: int | None
+    home_bytes: int | None
+    staging_bytes: int | None
+    cache_bytes: int | None
+    chunk_bytes: int | None
+    lookahead_units: int | None
+    read_ahead_bytes: int | None
+
+class PlannedModel:
+    arena_bytes: int
+    homes_bytes: int
+    cache_bytes: int
+    staging_bytes: int
+    chunk_bytes: int
+    slot_count: int
+    chunk_count: int
+    lookahead_units: int
+    read_ahead_bytes: int
+    device_budget_bytes: int
+    host_budget_bytes: int
+    model_bytes: int
+    device_home_bytes: int
+    host_home_bytes: int
+    disk_home_bytes: int
+    warnings: list[str]
+    def streamed_bytes(self, unit: int) -> int: ...
+    def place(self, unit: int) -> tuple[int, int]: ...
+    def tensor_places(self, unit: int) -> list[tuple[bool, int]]: ...
+    def shards_on_disk(self) -> set[int]: ...
+
+class ReaderChoice(Enum):
+    auto = ...
+    uring = ...
+    pread = ...
+
+class DirectMode(Enum):
+    auto = ...
+    off = ...
+    on = ...
+
+class EngineOptions:
+    reader: ReaderChoice
+    direct: DirectMode
+    read_threads: int
+    read_timeout_s: float
+    poison: bool
+    verbose: bool
+
+class Engine:
+    closed: bool
+    passes: int
+    warnings: list[str]
+    uring_refused: str
+    def __init__(
+        self,
+        planned: PlannedModel,
+        cuda_index: int,
+        arena: int,
+        homes: int,
+        memory: Sequence[int],
+        stream: int,
+        options: EngineOptions,
+    ) -> None: ...
+    def load_resident(self, stream: int, progress: Callable[[], None] | None = None) -> None: ...
+    def begin_pass(self, stream: int) -> None: ...
+    def end_pass(self, stream: int) -> None: ...
+    def acquire(self, unit: int, stream: int) -> None: ...
+    def release(self, unit: int, stream: int) -> None: ...
+    def fetch(self, unit: int, tensor: int, target: int) -> None: ...
+    def close(self) -> None: ...
+    def totals(self) -> dict[str, Any]: ...
+    def last_pass(self) -> dict[str, Any]: ...
+    def memory(self) -> tuple[int, int]: ...
+    def readers(self) -> dict[str, dict[str, Any]]: ...
+
+def plan_model(
+    shards: Sequence[tuple[str, int, int]],
+    tensors: Sequence[tuple[str, int, list[tuple[int, int, int, int]]]],
+    units: Sequence[tuple[str, str, list[int], bool]],
+    limits: Limits,
+) -> PlannedModel: ...
+def device_block_bytes(bytes: int) -> int: ...
+def direct_alignment(path: str) -> int: ...
