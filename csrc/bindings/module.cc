@@ -1,5 +1,5 @@
-// The Python module `wsm_ext._engine`: arguments are converted under the GIL, the GIL is released around
-// every engine call.
+// The Python module `wsm_ext._engine`: arguments are converted under the GIL, the GIL is released
+// around every engine call.
 #include <Python.h>
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
@@ -107,7 +107,9 @@ py::dict shard_dict(const ShardReport& shard) {
   const bool direct = shard.uring_bytes + shard.direct_bytes > shard.buffered_bytes;
   const bool any = shard.uring_bytes + shard.direct_bytes + shard.buffered_bytes > 0;
   py::dict d;
-  d["reader"] = !any ? "none" : direct && shard.uring_bytes > shard.direct_bytes ? "uring" : "pread";
+  d["reader"] = !any                                               ? "none"
+                : direct && shard.uring_bytes > shard.direct_bytes ? "uring"
+                                                                   : "pread";
   d["mode"] = !any ? "none" : direct ? "direct" : "buffered";
   d["why"] = shard.why;
   d["direct_bytes"] = shard.uring_bytes + shard.direct_bytes;
@@ -122,10 +124,9 @@ std::unique_ptr<Engine> make_engine(const PlannedModel& planned, int cuda_index,
   std::vector<const void*> sources;
   for (const uintptr_t address : memory) sources.push_back(reinterpret_cast<const void*>(address));
   auto device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
-  return std::make_unique<Engine>(planned.spec, planned.plan, std::move(device),
-                                  reinterpret_cast<std::byte*>(arena),
-                                  reinterpret_cast<std::byte*>(homes), std::move(sources), stream,
-                                  options);
+  return std::make_unique<Engine>(
+      planned.spec, planned.plan, std::move(device), reinterpret_cast<std::byte*>(arena),
+      reinterpret_cast<std::byte*>(homes), std::move(sources), stream, options);
 }
 
 void register_errors(py::module_& m) {
@@ -162,7 +163,7 @@ void bind_plan(py::module_& m) {
       .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes);
 
   py::class_<PlannedModel> planned(m, "PlannedModel");
-  const auto value = [&planned](const char* name, auto Plan::*field) {
+  const auto value = [&planned](const char* name, auto Plan::* field) {
     planned.def_property_readonly(name, [field](const PlannedModel& p) { return p.plan.*field; });
   };
   value("arena_bytes", &Plan::arena_bytes);
@@ -182,13 +183,15 @@ void bind_plan(py::module_& m) {
   planned
       .def_property_readonly("staging_bytes",
                              [](const PlannedModel& p) { return p.plan.staging_bytes(); })
-      .def_property_readonly("chunk_count", [](const PlannedModel& p) { return p.plan.chunks.size(); })
-      .def("streamed_bytes",
-           [](const PlannedModel& p, uint32_t unit) { return p.plan.units.at(unit).streamed_bytes; })
-      .def("place", [](const PlannedModel& p, uint32_t unit) {
-        const UnitPlan& u = p.plan.units.at(unit);
-        return py::make_tuple(u.place_offset, u.place_bytes);
-      })
+      .def_property_readonly("chunk_count",
+                             [](const PlannedModel& p) { return p.plan.chunks.size(); })
+      .def("streamed_bytes", [](const PlannedModel& p,
+                                uint32_t unit) { return p.plan.units.at(unit).streamed_bytes; })
+      .def("place",
+           [](const PlannedModel& p, uint32_t unit) {
+             const UnitPlan& u = p.plan.units.at(unit);
+             return py::make_tuple(u.place_offset, u.place_bytes);
+           })
       // Shards of which some bytes have no home but their own place.
       .def("shards_on_disk",
            [](const PlannedModel& p) {
@@ -272,7 +275,8 @@ void bind_engine(py::module_& m) {
            })
       .def("readers", [](const Engine& engine) {
         py::dict readers;
-        for (const ShardReport& shard : engine.shards()) readers[py::str(shard.path)] = shard_dict(shard);
+        for (const ShardReport& shard : engine.shards())
+          readers[py::str(shard.path)] = shard_dict(shard);
         return readers;
       });
 }

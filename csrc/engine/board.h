@@ -2,14 +2,17 @@
 //
 // A unit's way:
 //
-//   absent --conductor: place is free--> loading --conductor: last copy enqueued, `ready` recorded--> ready
-//     ^                                     |                                                          |
-//     +---- conductor: evicted, when another unit wants the place and nobody holds it ------------------+
+//   absent --conductor: place is free--> loading --conductor: last copy enqueued, `ready`
+//   recorded--> ready
+//     ^                                     | |
+//     +---- conductor: evicted, when another unit wants the place and nobody holds it
+//     ------------------+
 //
 // and the chain of events that orders it on the device:
 //
 //   copy stream:     wait(released of the place's last units) | copies | record ready
-//   compute stream:                                                       wait(ready) | forward | record released
+//   compute stream:                                                       wait(ready) | forward |
+//   record released
 //
 // Only the conductor changes `phase`, so it may read it without the mutex. A unit is evicted for a
 // prefetch when it was used and released; for a demand also when it was only prefetched.
@@ -34,9 +37,9 @@ enum class Phase : uint8_t { kAbsent, kLoading, kReady };
 
 struct UnitState {
   Phase phase = Phase::kAbsent;
-  uint32_t acquired = 0;      // holders now
-  bool used = false;          // acquired since it was loaded
-  bool demanded = false;      // this load was started by an acquire
+  uint32_t acquired = 0;  // holders now
+  bool used = false;      // acquired since it was loaded
+  bool demanded = false;  // this load was started by an acquire
   std::unique_ptr<Event> ready;
   // One event for each stream that released the unit since it was loaded.
   std::vector<std::pair<StreamHandle, std::unique_ptr<Event>>> released;
@@ -48,13 +51,13 @@ struct Board {
       : sequence(std::move(unit_bytes), reach_bytes, reach_units) {}
 
   std::mutex mutex;
-  std::condition_variable changed;   // a unit is ready, or an error was kept
-  std::vector<UnitState> units;      // the plan's units, then the resident load
-  std::vector<uint32_t> held;        // units with acquired > 0, in order of their first acquire
+  std::condition_variable changed;  // a unit is ready, or an error was kept
+  std::vector<UnitState> units;     // the plan's units, then the resident load
+  std::vector<uint32_t> held;       // units with acquired > 0, in order of their first acquire
   Sequence sequence;
-  uint64_t version = 0;              // moves with every change that the conductor should look at
-  uint32_t demand = kNone;           // the unit that an acquire waits for
-  std::exception_ptr error;          // kept for the next acquire
+  uint64_t version = 0;      // moves with every change that the conductor should look at
+  uint32_t demand = kNone;   // the unit that an acquire waits for
+  std::exception_ptr error;  // kept for the next acquire
   bool stop = false;
 
   Counters counters;

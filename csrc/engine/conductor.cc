@@ -15,8 +15,8 @@ constexpr int kLongestNapUs = 1000;
 }  // namespace
 
 Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Board& board,
-                     std::vector<std::unique_ptr<Shard>>& shards, Readers readers,
-                     std::byte* arena, std::byte* homes, ConductorOptions options)
+                     std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
+                     std::byte* homes, ConductorOptions options)
     : spec_(spec),
       plan_(plan),
       device_(device),
@@ -44,7 +44,9 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
 
 Conductor::~Conductor() { stop(); }
 
-void Conductor::start() { thread_ = std::thread([this] { run(); }); }
+void Conductor::start() {
+  thread_ = std::thread([this] { run(); });
+}
 
 bool Conductor::stop() {
   if (thread_.joinable()) {
@@ -146,7 +148,8 @@ void Conductor::sleep() {
   waker_.clear();
 }
 
-// --- the demand that waits ---------------------------------------------------------------------------
+// --- the demand that waits
+// ---------------------------------------------------------------------------
 
 Stall Conductor::cause_of_demand() const {
   if (board_.units[demand_].phase == Phase::kAbsent) return Stall::kArena;
@@ -179,10 +182,12 @@ std::string Conductor::describe_demand() const {
     if (chunks_[c].copied) continue;
     const Chunk& chunk = plan_.chunks[c];
     const char* what = chunks_[c].phase == ChunkPhase::kReading ? "a read has not ended"
-                       : chunks_[c].phase == ChunkPhase::kIdle  ? "no slot came free for a read"
-                                                                : "its place did not come free after a read";
+                       : chunks_[c].phase == ChunkPhase::kIdle
+                           ? "no slot came free for a read"
+                           : "its place did not come free after a read";
     return concat(head, what, ": ", spec_.shards[chunk.shard].path, ", offset ", chunk.read_offset,
-                  ", ", chunk.read_bytes, " bytes. Is the drive healthy? The limit is read_timeout_s.");
+                  ", ", chunk.read_bytes,
+                  " bytes. Is the drive healthy? The limit is read_timeout_s.");
   }
   return concat(head, "the copies to the device have not been enqueued. Is the device healthy?");
 }

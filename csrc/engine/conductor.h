@@ -1,19 +1,20 @@
 // The conductor: one thread that owns the schedule. It reaps completed reads, recycles slots whose
 // copies are done, enqueues copies, issues the next reads, and sleeps.
 //
-// A demand (an acquire that waits) comes first, then the units expected next, in order. Copies go unit
-// by unit: the next unit's are enqueued only when the last one's all are, so none is delayed by a later
-// one. Reads run ahead of the copies as far as slots (or places in the host cache) and the window reach.
+// A demand (an acquire that waits) comes first, then the units expected next, in order. Copies go
+// unit by unit: the next unit's are enqueued only when the last one's all are, so none is delayed
+// by a later one. Reads run ahead of the copies as far as slots (or places in the host cache) and
+// the window reach.
 //
-// Why it cannot hang: a demand may take the last slot, may discard what was prefetched into others, and
-// may drop prefetched units from its place; only units that are held now keep theirs, and for those the
-// engine raises instead of waiting. A demand that nothing moves for `read_timeout_s` ends in an error
-// that names the unit, the file and the offset.
+// Why it cannot hang: a demand may take the last slot, may discard what was prefetched into others,
+// and may drop prefetched units from its place; only units that are held now keep theirs, and for
+// those the engine raises instead of waiting. A demand that nothing moves for `read_timeout_s` ends
+// in an error that names the unit, the file and the offset.
 //
-// Lifecycle: the thread starts in `start` and ends in `stop`, which lets the reads under way finish.
-// Failure: a failed read is kept on the board for the next acquire; until that has thrown it, no new
-// reads are issued. Anything thrown here (a device error, say) is kept likewise and ends the schedule:
-// every later acquire throws it.
+// Lifecycle: the thread starts in `start` and ends in `stop`, which lets the reads under way
+// finish. Failure: a failed read is kept on the board for the next acquire; until that has thrown
+// it, no new reads are issued. Anything thrown here (a device error, say) is kept likewise and ends
+// the schedule: every later acquire throws it.
 #pragma once
 
 #include <array>
@@ -36,13 +37,13 @@
 
 namespace wsm {
 
-// The readers at hand. `direct` takes direct reads (io_uring where it can be had), `pool` all others
-// (page cache, tmpfs, RAM).
+// The readers at hand. `direct` takes direct reads (io_uring where it can be had), `pool` all
+// others (page cache, tmpfs, RAM).
 struct Readers {
-  std::unique_ptr<Reader> uring;    // null where io_uring cannot be used
+  std::unique_ptr<Reader> uring;  // null where io_uring cannot be used
   std::unique_ptr<Reader> pool;
-  std::string uring_refused;        // why not
-  bool always_direct = false;       // even where the page cache has the bytes
+  std::string uring_refused;   // why not
+  bool always_direct = false;  // even where the page cache has the bytes
 };
 
 // Bytes read from one shard, by the way they took.
@@ -53,7 +54,7 @@ struct ShardUse {
 };
 
 struct ConductorOptions {
-  bool poison = false;   // tests: overwrite a place as soon as its unit is released
+  bool poison = false;  // tests: overwrite a place as soon as its unit is released
   bool verbose = false;
   double read_timeout_s = 30;
 };
@@ -74,7 +75,8 @@ class Conductor {
   const StagingRing& ring() const { return *ring_; }
   const Readers& readers() const { return readers_; }
   const ShardUse& use_of(uint32_t shard) const { return uses_[shard]; }
-  // Caller holds the board's mutex: the host bytes of a chunk, where it lies in the cache; else null.
+  // Caller holds the board's mutex: the host bytes of a chunk, where it lies in the cache; else
+  // null.
   const std::byte* cached(uint32_t chunk) const;
   // The first streamed chunk of a unit and how many; the resident load is the unit after the last.
   std::pair<uint32_t, uint32_t> chunks_of(uint32_t unit) const;
@@ -96,14 +98,14 @@ class Conductor {
     uint32_t first_unread = 0;  // every chunk before it needs no read
     bool from_disk = false;     // some bytes of the present load came from the disk
   };
-  struct Flight {               // a read under way
+  struct Flight {  // a read under way
     uint32_t chunk = kNone;
-    uint32_t slot = kNoSlot;    // none: straight into the host cache
+    uint32_t slot = kNoSlot;  // none: straight into the host cache
   };
 
   void run();
-  bool step();                  // true when something moved
-  void look();                  // copies what it needs from the board
+  bool step();  // true when something moved
+  void look();  // copies what it needs from the board
   bool reap();
   bool reap_from(Reader& reader);
   void complete(const ReadCompletion& done);
@@ -157,19 +159,19 @@ class Conductor {
   // The conductor's own: no other thread touches what follows while it runs.
   std::vector<ChunkState> chunks_;
   std::vector<UnitWork> work_;
-  std::vector<Flight> flights_;         // by tag
+  std::vector<Flight> flights_;  // by tag
   std::vector<uint32_t> free_tags_;
-  std::vector<uint32_t> present_;       // units that are loading or ready, and have a place
-  std::vector<uint32_t> slot_chunk_;    // what each slot is read for or holds; kNone when doomed
-  std::vector<uint32_t> window_;        // a copy of the board's
-  std::vector<uint64_t> in_window_;     // by unit: the version in which it was last in the window
+  std::vector<uint32_t> present_;     // units that are loading or ready, and have a place
+  std::vector<uint32_t> slot_chunk_;  // what each slot is read for or holds; kNone when doomed
+  std::vector<uint32_t> window_;      // a copy of the board's
+  std::vector<uint64_t> in_window_;   // by unit: the version in which it was last in the window
   std::vector<UnitState*> evicted_;
   std::array<ReadCompletion, 64> completions_;
   uint64_t seen_version_ = UINT64_MAX;
   uint32_t demand_ = kNone;
-  bool paused_ = false;                 // an error waits to be thrown
+  bool paused_ = false;  // an error waits to be thrown
   bool stop_ = false;
-  bool slots_wanted_ = false;           // reads wait for slots to be recycled
+  bool slots_wanted_ = false;  // reads wait for slots to be recycled
   int idle_steps_ = 0;
   Clock::time_point stall_mark_;
   Clock::time_point last_move_;

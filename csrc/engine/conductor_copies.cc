@@ -22,7 +22,8 @@ bool Conductor::copy() {
 }
 
 bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
-  if (board_.units[unit].phase == Phase::kAbsent && !begin_load(unit, ahead, demanded)) return false;
+  if (board_.units[unit].phase == Phase::kAbsent && !begin_load(unit, ahead, demanded))
+    return false;
   bool moved = false;
   const auto [first, count] = chunks_of(unit);
   for (uint32_t c = first; c < first + count; ++c) {
@@ -63,8 +64,8 @@ bool Conductor::begin_load(uint32_t unit, size_t ahead, bool demanded) {
   return true;
 }
 
-// Caller holds the board's mutex. A demand takes the place of all that nobody holds; a prefetch leaves
-// what is needed before it, and what a demand has just brought.
+// Caller holds the board's mutex. A demand takes the place of all that nobody holds; a prefetch
+// leaves what is needed before it, and what a demand has just brought.
 bool Conductor::may_evict(uint32_t other, size_t ahead, bool demanded) const {
   if (board_.units[other].acquired > 0) return false;
   if (demanded) return true;

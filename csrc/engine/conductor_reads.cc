@@ -1,4 +1,5 @@
-// The conductor's reads: what to read next, through which reader, into which slot, and what came back.
+// The conductor's reads: what to read next, through which reader, into which slot, and what came
+// back.
 #include <algorithm>
 #include <utility>
 

@@ -106,8 +106,10 @@ Readers Engine::make_readers() const {
   }
   ReaderOptions pool;
   const uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
-  pool.depth = options_.read_threads > 0 ? options_.read_threads : std::min(cores, kMostReadThreads);
-  // Direct reads by threads want as many in flight as a ring would have; a core is not needed for each.
+  pool.depth =
+      options_.read_threads > 0 ? options_.read_threads : std::min(cores, kMostReadThreads);
+  // Direct reads by threads want as many in flight as a ring would have; a core is not needed for
+  // each.
   if (!readers.uring && options_.read_threads == 0) pool.depth = std::max(pool.depth, direct.depth);
   readers.pool = make_pread_reader(pool);
   return readers;

@@ -9,10 +9,10 @@
 //   engine.end_pass(stream);
 //   engine.close();
 //
-// The host blocks in `acquire` only while reads for the unit are missing; all other order is by events.
-// Correct for any order of units: a unit that was not expected is a demand. Acquires are counted.
-// Lifecycle: arena and homes are the caller's, and outlive the engine. `close` waits for the copies and
-// for the reads under way; the destructor closes. Use in a forked child throws.
+// The host blocks in `acquire` only while reads for the unit are missing; all other order is by
+// events. Correct for any order of units: a unit that was not expected is a demand. Acquires are
+// counted. Lifecycle: arena and homes are the caller's, and outlive the engine. `close` waits for
+// the copies and for the reads under way; the destructor closes. Use in a forked child throws.
 // Thread-safe; but one pass at a time is the caller's business.
 // Failure: an error of any thread is thrown by the next `acquire`; after it the engine goes on, and
 // what failed is read again when it is wanted.
@@ -40,7 +40,7 @@ enum class ReaderChoice : uint8_t { kAuto, kUring, kPread };
 struct EngineOptions {
   ReaderChoice reader = ReaderChoice::kAuto;
   DirectMode direct = DirectMode::kAuto;  // kOn: never through the page cache
-  uint32_t read_threads = 0;              // of the pread pool; 0: as many as there are cores, at most 16
+  uint32_t read_threads = 0;  // of the pread pool; 0: as many as there are cores, at most 16
   double read_timeout_s = 30;
   bool poison = false;
   bool verbose = false;
@@ -71,8 +71,8 @@ class Engine {
   // Called now and then while a caller waits, without locks; may throw to give up waiting.
   using Interrupt = std::function<void()>;
 
-  // `memory[i]`: the bytes of shard i where it lies in RAM, else null. `allocated_on`: the stream on
-  // which the arena and the homes were allocated. Takes the device.
+  // `memory[i]`: the bytes of shard i where it lies in RAM, else null. `allocated_on`: the stream
+  // on which the arena and the homes were allocated. Takes the device.
   Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::byte* arena,
          std::byte* homes, std::vector<const void*> memory, StreamHandle allocated_on,
          EngineOptions options);
@@ -89,8 +89,8 @@ class Engine {
   void acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt);
   void release(uint32_t unit, StreamHandle stream);
 
-  // Copies the bytes of the unit's tensor (an index into UnitSpec::tensors) that is not resident into
-  // host memory, from the host cache or the shard. Allowed at any time.
+  // Copies the bytes of the unit's tensor (an index into UnitSpec::tensors) that is not resident
+  // into host memory, from the host cache or the shard. Allowed at any time.
   void fetch(uint32_t unit, uint32_t tensor, std::byte* target) const;
 
   void close();
@@ -110,7 +110,7 @@ class Engine {
   struct PassRecord {
     std::unique_ptr<Event> begin;
     std::unique_ptr<Event> end;
-    Counts counts;     // at the begin; after the end, of the pass
+    Counts counts;  // at the begin; after the end, of the pass
   };
   PassRecord& record_of(uint64_t pass) { return records_[pass % records_.size()]; }
 

@@ -42,7 +42,8 @@ void log_prefetch(const std::vector<std::string>& labels) {
 void log_wait(const std::string& label, double milliseconds, const char* cause) {
   char waited[32];
   std::snprintf(waited, sizeof waited, "%.1f", milliseconds);
-  write_line(concat(label, " timeout, loading immediately (waited ", waited, " ms on ", cause, ")"));
+  write_line(
+      concat(label, " timeout, loading immediately (waited ", waited, " ms on ", cause, ")"));
 }
 
 void log_warning(const std::string& text) { write_line(text); }

@@ -1,5 +1,5 @@
-// Log lines (WSM_VERBOSE=1), in fixed forms that users and tools look for. One write each, to stderr,
-// so that lines of several threads do not mix.
+// Log lines (WSM_VERBOSE=1), in fixed forms that users and tools look for. One write each, to
+// stderr, so that lines of several threads do not mix.
 #pragma once
 
 #include <cstdint>

@@ -51,7 +51,8 @@ uint32_t Sequence::successor(uint32_t before, uint32_t unit) const {
   if (unit == kNone) {
     return bytes_.empty() || bytes_[0] > 0 ? (bytes_.empty() ? kNone : 0) : registered_next_[0];
   }
-  if (const auto known = pairs_.find(pair(before, unit)); known != pairs_.end()) return known->second;
+  if (const auto known = pairs_.find(pair(before, unit)); known != pairs_.end())
+    return known->second;
   return single_[unit] != kNone ? single_[unit] : registered_next_[unit];
 }
 

@@ -32,8 +32,7 @@ void StallProbes::collect() {
 
 bool StallProbes::collect(Pair& pair) {
   if (!device_.done(*pair.end)) return false;
-  const auto ns =
-      static_cast<uint64_t>(device_.elapsed_seconds(*pair.begin, *pair.end) * 1e9);
+  const auto ns = static_cast<uint64_t>(device_.elapsed_seconds(*pair.begin, *pair.end) * 1e9);
   counters_.stall_ns[static_cast<int>(Stall::kH2d)] += ns;
   by_pass_[pair.pass % kPassesKept] += ns;
   pair.pending = false;

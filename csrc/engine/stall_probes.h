@@ -1,7 +1,7 @@
-// Measures how long a compute stream waits for copies: a pair of timed events around each wait, read
-// back when both are done. A fixed number of pairs in turn; when the device lags so far behind that the
-// next pair is still in use, that wait goes unmeasured.
-// Used by one caller at a time (the engine's pass).
+// Measures how long a compute stream waits for copies: a pair of timed events around each wait,
+// read back when both are done. A fixed number of pairs in turn; when the device lags so far behind
+// that the next pair is still in use, that wait goes unmeasured. Used by one caller at a time (the
+// engine's pass).
 #pragma once
 
 #include <array>

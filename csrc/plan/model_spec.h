@@ -12,15 +12,15 @@ namespace wsm {
 
 // One shard: a safetensors file, or a tensor that already lies in RAM.
 struct ShardSpec {
-  std::string path;         // for RAM: the parameter's name
-  uint64_t bytes = 0;       // size of the file, or of the memory
-  uint32_t alignment = 1;   // what direct reads of it need (offset, length, address); 1 for RAM
+  std::string path;        // for RAM: the parameter's name
+  uint64_t bytes = 0;      // size of the file, or of the memory
+  uint32_t alignment = 1;  // what direct reads of it need (offset, length, address); 1 for RAM
 };
 
 // A byte range in a shard, with its place inside the tensor.
 struct Extent {
   uint32_t shard = 0;
-  uint64_t offset = 0;         // in the shard
+  uint64_t offset = 0;  // in the shard
   uint64_t bytes = 0;
   uint64_t tensor_offset = 0;  // in the tensor
 };
@@ -34,9 +34,10 @@ struct TensorSpec {
 
 // What is loaded and released together.
 struct UnitSpec {
-  std::string name;                // the module's qualified name
-  std::string label;               // in log lines: "layer=6", "layer=6 group=attn", "unit=lm_head"
-  std::vector<uint32_t> tensors;   // indices into ModelSpec::tensors; tied tensors occur in several units
+  std::string name;   // the module's qualified name
+  std::string label;  // in log lines: "layer=6", "layer=6 group=attn", "unit=lm_head"
+  std::vector<uint32_t>
+      tensors;  // indices into ModelSpec::tensors; tied tensors occur in several units
   // The unit's module holds other units: it stays acquired while they come and go, so its place in
   // the arena is shared with no other unit.
   bool exclusive = false;
@@ -45,11 +46,12 @@ struct UnitSpec {
 struct ModelSpec {
   std::vector<ShardSpec> shards;
   std::vector<TensorSpec> tensors;
-  std::vector<UnitSpec> units;     // in registration order: the order of use that is assumed at first
+  std::vector<UnitSpec> units;  // in registration order: the order of use that is assumed at first
 };
 
-// Throws InvalidArgument naming the tensor, unit or shard: an index out of range, an extent outside its
-// shard or tensor, a tensor not covered exactly once, a unit with a tensor twice, a size that overflows.
+// Throws InvalidArgument naming the tensor, unit or shard: an index out of range, an extent outside
+// its shard or tensor, a tensor not covered exactly once, a unit with a tensor twice, a size that
+// overflows.
 void validate(const ModelSpec& spec);
 
 }  // namespace wsm

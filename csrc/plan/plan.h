@@ -1,9 +1,11 @@
-// The plan: homes, places, chunks and copies. Pure data, made once by `make_plan` (plan/planner.h) and
-// followed by the engine without further decisions about where bytes go.
+// The plan: homes, places, chunks and copies. Pure data, made once by `make_plan` (plan/planner.h)
+// and followed by the engine without further decisions about where bytes go.
 //
-//   arena (device)   | exclusive places | place 0 | place 1 | place 2 |      places of units overlap
+//   arena (device)   | exclusive places | place 0 | place 1 | place 2 |      places of units
+//   overlap
 //                    |                  | place 3   | place 4 |            by design, laid out in
-//                    |                  | place 5 | ...                    registration order, wrapping
+//                    |                  | place 5 | ...                    registration order,
+//                    wrapping
 //
 //   homes (device)   | tensor | tensor | ...   loaded once, never moved
 //
@@ -20,8 +22,9 @@ namespace wsm {
 
 enum class Home : uint8_t { kDevice, kHost, kDisk };
 
-inline constexpr uint64_t kPlaceAlignment = 256;       // of every tensor in device memory
-inline constexpr uint64_t kSegmentBytes = 256ull << 20;  // pinned memory is registered in pieces this large
+inline constexpr uint64_t kPlaceAlignment = 256;  // of every tensor in device memory
+inline constexpr uint64_t kSegmentBytes =
+    256ull << 20;  // pinned memory is registered in pieces this large
 inline constexpr uint32_t kNone = UINT32_MAX;
 
 // One contiguous host-to-device copy out of a chunk.
@@ -33,29 +36,30 @@ struct Copy {
 
 // What is read at once, from one shard, into one slot or one place of the host cache.
 struct Chunk {
-  uint32_t unit = 0;           // whose load it belongs to (for a device home: the first unit that uses it)
+  uint32_t unit = 0;  // whose load it belongs to (for a device home: the first unit that uses it)
   uint32_t shard = 0;
-  uint64_t read_offset = 0;    // aligned as the shard needs
-  uint32_t read_bytes = 0;     // aligned; at most Plan::chunk_bytes; the end may lie past the shard's end
+  uint64_t read_offset = 0;  // aligned as the shard needs
+  uint32_t read_bytes =
+      0;  // aligned; at most Plan::chunk_bytes; the end may lie past the shard's end
   uint32_t need_bytes = 0;     // how many of them must arrive
   uint32_t payload_bytes = 0;  // sum of the copies
   Home home = Home::kDisk;
-  uint64_t cache_offset = 0;   // in the host cache, when home is kHost
-  uint32_t first_copy = 0;     // into Plan::copies
+  uint64_t cache_offset = 0;  // in the host cache, when home is kHost
+  uint32_t first_copy = 0;    // into Plan::copies
   uint32_t copy_count = 0;
 };
 
 // Where a unit finds one of its tensors.
 struct TensorPlace {
-  bool resident = false;       // false: `offset` is in the arena; true: in the homes
+  bool resident = false;  // false: `offset` is in the arena; true: in the homes
   uint64_t offset = 0;
 };
 
 struct UnitPlan {
-  uint64_t place_offset = 0;   // in the arena
-  uint64_t place_bytes = 0;    // 0: every tensor is resident, nothing streams
-  uint64_t streamed_bytes = 0; // payload that a load of this unit brings
-  uint32_t first_chunk = 0;    // into Plan::chunks: the streamed chunks (homes host and disk)
+  uint64_t place_offset = 0;    // in the arena
+  uint64_t place_bytes = 0;     // 0: every tensor is resident, nothing streams
+  uint64_t streamed_bytes = 0;  // payload that a load of this unit brings
+  uint32_t first_chunk = 0;     // into Plan::chunks: the streamed chunks (homes host and disk)
   uint32_t chunk_count = 0;
   std::vector<TensorPlace> tensors;  // parallel to UnitSpec::tensors
 };
@@ -68,28 +72,30 @@ inline bool places_overlap(const UnitPlan& a, const UnitPlan& b) {
 }
 
 struct Plan {
-  std::vector<UnitPlan> units;         // parallel to ModelSpec::units
-  std::vector<Chunk> chunks;           // streamed chunks by unit, then the resident ones
+  std::vector<UnitPlan> units;  // parallel to ModelSpec::units
+  std::vector<Chunk> chunks;    // streamed chunks by unit, then the resident ones
   std::vector<Copy> copies;
-  uint32_t first_resident_chunk = 0;   // chunks[first_resident_chunk..] have home kDevice
+  uint32_t first_resident_chunk = 0;  // chunks[first_resident_chunk..] have home kDevice
 
-  uint64_t arena_bytes = 0;            // device memory to allocate for places
-  uint64_t homes_bytes = 0;            // device memory to allocate for resident tensors
-  uint64_t cache_bytes = 0;            // host cache
-  std::vector<uint64_t> cache_segments;  // ends of the pieces in which the cache is registered; no chunk crosses one
-  uint64_t chunk_bytes = 0;            // the largest chunk; the size of a slot
-  uint32_t slot_count = 0;             // staging ring
+  uint64_t arena_bytes = 0;  // device memory to allocate for places
+  uint64_t homes_bytes = 0;  // device memory to allocate for resident tensors
+  uint64_t cache_bytes = 0;  // host cache
+  std::vector<uint64_t>
+      cache_segments;  // ends of the pieces in which the cache is registered; no chunk crosses one
+  uint64_t chunk_bytes = 0;  // the largest chunk; the size of a slot
+  uint32_t slot_count = 0;   // staging ring
 
-  uint32_t lookahead_units = 0;        // units kept in flight ahead of the running one
-  uint64_t read_ahead_bytes = 0;       // how far reads may run ahead of use, in bytes of unit images
+  uint32_t lookahead_units = 0;   // units kept in flight ahead of the running one
+  uint64_t read_ahead_bytes = 0;  // how far reads may run ahead of use, in bytes of unit images
 
   uint64_t device_budget_bytes = 0;
   uint64_t host_budget_bytes = 0;
-  uint64_t model_bytes = 0;            // payload of all tensors, each once
-  uint64_t device_home_bytes = 0;      // payload by home, a pass: what each link must carry
+  uint64_t model_bytes = 0;        // payload of all tensors, each once
+  uint64_t device_home_bytes = 0;  // payload by home, a pass: what each link must carry
   uint64_t host_home_bytes = 0;
   uint64_t disk_home_bytes = 0;
-  std::vector<std::string> warnings;   // settings that could not be honoured, each with what was done instead
+  std::vector<std::string>
+      warnings;  // settings that could not be honoured, each with what was done instead
 
   uint64_t staging_bytes() const { return chunk_bytes * slot_count; }
 };

@@ -33,8 +33,8 @@ Limits limits(uint64_t arena, uint64_t cache, uint64_t staging = 4 * kChunk) {
 
 struct Case {
   const char* name;
-  double arena_units;   // in largest units
-  double cached;        // fraction of the model
+  double arena_units;  // in largest units
+  double cached;       // fraction of the model
   uint32_t slots;
 };
 
@@ -42,7 +42,8 @@ class EngineCases : public ::testing::TestWithParam<Case> {
  protected:
   Limits limits_of(const StreamedModel& model) const {
     const Case& c = GetParam();
-    const auto arena = static_cast<uint64_t>(c.arena_units * (model.largest_unit_bytes() + 4 * kKiB));
+    const auto arena =
+        static_cast<uint64_t>(c.arena_units * (model.largest_unit_bytes() + 4 * kKiB));
     const auto cache = static_cast<uint64_t>(c.cached * (model.bytes() + 1 * kMiB));
     return limits(arena, cache, c.slots * kChunk);
   }
@@ -67,8 +68,8 @@ TEST_P(EngineCases, NothingIsReadTwiceAndTheCacheStays) {
   for (int pass = 0; pass < 6; ++pass) ASSERT_EQ(model.pass(model.all_units()), "");
   model.engine().close();
   const Counts totals = engine.totals();
-  // Each pass reads what lives on the disk, the first one also fills the cache; at the end a part of a
-  // seventh may have been read ahead, and units that stayed in the arena need no second load.
+  // Each pass reads what lives on the disk, the first one also fills the cache; at the end a part
+  // of a seventh may have been read ahead, and units that stayed in the arena need no second load.
   EXPECT_LE(totals.disk_bytes, 7 * plan.disk_home_bytes + plan.host_home_bytes);
   EXPECT_GE(totals.disk_bytes, plan.disk_home_bytes + plan.host_home_bytes);
   EXPECT_LE(totals.h2d_bytes, 7 * (plan.disk_home_bytes + plan.host_home_bytes));
@@ -86,7 +87,8 @@ TEST_P(EngineCases, AnyOrderOfUnitsIsRight) {
     std::vector<uint32_t> order = model.all_units();
     std::shuffle(order.begin(), order.end(), random);
     order.resize(1 + random() % order.size());
-    for (int i = 0; i < 4; ++i) order.push_back(static_cast<uint32_t>(random() % model.spec().units.size()));
+    for (int i = 0; i < 4; ++i)
+      order.push_back(static_cast<uint32_t>(random() % model.spec().units.size()));
     for (int repeat = 0; repeat < 2; ++repeat) ASSERT_EQ(model.pass(order), "");
   }
 }
@@ -102,10 +104,10 @@ TEST_P(EngineCases, FetchGivesTheBytesAtAnyTime) {
 
 INSTANTIATE_TEST_SUITE_P(
     Homes, EngineCases,
-    ::testing::Values(Case{"AllOnDiskBarelyTwoUnits", 2.05, 0, 4}, Case{"AllOnDiskOneUnit", 1.02, 0, 4},
-                      Case{"TwoSlots", 2.05, 0, 2}, Case{"ManySlots", 3.1, 0, 64},
-                      Case{"AllInTheCache", 2.05, 1, 4}, Case{"HalfInTheCache", 2.05, 0.5, 4},
-                      Case{"RoomForAll", 9, 0.3, 8}),
+    ::testing::Values(Case{"AllOnDiskBarelyTwoUnits", 2.05, 0, 4},
+                      Case{"AllOnDiskOneUnit", 1.02, 0, 4}, Case{"TwoSlots", 2.05, 0, 2},
+                      Case{"ManySlots", 3.1, 0, 64}, Case{"AllInTheCache", 2.05, 1, 4},
+                      Case{"HalfInTheCache", 2.05, 0.5, 4}, Case{"RoomForAll", 9, 0.3, 8}),
     [](const auto& info) { return info.param.name; });
 
 TEST(Engine, ResidentTensorsAreLoadedOnceAndStay) {
@@ -126,7 +128,8 @@ TEST(Engine, ShardsInMemoryAreNoDiskBytes) {
   ModelShape shape;
   shape.in_memory = true;
   StreamedModel model(3, shape);
-  Engine& engine = model.open(model.plan(limits(3 * model.largest_unit_bytes(), model.bytes() / 2)));
+  Engine& engine =
+      model.open(model.plan(limits(3 * model.largest_unit_bytes(), model.bytes() / 2)));
   for (int pass = 0; pass < 3; ++pass) ASSERT_EQ(model.pass(model.all_units()), "");
   EXPECT_EQ(engine.totals().disk_bytes, 0u);
   EXPECT_GE(engine.totals().h2d_bytes, model.bytes());
@@ -251,7 +254,8 @@ TEST(Engine, AnInterruptEndsTheWaitAndTheEngineGoesOn) {
 TEST(Engine, CloseWhileLoadsAreUnderWay) {
   for (int i = 0; i < 20; ++i) {
     StreamedModel model(i);
-    Engine& engine = model.open(model.plan(limits(3 * model.largest_unit_bytes(), model.bytes() / 3)));
+    Engine& engine =
+        model.open(model.plan(limits(3 * model.largest_unit_bytes(), model.bytes() / 3)));
     engine.begin_pass(0);
     if (i % 2) {
       EXPECT_EQ(model.use(i % 8), "");
@@ -289,9 +293,9 @@ TEST(Engine, WrongArgumentsAreErrors) {
   std::byte byte{};
   EXPECT_THROW(engine.fetch(8, 0, &byte), InvalidArgument);
   EXPECT_THROW(engine.fetch(0, 3, &byte), InvalidArgument);
-  EXPECT_THROW(Engine(model.spec(), plan, make_host_device(), nullptr, nullptr,
-                      {nullptr, nullptr}, 0, {}),
-               InvalidArgument);
+  EXPECT_THROW(
+      Engine(model.spec(), plan, make_host_device(), nullptr, nullptr, {nullptr, nullptr}, 0, {}),
+      InvalidArgument);
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ StreamedModel::StreamedModel(uint64_t seed, ModelShape shape) {
       uint64_t size = shape.least_tensor_bytes + random() % span;
       if (t == 0) size = align_up(size, 256);  // so that some neighbours can be copied as one
       unit.tensors.push_back(static_cast<uint32_t>(spec_.tensors.size()));
-      spec_.tensors.push_back({unit.name + ".t" + std::to_string(t), size, {{shard, ends[shard], size, 0}}});
+      spec_.tensors.push_back(
+          {unit.name + ".t" + std::to_string(t), size, {{shard, ends[shard], size, 0}}});
       ends[shard] += size;
       unit_bytes += size;
     }

@@ -1,5 +1,5 @@
-// A small model on disk and an engine that streams it to the host device, for tests: every byte tells
-// where it came from, so what an acquire brought can be checked to the byte.
+// A small model on disk and an engine that streams it to the host device, for tests: every byte
+// tells where it came from, so what an acquire brought can be checked to the byte.
 #pragma once
 
 #include <cstdint>
