@@ -303,7 +303,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--chunk-mb", type=float)
     add("--reader", default="auto")
     add("--direct", default="auto")
-    add("--bench-read", type=Path, default=Path("build/bench/bench_read"))
+    add("--bench-read", type=Path, default=Path("build/release/bench/bench_read"))
     add("--bytes-per-cell", type=size, default=512 * harness.MIB)
     add("--read-grid", choices=("small", "full"), default="small")
     add("--json", type=Path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -99,6 +100,8 @@ class StreamedModule(nn.Module):
         )
         self._plan = Plan(self._planned, self._units, self._source)
         self._plan.warnings[:0] = warned
+        for text in self._plan.warnings:
+            warnings.warn(text, stacklevel=3)
         self._buffers_found: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._start(opened, progress)
 
@@ -329,6 +332,8 @@ class _Budgets:
             return
         free = host_available()
         if not self.explicit_device:
+            if config.sources["gpu_free_guard_mb"] != "default":
+                free = max(free - guard, 0)
             share = _CPU_DEVICE_SHARE if not self.explicit_host else 1.0
             self.device_bytes = max(int((free - self.host_bytes) * share), 0)
         if not self.explicit_host:

@@ -94,8 +94,9 @@ py::dict counts_dict(const Counts& counts) {
 py::dict last_pass_dict(Engine& engine) {
   PassReport report;
   {
+    const Engine::Interrupt interrupt = plain_interrupt();
     py::gil_scoped_release nogil;
-    report = engine.last_pass();
+    report = engine.last_pass(interrupt);
   }
   py::dict d = counts_dict(report.counts);
   d["seconds"] = report.seconds;

@@ -69,7 +69,7 @@ bool Conductor::read_unit(uint32_t unit, bool demanded, bool* blocked) {
       *blocked = true;
       break;
     }
-    work_[unit].from_disk = true;
+    work_[unit].from_disk |= shards_[plan_.chunks[first + next].shard]->memory() == nullptr;
     moved = true;
   }
   return moved;

@@ -58,7 +58,7 @@ struct ShardReport {
   uint64_t uring_bytes = 0;
   uint64_t direct_bytes = 0;
   uint64_t buffered_bytes = 0;
-  std::string why;
+  std::string why;  // these ways and no others
 };
 
 struct PassReport {
@@ -100,7 +100,7 @@ class Engine {
   const ModelSpec& spec() const { return spec_; }
   uint64_t passes() const { return passes_ended_; }
   Counts totals();
-  PassReport last_pass();  // waits until the device has ended the pass
+  PassReport last_pass(const Interrupt& interrupt);  // waits until the device has ended the pass
   MemoryUse memory() const;
   std::vector<ShardReport> shards() const;
   std::vector<std::string> warnings() const;

@@ -40,12 +40,15 @@ Counts Engine::totals() {
   return board_.counters.read();
 }
 
-PassReport Engine::last_pass() {
+PassReport Engine::last_pass(const Interrupt& interrupt) {
   PassReport report;
   if (passes_ended_ == 0 || closed_) return report;
   const uint64_t pass = passes_ended_ - 1;
   const PassRecord& record = record_of(pass);
-  while (!device_->done(*record.end)) std::this_thread::sleep_for(std::chrono::microseconds(100));
+  while (!device_->done(*record.end)) {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    if (interrupt) interrupt();
+  }
   probes_->collect();
   report.seconds = device_->elapsed_seconds(*record.begin, *record.end);
   report.counts = record.counts;
@@ -66,9 +69,12 @@ MemoryUse Engine::memory() const {
 std::vector<ShardReport> Engine::shards() const {
   std::vector<ShardReport> reports;
   for (uint32_t i = 0; i < shards_.size() && !closed_; ++i) {
+    const Shard& shard = *shards_[i];
     const ShardUse& use = conductor_->use_of(i);
-    reports.push_back({shards_[i]->path(), use.uring_bytes, use.direct_bytes, use.buffered_bytes,
-                       shards_[i]->mode_reason()});
+    std::string why = shard.mode_reason();
+    if (shard.direct() && use.buffered_bytes > 0) why += "; what the page cache had: buffered";
+    if (use.direct_bytes > 0) why += "; no io_uring: " + uring_refused();
+    reports.push_back({shard.path(), use.uring_bytes, use.direct_bytes, use.buffered_bytes, why});
   }
   return reports;
 }

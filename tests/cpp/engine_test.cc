@@ -271,9 +271,9 @@ TEST(Engine, PassesReportWhatTheyMoved) {
   StreamedModel model;
   const Plan plan = model.plan(limits(3 * model.largest_unit_bytes(), 0));
   Engine& engine = model.open(plan);
-  EXPECT_EQ(engine.last_pass().seconds, 0);
+  EXPECT_EQ(engine.last_pass({}).seconds, 0);
   for (int pass = 0; pass < 3; ++pass) ASSERT_EQ(model.pass(model.all_units()), "");
-  const PassReport report = engine.last_pass();
+  const PassReport report = engine.last_pass({});
   EXPECT_GT(report.seconds, 0);
   EXPECT_GT(report.counts.h2d_bytes, 0u);
   EXPECT_LE(report.counts.h2d_bytes, plan.disk_home_bytes + plan.arena_bytes);

@@ -1,0 +1,441 @@
+"""Streams and the process around them: forks, signals, threads, exits, and what is left behind.
+
+What must not happen inside pytest happens in a process of its own: each scenario is a function of
+this file that takes the checkpoint's folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import Net, make_net, on_meta, save, tokens
+from torch import nn
+
+import wsm_ext as wsm
+
+MIB = 1 << 20
+LAYERS = 6
+LIMIT_S = 60
+# All layers come from the disk in every pass, through an arena of a few of them.
+STREAMED: dict[str, Any] = {
+    "device": "cpu",
+    "device_memory": 24 * MIB,
+    "host_memory": 8 * MIB,
+    "config": {"home_bytes": 0, "chunk_mb": 1.0, "staging_mb": 8, "poison": True},
+}
+NOT_PERMITTED = 77
+
+
+def settings(**config: Any) -> dict[str, Any]:
+    return {**STREAMED, "config": {**STREAMED["config"], **config}}
+
+
+def open_net(folder: Path, **config: Any) -> wsm.StreamedModule:
+    return wsm.stream(on_meta(make_net(layers=LAYERS), layers=LAYERS), folder, **settings(**config))
+
+
+@torch.inference_mode()
+def result(net: nn.Module, seed: int = 3) -> torch.Tensor:
+    return net(tokens(seed=seed))
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    return make_net(layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def folder(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(net, tmp_path_factory.mktemp("net"), shards=2)
+
+
+def in_a_process(scenario: Callable[[Path], None], folder: Path) -> str:
+    """Runs it in an interpreter of its own, which must end well and in time. What it logged."""
+    code = (
+        "import sys, pathlib, test_processes as t\n"
+        f"t.{scenario.__name__}(pathlib.Path(sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    if done.returncode == NOT_PERMITTED:
+        pytest.skip("this process may not use userfaultfd")
+    assert done.returncode == 0, done.stderr
+    assert "Fatal" not in done.stderr
+    assert "terminate" not in done.stderr
+    return done.stderr
+
+
+class AbsentPages:
+    """A parameter in memory whose pages can be taken away: who reads them then waits for them.
+
+    So a read takes as long as a test wants. The memory is watched with userfaultfd.
+    """
+
+    _SYSCALL = {"x86_64": 323, "aarch64": 282}
+    _USER_MODE_ONLY = 1
+    _API, _REGISTER, _COPY = 0xC018AA3F, 0xC020AA00, 0xC028AA03
+
+    def __init__(self, values: torch.Tensor) -> None:
+        import ctypes
+
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        size = -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._all = torch.frombuffer(self._memory, dtype=values.dtype)
+        self.tensor = self._all[: values.numel()].view(values.shape)
+        self.tensor.copy_(values)
+        number = self._SYSCALL.get(os.uname().machine, -1)
+        self._watch = self._libc.syscall(number, os.O_CLOEXEC | self._USER_MODE_ONLY)
+        if self._watch < 0:
+            os._exit(NOT_PERMITTED)
+        fcntl.ioctl(self._watch, self._API, struct.pack("QQQ", 0xAA, 0, 0))
+
+    def take_away(self) -> None:
+        self._kept = self._all.clone()
+        self._memory.madvise(mmap.MADV_DONTNEED)
+        size = self._all.nbytes
+        registration = struct.pack("QQQQ", self._all.data_ptr(), size, 1, 0)
+        fcntl.ioctl(self._watch, self._REGISTER, registration)
+
+    def wait_for_reader(self) -> None:
+        os.read(self._watch, 32)
+
+    def bring_back(self) -> None:
+        size = self._all.nbytes
+        copy = struct.pack("QQQQq", self._all.data_ptr(), self._kept.data_ptr(), size, 0, 0)
+        fcntl.ioctl(self._watch, self._COPY, copy)
+
+
+def net_with_absent_pages() -> tuple[Net, AbsentPages]:
+    net = make_net(layers=LAYERS)
+    owner = net.layers[4].mlp[0]
+    pages = AbsentPages(owner.weight.detach())
+    owner.weight = nn.Parameter(pages.tensor, requires_grad=False)
+    return net, pages
+
+
+# -- forks -----------------------------------------------------------------------------------------
+
+
+def refused_in_a_child(streamed: wsm.StreamedModule) -> None:
+    child = os.fork()
+    if child == 0:
+        for use in (lambda: result(streamed), lambda: streamed.fetch("head.weight")):
+            try:
+                use()
+            except wsm.EngineError as error:
+                assert "fork" in str(error)
+                assert "open it again in the child" in str(error)
+            else:
+                os._exit(3)
+        streamed.close()
+        sys.exit(0)  # not os._exit: what runs at an exit must do no harm either
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def fork_between_passes(folder: Path) -> None:
+    expected = result(make_net(layers=LAYERS))
+    with open_net(folder) as streamed:
+        assert torch.equal(result(streamed), expected)
+        refused_in_a_child(streamed)
+        assert torch.equal(result(streamed), expected)
+
+
+def fork_during_a_pass(folder: Path) -> None:
+    expected = result(make_net(layers=LAYERS))
+    inside, forked = threading.Event(), threading.Event()
+
+    def pause(*_: object) -> None:
+        inside.set()
+        assert forked.wait(LIMIT_S)
+
+    results = []
+    with open_net(folder) as streamed:
+        hook = streamed.module.layers[2].mlp.register_forward_pre_hook(pause)
+        thread = threading.Thread(target=lambda: results.append(result(streamed)))
+        thread.start()
+        assert inside.wait(LIMIT_S)
+        refused_in_a_child(streamed)
+        forked.set()
+        thread.join()
+        hook.remove()
+        results.append(result(streamed))
+    assert len(results) == 2
+    assert all(torch.equal(found, expected) for found in results)
+
+
+@pytest.mark.parametrize("scenario", [fork_between_passes, fork_during_a_pass])
+def test_a_forked_child_is_told_to_open_its_own(
+    scenario: Callable[[Path], None], folder: Path
+) -> None:
+    in_a_process(scenario, folder)
+
+
+# -- Ctrl-C and reads that do not end --------------------------------------------------------------
+
+
+def interrupted_while_waiting(_: Path) -> None:
+    net, pages = net_with_absent_pages()
+    expected = result(net)
+    streamed = wsm.stream(net, **settings(lookahead_units=0, cpu_prefetch_distance=0))
+    assert torch.equal(result(streamed), expected)
+    pages.take_away()
+
+    def press_ctrl_c() -> None:
+        pages.wait_for_reader()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press_ctrl_c).start()
+    try:
+        result(streamed)
+    except KeyboardInterrupt as stop:
+        innermost = traceback.extract_tb(stop.__traceback__)[-1]
+        assert innermost.filename.endswith("residency.py"), innermost
+    else:
+        raise AssertionError("the pass ended although its bytes could not be read")
+    pages.bring_back()
+    for seed in (3, 4):
+        assert torch.equal(result(streamed, seed), result(make_net(layers=LAYERS), seed))
+    streamed.close()
+    assert torch.equal(result(net), expected)
+
+
+def a_read_that_never_ends(_: Path) -> None:
+    net, pages = net_with_absent_pages()
+    options = settings(lookahead_units=0, cpu_prefetch_distance=0, read_timeout_s=0.3)
+    streamed = wsm.stream(net, **options)
+    pages.take_away()
+    for _attempt in range(2):
+        try:
+            result(streamed)
+        except TimeoutError as error:
+            assert "layers.4" in str(error)
+            assert "read_timeout_s" in str(error)
+        else:
+            raise AssertionError("the pass ended although its bytes could not be read")
+    streamed.close()
+    assert "forward" not in net.layers[4].__dict__
+
+
+def a_read_that_never_ends_at_exit(_: Path) -> None:
+    net, pages = net_with_absent_pages()
+    options = settings(lookahead_units=0, cpu_prefetch_distance=0, read_timeout_s=1)
+    streamed = wsm.stream(net, **options)
+    pages.take_away()
+    threading.Thread(target=result, args=[streamed], daemon=True).start()
+    pages.wait_for_reader()
+
+
+def test_ctrl_c_ends_a_wait(folder: Path) -> None:
+    in_a_process(interrupted_while_waiting, folder)
+
+
+def test_a_read_that_never_ends_is_an_error_and_does_not_hold_up_close(folder: Path) -> None:
+    logged = in_a_process(a_read_that_never_ends, folder)
+    assert "[WSM] closing: a read has not ended" in logged
+
+
+def test_a_read_that_never_ends_does_not_hold_up_the_exit(folder: Path) -> None:
+    in_a_process(a_read_that_never_ends_at_exit, folder)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_error_of_progress_leaves_the_module_as_it_was(
+    error: type[BaseException], net: Net, folder: Path
+) -> None:
+    module = on_meta(net, layers=LAYERS)
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    options = {**STREAMED, "device_memory": 64 * MIB, "config": {}}
+
+    def progress(done: int, total: int) -> None:
+        assert 0 <= done <= total
+        raise error
+
+    with pytest.raises(error):
+        wsm.stream(module, folder, progress=progress, **options)
+    for name, parameter in module.named_parameters():
+        assert parameter is parameters[name]
+    for name, buffer in module.named_buffers():
+        assert buffer is buffers[name]
+    assert not any("forward" in inner.__dict__ for inner in module.modules())
+    with wsm.stream(module, folder, **options) as streamed:
+        assert torch.equal(result(streamed), result(net))
+
+
+# -- exits -----------------------------------------------------------------------------------------
+
+
+def exit_while_reading_ahead(folder: Path) -> None:
+    streamed = [open_net(folder), open_net(folder, lookahead_units=0)]
+    result(streamed[0])
+    globals()["kept_to_the_end"] = streamed
+
+
+def exit_beside_a_thread_in_a_pass(folder: Path) -> None:
+    streamed = open_net(folder)
+    under_way = threading.Event()
+
+    def run() -> None:
+        while True:
+            result(streamed)
+            under_way.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert under_way.wait(LIMIT_S)
+
+
+def exit_from_a_forward(folder: Path) -> None:
+    streamed = open_net(folder)
+    streamed.module.layers[3].mlp.register_forward_hook(lambda *_: sys.exit(0))
+    result(streamed)
+
+
+@pytest.mark.parametrize(
+    "scenario", [exit_while_reading_ahead, exit_beside_a_thread_in_a_pass, exit_from_a_forward]
+)
+def test_an_exit_without_close(scenario: Callable[[Path], None], folder: Path) -> None:
+    in_a_process(scenario, folder)
+
+
+# -- what is left behind ---------------------------------------------------------------------------
+
+
+def held() -> tuple[int, int, int]:
+    """Threads, descriptors and bytes of memory of this process."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    tasks, descriptors = (len(os.listdir(f"/proc/self/{name}")) for name in ("task", "fd"))
+    return tasks, descriptors, pages * mmap.PAGESIZE
+
+
+def open_and_drop_often(folder: Path) -> None:
+    def cycle(close: bool) -> None:
+        streamed = open_net(folder)
+        result(streamed)
+        if close:
+            streamed.close()
+
+    for index in range(6):
+        cycle(index % 2 == 0)
+    before = held()
+    for index in range(50):
+        cycle(index % 2 == 0)
+    after = held()
+    assert after[:2] == before[:2], f"threads and descriptors: {before[:2]}, then {after[:2]}"
+    # One cycle takes more than this, so fifty would if one in fifty left its memory.
+    assert after[2] - before[2] < 16 * MIB, f"{(after[2] - before[2]) / MIB:.1f} MiB more"
+
+
+def test_nothing_is_left_of_streams_that_were_closed_or_dropped(folder: Path) -> None:
+    in_a_process(open_and_drop_often, folder)
+
+
+def test_close_alone_gives_back_threads_and_memory(folder: Path) -> None:
+    with open_net(folder) as warm_up:
+        result(warm_up)
+    del warm_up
+    before = held()
+    streamed = open_net(folder)
+    result(streamed)
+    during = held()
+    streamed.close()
+    after = held()
+    assert during[0] > before[0]
+    assert after[:2] == before[:2]
+    assert streamed.stats()["memory"]["host_bytes"] == 0
+
+
+# -- threads and errors ----------------------------------------------------------------------------
+
+
+def test_an_error_in_one_thread_does_not_touch_the_other(net: Net, folder: Path) -> None:
+    expected = result(net)
+    failed: list[BaseException] = []
+    found: list[bool] = []
+
+    def fail_in_its_thread(*_: object) -> None:
+        if threading.current_thread().name == "fails":
+            raise ZeroDivisionError
+
+    with open_net(folder) as streamed:
+        streamed.module.layers[3].mlp.register_forward_hook(fail_in_its_thread)
+
+        def fails() -> None:
+            for _ in range(5):
+                try:
+                    result(streamed)
+                except ZeroDivisionError as error:
+                    failed.append(error)
+
+        def works() -> None:
+            for _ in range(5):
+                found.append(torch.equal(result(streamed), expected))
+
+        threads = [threading.Thread(target=job, name=job.__name__) for job in (fails, works)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT_S)
+            assert not thread.is_alive()
+    assert len(failed) == 5
+    assert found == [True] * 5
+
+
+def test_two_models_in_two_threads(net: Net, folder: Path) -> None:
+    expected = result(net)
+    found: list[bool] = []
+
+    def run() -> None:
+        with open_net(folder) as streamed:
+            for _ in range(3):
+                found.append(torch.equal(result(streamed), expected))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
+    assert found == [True] * 6
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+@pytest.mark.parametrize("path", ["embed", "layers.3", "layers.3.mlp.1", "head"])
+def test_an_error_in_a_forward_is_passed_on_and_forgotten(
+    error: type[BaseException], path: str, net: Net, folder: Path
+) -> None:
+    with open_net(folder) as streamed:
+
+        def fail(*_: object) -> None:
+            raise error
+
+        hook = streamed.module.get_submodule(path).register_forward_hook(fail)
+        for _ in range(2):
+            with pytest.raises(error):
+                result(streamed)
+        hook.remove()
+        for name in ("embed.weight", "layers.3.mlp.0.weight", "head.weight"):
+            with pytest.raises(RuntimeError, match="fetch"):
+                streamed.module.get_parameter(name).sum()
+        for seed in (3, 4):
+            assert torch.equal(result(streamed, seed), result(net, seed))
