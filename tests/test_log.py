@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import wsm_ext as wsm
 
 MIB = 1 << 20
 LAYERS = 6
+END_OF_PASS = b"a pass has ended\n"
 UNIT = r"(?:layer=\d+|unit=[\w.]+)(?: (?:group|unit)=[\w.]+)?"
 PATH = r"\((?:SSD→)?CPU→GPU\)"
 FORMS = (
@@ -42,11 +44,13 @@ def log(
     """The lines of each of some passes, and last those of the close."""
 
     def run(
-        passes: int = 1, verbose: str = "1", cached: bool = False, units: Any = "layer", **config: Any
+        passes: int = 1,
+        verbose: str = "1",
+        cached: bool = False,
+        units: Any = "layer",
+        **config: Any,
     ) -> list[list[str]]:
         monkeypatch.setenv("WSM_VERBOSE", verbose)
-        capfd.readouterr()
-        lines = []
         settings = {"home_bytes": 0, "chunk_mb": 1.0, "staging_mb": 8, **config}
         with wsm.stream(
             on_meta(net, layers=LAYERS),
@@ -60,9 +64,10 @@ def log(
             for _ in range(passes):
                 with torch.inference_mode():
                     streamed(tokens())
-                lines.append(capfd.readouterr().err.splitlines())
-        lines.append(capfd.readouterr().err.splitlines())
-        return lines
+                os.write(2, END_OF_PASS)
+        # What was caught is read when nobody writes any more: capfd would lose lines.
+        parts = capfd.readouterr().err.split(END_OF_PASS.decode())
+        return [part.splitlines() for part in parts]
 
     return run
 
@@ -134,11 +139,10 @@ def test_every_line_has_a_form_of_the_documentation(
 def test_weights_in_ram_do_not_come_from_a_drive(capfd: pytest.CaptureFixture[str]) -> None:
     config = {"home_bytes": 0, "chunk_mb": 1.0, "verbose": True, **on_demand()}
     own = make_net(layers=LAYERS)
-    with wsm.stream(own, device="cpu", device_memory="24MiB", host_memory="8MiB", config=config):
-        capfd.readouterr()
-        with torch.inference_mode():
-            own(tokens())
-        lines = capfd.readouterr().err.splitlines()
+    memory = {"device_memory": "24MiB", "host_memory": "8MiB"}
+    with wsm.stream(own, device="cpu", config=config, **memory), torch.inference_mode():
+        own(tokens())
+    lines = capfd.readouterr().err.splitlines()
     assert "[WSM] ->GPU layer=2 (CPU→GPU)" in lines
     assert not [line for line in lines if "SSD→" in line]
 

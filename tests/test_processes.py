@@ -7,6 +7,7 @@ this file that takes the checkpoint's folder.
 from __future__ import annotations
 
 import fcntl
+import functools
 import gc
 import mmap
 import os
@@ -15,7 +16,6 @@ import struct
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,13 @@ def settings(**config: Any) -> dict[str, Any]:
     return {**STREAMED, "config": {**STREAMED["config"], **config}}
 
 
+@functools.cache
+def resident() -> Net:
+    return make_net(layers=LAYERS)
+
+
 def open_net(folder: Path, **config: Any) -> wsm.StreamedModule:
-    return wsm.stream(on_meta(make_net(layers=LAYERS), layers=LAYERS), folder, **settings(**config))
+    return wsm.stream(on_meta(resident(), layers=LAYERS), folder, **settings(**config))
 
 
 @torch.inference_mode()
@@ -55,7 +60,7 @@ def result(net: nn.Module, seed: int = 3) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def net() -> Net:
-    return make_net(layers=LAYERS)
+    return resident()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,6 @@ class AbsentPages:
     So a read takes as long as a test wants. The memory is watched with userfaultfd.
     """
 
-    _SYSCALL = {"x86_64": 323, "aarch64": 282}
     _USER_MODE_ONLY = 1
     _API, _REGISTER, _COPY = 0xC018AA3F, 0xC020AA00, 0xC028AA03
 
@@ -104,7 +108,7 @@ class AbsentPages:
         self._all = torch.frombuffer(self._memory, dtype=values.dtype)
         self.tensor = self._all[: values.numel()].view(values.shape)
         self.tensor.copy_(values)
-        number = self._SYSCALL.get(os.uname().machine, -1)
+        number = {"x86_64": 323, "aarch64": 282}.get(os.uname().machine, -1)
         self._watch = self._libc.syscall(number, os.O_CLOEXEC | self._USER_MODE_ONLY)
         if self._watch < 0:
             os._exit(NOT_PERMITTED)
@@ -141,28 +145,15 @@ def refused_in_a_child(streamed: wsm.StreamedModule) -> None:
     child = os.fork()
     if child == 0:
         for use in (lambda: result(streamed), lambda: streamed.fetch("head.weight")):
-            try:
+            with pytest.raises(wsm.EngineError, match=r"fork.*open it again in the child"):
                 use()
-            except wsm.EngineError as error:
-                assert "fork" in str(error)
-                assert "open it again in the child" in str(error)
-            else:
-                os._exit(3)
         streamed.close()
         sys.exit(0)  # not os._exit: what runs at an exit must do no harm either
     assert os.waitpid(child, 0)[1] == 0
 
 
-def fork_between_passes(folder: Path) -> None:
-    expected = result(make_net(layers=LAYERS))
-    with open_net(folder) as streamed:
-        assert torch.equal(result(streamed), expected)
-        refused_in_a_child(streamed)
-        assert torch.equal(result(streamed), expected)
-
-
-def fork_during_a_pass(folder: Path) -> None:
-    expected = result(make_net(layers=LAYERS))
+def fork_between_passes_and_during_one(folder: Path) -> None:
+    expected = result(resident())
     inside, forked = threading.Event(), threading.Event()
 
     def pause(*_: object) -> None:
@@ -171,6 +162,9 @@ def fork_during_a_pass(folder: Path) -> None:
 
     results = []
     with open_net(folder) as streamed:
+        results.append(result(streamed))
+        refused_in_a_child(streamed)
+        results.append(result(streamed))
         hook = streamed.module.layers[2].mlp.register_forward_pre_hook(pause)
         thread = threading.Thread(target=lambda: results.append(result(streamed)))
         thread.start()
@@ -180,15 +174,12 @@ def fork_during_a_pass(folder: Path) -> None:
         thread.join()
         hook.remove()
         results.append(result(streamed))
-    assert len(results) == 2
+    assert len(results) == 4
     assert all(torch.equal(found, expected) for found in results)
 
 
-@pytest.mark.parametrize("scenario", [fork_between_passes, fork_during_a_pass])
-def test_a_forked_child_is_told_to_open_its_own(
-    scenario: Callable[[Path], None], folder: Path
-) -> None:
-    in_a_process(scenario, folder)
+def test_a_forked_child_is_told_to_open_its_own(folder: Path) -> None:
+    in_a_process(fork_between_passes_and_during_one, folder)
 
 
 # -- Ctrl-C and reads that do not end --------------------------------------------------------------
@@ -206,33 +197,27 @@ def interrupted_while_waiting(_: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press_ctrl_c).start()
-    try:
+    with pytest.raises(KeyboardInterrupt) as stopped:
         result(streamed)
-    except KeyboardInterrupt as stop:
-        innermost = traceback.extract_tb(stop.__traceback__)[-1]
-        assert innermost.filename.endswith("residency.py"), innermost
-    else:
-        raise AssertionError("the pass ended although its bytes could not be read")
+    assert stopped.traceback[-1].path.name == "residency.py"  # in the wait itself
     pages.bring_back()
     for seed in (3, 4):
-        assert torch.equal(result(streamed, seed), result(make_net(layers=LAYERS), seed))
+        assert torch.equal(result(streamed, seed), result(resident(), seed))
     streamed.close()
     assert torch.equal(result(net), expected)
 
 
 def a_read_that_never_ends(_: Path) -> None:
     net, pages = net_with_absent_pages()
-    options = settings(lookahead_units=0, cpu_prefetch_distance=0, read_timeout_s=0.3)
+    # Threads and slots enough for others beside those that are stuck.
+    options = settings(
+        lookahead_units=0, cpu_prefetch_distance=0, read_timeout_s=0.3, read_threads=8
+    )
     streamed = wsm.stream(net, **options)
     pages.take_away()
     for _attempt in range(2):
-        try:
+        with pytest.raises(TimeoutError, match=r"'layers\.4'.*read_timeout_s"):
             result(streamed)
-        except TimeoutError as error:
-            assert "layers.4" in str(error)
-            assert "read_timeout_s" in str(error)
-        else:
-            raise AssertionError("the pass ended although its bytes could not be read")
     streamed.close()
     assert "forward" not in net.layers[4].__dict__
 
@@ -285,12 +270,6 @@ def test_an_error_of_progress_leaves_the_module_as_it_was(
 # -- exits -----------------------------------------------------------------------------------------
 
 
-def exit_while_reading_ahead(folder: Path) -> None:
-    streamed = [open_net(folder), open_net(folder, lookahead_units=0)]
-    result(streamed[0])
-    globals()["kept_to_the_end"] = streamed
-
-
 def exit_beside_a_thread_in_a_pass(folder: Path) -> None:
     streamed = open_net(folder)
     under_way = threading.Event()
@@ -304,14 +283,15 @@ def exit_beside_a_thread_in_a_pass(folder: Path) -> None:
     assert under_way.wait(LIMIT_S)
 
 
-def exit_from_a_forward(folder: Path) -> None:
+def exit_from_a_forward_while_another_reads_ahead(folder: Path) -> None:
+    globals()["kept_to_the_end"] = open_net(folder)
     streamed = open_net(folder)
     streamed.module.layers[3].mlp.register_forward_hook(lambda *_: sys.exit(0))
     result(streamed)
 
 
 @pytest.mark.parametrize(
-    "scenario", [exit_while_reading_ahead, exit_beside_a_thread_in_a_pass, exit_from_a_forward]
+    "scenario", [exit_beside_a_thread_in_a_pass, exit_from_a_forward_while_another_reads_ahead]
 )
 def test_an_exit_without_close(scenario: Callable[[Path], None], folder: Path) -> None:
     in_a_process(scenario, folder)
@@ -417,6 +397,33 @@ def test_two_models_in_two_threads(net: Net, folder: Path) -> None:
         thread.join(LIMIT_S)
         assert not thread.is_alive()
     assert found == [True] * 6
+
+
+def test_close_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    found: list[bool] = []
+
+    def pause(*_: object) -> None:
+        inside.set()
+        assert go_on.wait(LIMIT_S)
+
+    streamed = open_net(folder)
+    streamed.module.layers[2].mlp.register_forward_pre_hook(pause)
+    working = threading.Thread(
+        target=lambda: found.append(torch.equal(result(streamed), result(net)))
+    )
+    working.start()
+    assert inside.wait(LIMIT_S)
+    closing = threading.Thread(target=streamed.close)
+    closing.start()
+    closing.join(0.3)  # a close that did not wait would be over by now, and the pass would fail
+    go_on.set()
+    for thread in (working, closing):
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
+    assert found == [True]
+    with pytest.raises(RuntimeError, match="closed"):
+        streamed.fetch("head.weight")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])

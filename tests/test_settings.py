@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,13 +16,16 @@ from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
 from wsm_ext import _engine
-from wsm_ext import stream as stream_function
 from wsm_ext.config import VARIABLES, Config
 
 MIB = 1 << 20
 # Nothing stays on the device, and the disk is read in small pieces.
 NO_HOMES = {"home_bytes": 0, "chunk_mb": 1.0}
 DEADLINE_S = 20.0
+STREAM = sys.modules[wsm.stream.__module__]
+
+# Of the plan, where these tests look for them.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +210,9 @@ def test_prefetched_units_are_in_flight_before_the_first_is_asked_for(
         wait_for(lambda: totals(streamed)["loads"] == ahead, "the prefetch")
         run(streamed)
         units = len(streamed.plan.units)
-        wait_for(lambda: totals(streamed)["loads"] == units + ahead, "the prefetch of the next pass")
+        wait_for(
+            lambda: totals(streamed)["loads"] == units + ahead, "the prefetch of the next pass"
+        )
         assert totals(streamed)["demand_loads"] < units
 
 
@@ -263,21 +269,20 @@ def test_counted_groups_keep_the_units_that_were_asked_for(open_net: Callable[..
 
 
 def test_the_guard_is_left_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = __import__("sys").modules[stream_function.__module__]
     asked = []
 
     def available(device: torch.device, guard: int) -> int:
         asked.append((device, guard))
         return 8 << 30
 
-    monkeypatch.setattr(module, "device_available", available)
+    monkeypatch.setattr(STREAM, "device_available", available)
     gpu = torch.device("cuda", 0)
     for variables, guard in (({}, 1024), ({"WSM_GPU_FREE_GUARD_MB": "300"}, 300)):
         config = Config.resolve(None, variables)
-        budgets = module._Budgets(gpu, "auto", "1GiB", config)
+        budgets = STREAM._Budgets(gpu, "auto", "1GiB", config)
         assert asked.pop() == (gpu, guard * MIB)
         assert budgets.device_bytes == 8 << 30
-    module._Budgets(gpu, "1GiB", "1GiB", config)
+    STREAM._Budgets(gpu, "1GiB", "1GiB", config)
     assert not asked
 
 
@@ -289,8 +294,7 @@ def test_a_guard_without_an_auto_budget_is_a_warning(open_net: Callable[..., Any
 def test_a_guard_is_left_free_in_ram_too(
     monkeypatch: pytest.MonkeyPatch, open_net: Callable[..., Any]
 ) -> None:
-    module = __import__("sys").modules[stream_function.__module__]
-    monkeypatch.setattr(module, "host_available", lambda: 100 * MIB)
+    monkeypatch.setattr(STREAM, "host_available", lambda: 100 * MIB)
     with open_net({"WSM_GPU_FREE_GUARD_MB": "60"}, device_memory="auto", host_memory=8 * MIB) as s:
         assert s.plan.device_budget_bytes == 32 * MIB
 
@@ -298,7 +302,9 @@ def test_a_guard_is_left_free_in_ram_too(
 # -- host memory -----------------------------------------------------------------------------------
 
 
-def test_the_high_water_mark_holds_cache_and_staging(net: Net, open_net: Callable[..., Any]) -> None:
+def test_the_high_water_mark_holds_cache_and_staging(
+    net: Net, open_net: Callable[..., Any]
+) -> None:
     with open_net({"WSM_CPU_CACHE_HWM_LAYERS": "2"}, host_memory="auto") as streamed:
         run(streamed, passes=2)
         limit = 2 * layer_bytes(net)
@@ -381,7 +387,7 @@ def test_verbose(
 
 def test_a_ring_without_direct_reads_is_refused(open_net: Callable[..., Any]) -> None:
     variables = {"WSM_READER": "uring", "WSM_DIRECT": "0"}
-    with pytest.raises(ValueError, match="uring.*direct"), open_net(variables):
+    with pytest.raises(ValueError, match=r"uring.*direct"), open_net(variables):
         pass
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -379,13 +380,14 @@ def test_two_models_at_once(net: Net, folder: Path, device: torch.device) -> Non
 
 
 def test_deletion_without_close(net: Net, folder: Path) -> None:
-    threads = threading.active_count()
-    module = on_meta(net)
-    streamed = wsm.stream(module, folder, device="cpu", **options("disk"))
-    del streamed
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    module = wsm.stream(on_meta(net), folder, device="cpu", **options("disk")).module
+    check(module, net, torch.device("cpu"), passes=1)  # it keeps what it needs
+    gone = weakref.ref(module)
+    del module
     gc.collect()
-    assert threading.active_count() == threads
-    assert "forward" not in module.layers[0].__dict__
+    assert gone() is None
+    assert len(list(Path("/proc/self/task").iterdir())) == threads
 
 
 def test_a_stream_of_a_stream_is_an_error(net: Net, folder: Path) -> None:
@@ -474,3 +476,85 @@ def test_stats_have_what_users_ask_for(net: Net, folder: Path, device: torch.dev
         assert stats["totals"]["disk_read_bytes"] >= stats["totals"]["disk_bytes"]
         assert len(stats["readers"]) == 3
         assert str(folder.resolve()) in next(iter(stats["readers"]))
+
+
+def test_close_while_another_thread_is_in_a_pass(
+    net: Net, folder: Path, device: torch.device
+) -> None:
+    failed: list[str] = []
+    started = threading.Event()
+    module = on_meta(net)
+    streamed = wsm.stream(module, folder, device=device, **options("disk"))
+
+    def run() -> None:
+        try:
+            with torch.inference_mode():
+                while True:
+                    streamed.module(tokens().to(device))
+                    started.set()
+        except RuntimeError as error:
+            failed.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert started.wait(60)
+    streamed.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert failed
+    for inner in module.modules():
+        assert "forward" not in inner.__dict__
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert streamed.stats()["passes"] > 0
+
+
+def test_a_failure_half_way_leaves_the_module_as_it_was(net: Net, folder: Path) -> None:
+    class Stubborn(type(net.norm)):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "forward":
+                raise AttributeError("no forward of yours")
+            super().__setattr__(name, value)
+
+    module = on_meta(net)
+    module.norm.__class__ = Stubborn
+    found = {name: id(parameter) for name, parameter in module.named_parameters()}
+    with pytest.raises(AttributeError, match="no forward of yours"):
+        wsm.stream(module, folder, device="cpu", **options("disk"))
+    assert {name: id(parameter) for name, parameter in module.named_parameters()} == found
+    assert all("forward" not in inner.__dict__ for inner in module.modules())
+    assert all(buffer.device.type == "cpu" for buffer in module.buffers())
+    assert not hasattr(module, "_wsm_streamed")
+
+
+def test_trainable_parameters_raise_instead_of_wrong_gradients(net: Net, folder: Path) -> None:
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("mixture")) as streamed:
+        resident = [
+            parameter
+            for parameter in streamed.module.layers.parameters()
+            if type(parameter) is nn.Parameter
+        ]
+        assert resident
+        for parameter in resident:
+            parameter.requires_grad_(True)
+        with pytest.raises(RuntimeError, match="requires grad"):
+            streamed(tokens())
+
+
+def test_settings_reach_the_wrapped_module(net: Net, folder: Path) -> None:
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
+        streamed.module.setting = 1
+        streamed.setting = 2
+        assert streamed.module.setting == 2
+
+
+def test_a_parameter_that_is_not_contiguous_keeps_its_strides() -> None:
+    own = make_net()
+    weight = own.head.weight
+    weight.data = weight.detach().t().contiguous().t()
+    stride = weight.stride()
+    assert stride != make_net().head.weight.stride()
+    with wsm.stream(own, device="cpu", **options("cache")) as streamed:
+        check(streamed, make_net(), torch.device("cpu"), passes=1)
+    assert own.head.weight is weight
+    assert weight.stride() == stride
+    assert torch.equal(weight, make_net().head.weight)

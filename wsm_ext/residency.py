@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,15 +42,35 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
 class Passes:
     """One pass at a time: entered by every wrapped forward, begun by the outermost."""
 
-    def __init__(self, engine: _engine.Engine, current_stream: Callable[[], int]) -> None:
+    def __init__(
+        self, engine: _engine.Engine, current_stream: Callable[[], int], limit_s: float
+    ) -> None:
         self._engine = engine
         self._stream = current_stream
+        self._limit_s = limit_s
         self._turn = threading.RLock()
         self.depth = 0
         self._owner: int | None = None
 
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """Held while no other thread is in a pass."""
+        self._wait()
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _wait(self) -> None:
+        if not self._turn.acquire(timeout=self._limit_s):
+            raise TimeoutError(
+                f"another thread has been in a forward of this streamed model for {self._limit_s:g}"
+                " s. If that forward waits for this thread, it cannot go on: call the units of one"
+                " model from one thread"
+            )
+
     def enter(self) -> None:
-        self._turn.acquire()
+        self._wait()
         try:
             if self.depth == 0:
                 self._engine.begin_pass(self._stream())
@@ -86,26 +107,30 @@ class Residency:
         device: torch.device,
         arena: torch.Tensor,
         homes: torch.Tensor,
+        turn_limit_s: float,
     ) -> None:
-        self._module = module
-        self._units = units
         self._planned = planned
         self._engine = engine
         self._device = device
         self._current_stream = stream_getter(device)
-        self._passes = Passes(engine, self._current_stream)
+        self.passes = Passes(engine, self._current_stream, turn_limit_s)
+        self._undone = False
         self._undo: list[Callable[[], None]] = []
         self._warned: set[str] = set()
         # By slot name: its unit, its tensor in the unit, and the parameter on the device.
         self._placed: dict[str, tuple[int, int, bool, nn.Parameter]] = {}
-        holders: set[int] = set()
-        for index, unit in enumerate(units):
-            swaps = self._place(index, unit, source, arena, homes)
-            if planned.streamed_bytes(index):
-                self._wrap(unit.module, self._streamed_forward(index, unit, swaps))
-                holders.add(id(unit.module))
-        if holders:
-            self._wrap_ancestors(module, holders)
+        try:
+            holders: set[int] = set()
+            for index, unit in enumerate(units):
+                swaps = self._place(index, unit, source, arena, homes)
+                if planned.streamed_bytes(index):
+                    self._wrap(unit.module, self._streamed_forward(index, unit, swaps))
+                    holders.add(id(unit.module))
+            if holders:
+                self._wrap_ancestors(module, holders)
+        except BaseException:
+            self.undo()
+            raise
 
     def fetch(self, name: str) -> torch.Tensor:
         """A copy of the parameter's bytes on the device.
@@ -114,18 +139,21 @@ class Residency:
         """
         if name not in self._placed:
             raise KeyError(f"there is no streamed parameter {name!r}")
-        unit, tensor, resident, parameter = self._placed[name]
-        if resident:
-            return parameter.detach().clone()
-        copy = torch.empty(parameter.shape, dtype=parameter.dtype)
-        self._engine.fetch(unit, tensor, copy.data_ptr())
-        return copy.to(self._device)
+        resident, parameter = self._placed[name][2:]
+        return parameter.detach().clone() if resident else self.fetch_host(name).to(self._device)
 
-    def is_resident(self, name: str) -> bool:
-        return self._placed[name][2]
+    def fetch_host(self, name: str) -> torch.Tensor:
+        """The same in RAM; takes no memory of the device."""
+        unit, tensor, resident, parameter = self._placed[name]
+        copy = torch.empty(parameter.shape, dtype=parameter.dtype)
+        if resident:
+            return copy.copy_(parameter.detach())
+        self._engine.fetch(unit, tensor, copy.data_ptr())
+        return copy
 
     def undo(self) -> None:
         """Leave the module as it was found."""
+        self._undone = True
         while self._undo:
             self._undo.pop()()
 
@@ -162,7 +190,7 @@ class Residency:
 
     def _resolve(self, name: str) -> torch.Tensor:
         """The bytes of a parameter that is touched while it is not in place."""
-        if not self._passes.inside():
+        if not self.passes.inside():
             raise RuntimeError(
                 f"parameter {name!r} is streamed: its bytes are on the device only during the"
                 f" forward of its module. Use fetch({name!r}) of the streamed module, or close()"
@@ -200,13 +228,13 @@ class Residency:
     ) -> Callable[..., Any]:
         forward = unit.module.forward
         acquire, release = self._engine.acquire, self._engine.release
-        passes, current_stream = self._passes, self._current_stream
+        passes, current_stream = self.passes, self._current_stream
         depth = 0  # of calls of this module within itself
 
         def streamed(*args: Any, **kwargs: Any) -> Any:
             nonlocal depth
             if torch.is_grad_enabled():
-                refuse_gradients(unit.name, args, kwargs)
+                refuse_gradients(unit.name, "an input", (args, kwargs))
             passes.enter()
             try:
                 stream = current_stream()
@@ -215,20 +243,23 @@ class Residency:
                 try:
                     for parameters, key, placed, _ in swaps:
                         parameters[key] = placed
-                    return forward(*args, **kwargs)
+                    result = forward(*args, **kwargs)
                 finally:
                     depth -= 1
-                    if depth == 0:
+                    if depth == 0 and not self._undone:
                         for parameters, key, _, absent in swaps:
                             parameters[key] = absent
                     release(index, stream)
             finally:
                 passes.leave()
+            if torch.is_grad_enabled():
+                refuse_gradients(unit.name, "a trainable parameter and gave an output", result)
+            return result
 
         return streamed
 
     def _wrap_ancestors(self, module: nn.Module, holders: set[int]) -> None:
-        passes = self._passes
+        passes = self.passes
 
         def within_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
             def entered(*args: Any, **kwargs: Any) -> Any:
@@ -260,11 +291,11 @@ def stream_getter(device: torch.device) -> Callable[[], int]:
     return lambda: current(device).cuda_stream
 
 
-def refuse_gradients(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_gradients(name: str, what: str, values: Any) -> None:
     """A backward pass would read the arena after other units have written to it."""
-    for leaf in tree_leaves((args, kwargs)):
+    for leaf in tree_leaves(values):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             raise RuntimeError(
-                f"unit {name!r} is streamed and got an input that requires grad: backward through"
+                f"unit {name!r} is streamed and has {what} that requires grad: backward through"
                 " streamed weights is not supported. Run under torch.no_grad() or inference_mode()"
             )

@@ -5,7 +5,7 @@ The result is what the planner takes: shards, tensor images, and for each slot i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,37 @@ _COMPARE_BYTES = 16 << 20
 
 
 @dataclass
+class Owned:
+    """A parameter that the module holds in RAM, and its bytes, one after another.
+
+    The bytes are those of the parameter itself, or a copy where it is not contiguous. They are let
+    go when all of them are on the device or in the host cache, and put back at the end.
+    """
+
+    name: str
+    parameter: torch.Tensor
+    data: torch.Tensor | None
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(name: str, parameter: torch.Tensor) -> Owned:
+        data = parameter.detach()
+        return Owned(name, parameter, data.contiguous(), data.size(), data.stride())
+
+    def let_go(self) -> None:
+        self.data = None
+        with torch.inference_mode(False):
+            self.parameter.data = torch.empty(0, dtype=self.parameter.dtype)
+
+    def put_back(self, fetch: Callable[[str], torch.Tensor]) -> None:
+        if self.data is None:
+            with torch.inference_mode(False):
+                found = torch.empty_strided(self.size, self.stride, dtype=self.parameter.dtype)
+                self.parameter.data = found.copy_(fetch(self.name))
+
+
+@dataclass
 class Source:
     """Shards and tensor images for `_engine.plan_model`, and which slot has which image."""
 
@@ -27,8 +58,8 @@ class Source:
     memory: list[int] = field(default_factory=list)  # address, or 0 for a file
     tensors: list[tuple[str, int, list[tuple[int, int, int, int]]]] = field(default_factory=list)
     index_of: dict[str, int] = field(default_factory=dict)  # slot name -> index into tensors
-    # The module's own parameters by shard, where the bytes come from RAM.
-    owned: dict[int, nn.Parameter] = field(default_factory=dict)
+    # The module's own tensors by shard, where the bytes come from RAM.
+    owned: dict[int, Owned] = field(default_factory=dict)
 
     @property
     def in_ram(self) -> bool:
@@ -175,14 +206,14 @@ def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
             f"parameter {name!r} is a {type(parameter).__name__}: only plain tensors can be"
             " streamed. Quantised tensor subclasses are not supported"
         )
-    if not parameter.is_contiguous():
-        parameter.data = parameter.data.contiguous()
+    owned = Owned.of(name, parameter)
+    assert owned.data is not None
     shard = len(source.shards)
     nbytes = parameter.numel() * parameter.element_size()
     source.shards.append((name, nbytes, 1))
-    source.memory.append(parameter.data_ptr())
+    source.memory.append(owned.data.data_ptr())
     source.tensors.append((name, nbytes, [(shard, 0, nbytes, 0)]))
-    source.owned[shard] = parameter  # type: ignore[assignment]
+    source.owned[shard] = owned
 
 
 def surplus(module: nn.Module, checkpoint: Checkpoint) -> list[str]:

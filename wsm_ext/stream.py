@@ -20,12 +20,14 @@ from .plan import Plan
 from .residency import Residency, allocate, stream_getter, unit_tensors
 from .sizes import format_bytes, parse_bytes
 from .sources import Source
-from .units import Slot, Unit, find_units
+from .units import Unit, find_units
 
 CheckpointLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Checkpoint
 Progress = Callable[[int, int], None]
 
 _MIB = 1 << 20
+# A pass may take many reads: so many limits of one read are waited for another thread's.
+_PATIENCE = 20
 # With device="cpu" both budgets are RAM: what stays on the "device" needs no copy, so it gets more.
 _CPU_DEVICE_SHARE = 0.85
 
@@ -88,6 +90,7 @@ class StreamedModule(nn.Module):
         if isinstance(module, StreamedModule) or hasattr(module, "_wsm_streamed"):
             raise ValueError("the module is streamed already: close() it first")
         self._closed = True  # until everything stands
+        self._final_stats: dict[str, Any] = {}
         self.module = module
         self._device = _resolve_device(device)
         self._config = Config.resolve(config)
@@ -102,7 +105,7 @@ class StreamedModule(nn.Module):
         self._plan.warnings[:0] = warned
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=3)
-        self._buffers_found: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self._replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         self._start(opened, progress)
 
     def _start(self, checkpoint: Checkpoint | None, progress: Progress | None) -> None:
@@ -123,8 +126,6 @@ class StreamedModule(nn.Module):
         self._finalizer = weakref.finalize(self, self._engine.close)
         try:
             self._engine.load_resident(current_stream(), self._progress_of(progress))
-            if self._source.in_ram:
-                self._move_into_cache(current_stream())
             self._place_buffers(checkpoint)
             self._residency = Residency(
                 self.module,
@@ -135,14 +136,19 @@ class StreamedModule(nn.Module):
                 device,
                 self._arena,
                 self._homes,
+                _PATIENCE * self._config.read_timeout_s,
             )
+            # The module alone may be handed on, to a pipeline say: it keeps this alive.
+            object.__setattr__(self.module, "_wsm_streamed", self)
+            self._closed = False
+            if self._source.in_ram:
+                self._move_from_ram(current_stream())
         except BaseException:
+            if not self._closed:
+                self.close()
             self._restore_buffers()
             self._engine.close()
             raise
-        self._free_owned()
-        object.__setattr__(self.module, "_wsm_streamed", True)
-        self._closed = False
 
     def _progress_of(self, progress: Progress | None) -> Callable[[], None] | None:
         if progress is None:
@@ -152,33 +158,55 @@ class StreamedModule(nn.Module):
 
     # -- weights that the module holds in RAM ------------------------------------------------------
 
-    def _move_into_cache(self, current: int) -> None:
-        """Load every unit once: what has a home in the host cache is then there."""
-        self._engine.begin_pass(current)
+    def _move_from_ram(self, current: int) -> None:
+        """Load every unit once, so that what has a home in the host cache is there.
+
+        Each of the module's own tensors is let go as soon as no unit needs it any more.
+        """
+        needed = self._planned.shards_on_disk()
+        last_use: dict[int, list[int]] = {}
+        for shard in self._source.owned:
+            users = [i for i, unit in enumerate(self._units) if self._uses(unit, shard)]
+            last_use.setdefault(max(users), []).append(shard)
         for index, unit in enumerate(self._plan.units):
             if unit.streamed_bytes:
                 self._engine.acquire(index, current)
                 self._engine.release(index, current)
-        self._engine.end_pass(current)
+            for shard in last_use.get(index, []):
+                if shard not in needed:
+                    self._source.owned[shard].let_go()
 
-    def _free_owned(self) -> None:
-        """Free the module's own tensors whose bytes are all on the device or in the host cache."""
-        held = self._planned.shards_on_disk()
-        for shard, parameter in self._source.owned.items():
-            if shard not in held:
-                parameter.data = torch.empty(0, dtype=parameter.dtype)
+    def _uses(self, unit: Unit, shard: int) -> bool:
+        # Each shard in RAM is one tensor, of the same index.
+        return any(self._source.index_of[slot.name] == shard for slot in unit.slots)
 
     def _give_back_owned(self) -> None:
-        names = {index: name for name, index in self._source.index_of.items()}
-        for shard, parameter in self._source.owned.items():
-            if parameter.numel() == 0 and self._source.tensors[shard][1] > 0:
-                parameter.data = self._residency.fetch(names[shard]).cpu()
+        """Every one that can be, even when one cannot."""
+        failed: list[str] = []
+        for owned in self._source.owned.values():
+            try:
+                owned.put_back(self._residency.fetch_host)
+            except Exception as error:
+                failed.append(f"{owned.name}: {error}")
+        if failed:
+            raise RuntimeError("parameters that could not be put back: " + "; ".join(failed))
 
-    # -- buffers -----------------------------------------------------------------------------------
+    # -- what does not stream ----------------------------------------------------------------------
+
+    def _replace(self, held: dict[str, Any], key: str, value: torch.Tensor) -> None:
+        self._replaced.append((held, key, held[key]))
+        held[key] = value
 
     def _place_buffers(self, checkpoint: Checkpoint | None) -> None:
-        """Buffers are small: they live on the device. Persistent ones come from the checkpoint."""
+        """Buffers are small: they live on the device. Persistent ones come from the checkpoint.
+
+        So do parameters without a single element, which no unit has.
+        """
         for prefix, owner in self.module.named_modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is not None and parameter.numel() == 0:
+                    empty = torch.empty_like(parameter, device=self._device)
+                    self._replace(owner._parameters, key, nn.Parameter(empty, False))
             for key, buffer in owner._buffers.items():
                 if buffer is None:
                     continue
@@ -198,13 +226,12 @@ class StreamedModule(nn.Module):
                         f"buffer {name!r} is on meta and the checkpoint does not have it: build the"
                         " module with its buffers real (only parameters on meta)"
                     )
-                self._buffers_found.append((owner, key, buffer))
-                owner._buffers[key] = value.to(self._device)
+                self._replace(owner._buffers, key, value.to(self._device))
 
     def _restore_buffers(self) -> None:
-        for owner, key, buffer in self._buffers_found:
-            owner._buffers[key] = buffer
-        self._buffers_found.clear()
+        for held, key, found in self._replaced:
+            held[key] = found
+        self._replaced.clear()
 
     # -- the surface -------------------------------------------------------------------------------
 
@@ -220,12 +247,12 @@ class StreamedModule(nn.Module):
         `disk_read_bytes`, which includes alignment. `stall_seconds` says how long the forward
         waited: `disk` and `arena` on the host, `h2d` on the device.
         """
+        if self._closed:
+            return dict(self._final_stats)
         host_bytes, pinned_bytes = self._engine.memory()
-        device_bytes = 0
-        if not self._closed:
-            device_bytes = _engine.device_block_bytes(
-                self._planned.arena_bytes
-            ) + _engine.device_block_bytes(self._planned.homes_bytes)
+        device_bytes = _engine.device_block_bytes(
+            self._planned.arena_bytes
+        ) + _engine.device_block_bytes(self._planned.homes_bytes)
         return {
             "passes": self._engine.passes,
             "memory": {
@@ -253,22 +280,39 @@ class StreamedModule(nn.Module):
         return self._residency.fetch(name)
 
     def close(self) -> None:
-        """Wait for what is under way, restore the module, and free all memory. Idempotent."""
+        """Wait for what is under way, restore the module, and free all memory. Idempotent.
+
+        A forward that another thread is in fails. `stats()` goes on to tell the last figures.
+        """
         if self._closed:
             return
-        self._closed = True
         try:
-            self._give_back_owned()
+            if not self._engine.closed:
+                self._final_stats = self.stats()
+                self._give_back_owned()
         finally:
-            self._residency.undo()
-            self._restore_buffers()
-            object.__delattr__(self.module, "_wsm_streamed")
+            self._closed = True
             self._engine.close()
-            self._residency._placed.clear()
-            del self._arena, self._homes
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # no forward may read what is freed now
+            with self._residency.passes.between():
+                self._residency.undo()
+                self._restore_buffers()
+            object.__delattr__(self.module, "_wsm_streamed")
+            self._finalizer.detach()
+            del self._engine, self._residency, self._arena, self._homes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What the wrapped module has is set there: `net.generation_config = ...` means the model's.
+        wrapped = self.__dict__.get("_modules", {}).get("module")
+        own = wrapped is None or name in self.__dict__ or name.startswith("_")
+        if own or not hasattr(wrapped, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(wrapped, name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -382,7 +426,7 @@ def _plan(
     for mode in modes:
         found = find_units(module, mode)
         for unit in found:
-            unit.slots = [slot for slot in unit.slots if _has_bytes(slot)]
+            unit.slots = [slot for slot in unit.slots if sources.live(slot).numel() > 0]
         found = [unit for unit in found if unit.slots]
         if checkpoint is not None:
             source = sources.from_checkpoint(found, checkpoint)
@@ -395,15 +439,6 @@ def _plan(
             refused = refused or error
     assert refused is not None
     raise refused
-
-
-def _has_bytes(slot: Slot) -> bool:
-    parameter = sources.live(slot)
-    if parameter.numel() == 0 and parameter.is_meta:
-        slot.owner._parameters[slot.key] = nn.Parameter(
-            torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
-        )
-    return parameter.numel() > 0
 
 
 def _plan_units(

@@ -118,16 +118,25 @@ py::dict shard_dict(const ShardReport& shard) {
   return d;
 }
 
-std::unique_ptr<Engine> make_engine(const PlannedModel& planned, int cuda_index, uintptr_t arena,
-                                    uintptr_t homes, const std::vector<uintptr_t>& memory,
-                                    StreamHandle stream, const EngineOptions& options) {
+// Unmapping tens of GiB takes its time; other threads may run meanwhile.
+struct DeleteWithoutGil {
+  void operator()(Engine* engine) const {
+    py::gil_scoped_release nogil;
+    delete engine;
+  }
+};
+using EngineHolder = std::unique_ptr<Engine, DeleteWithoutGil>;
+
+EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t arena,
+                         uintptr_t homes, const std::vector<uintptr_t>& memory, StreamHandle stream,
+                         const EngineOptions& options) {
   py::gil_scoped_release nogil;
   std::vector<const void*> sources;
   for (const uintptr_t address : memory) sources.push_back(reinterpret_cast<const void*>(address));
   auto device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
-  return std::make_unique<Engine>(
-      planned.spec, planned.plan, std::move(device), reinterpret_cast<std::byte*>(arena),
-      reinterpret_cast<std::byte*>(homes), std::move(sources), stream, options);
+  return EngineHolder(
+      new Engine(planned.spec, planned.plan, std::move(device), reinterpret_cast<std::byte*>(arena),
+                 reinterpret_cast<std::byte*>(homes), std::move(sources), stream, options));
 }
 
 void register_errors(py::module_& m) {
@@ -235,7 +244,7 @@ void bind_engine(py::module_& m) {
       .def_readwrite("verbose", &EngineOptions::verbose);
 
   const auto nogil = py::call_guard<py::gil_scoped_release>();
-  py::class_<Engine>(m, "Engine")
+  py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
            py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"))
       .def(

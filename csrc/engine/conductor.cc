@@ -5,12 +5,15 @@
 #include <algorithm>
 #include <utility>
 
+#include "engine/log.h"
+
 namespace wsm {
 
 namespace {
 
 constexpr int kShortestNapUs = 40;
 constexpr int kLongestNapUs = 1000;
+constexpr double kDevicePatience = 20;  // times the limit of a read
 
 }  // namespace
 
@@ -55,10 +58,11 @@ bool Conductor::stop() {
       board_.stop = true;
       ++board_.version;
     }
+    board_.changed.notify_all();  // whoever waits in an acquire is told that it ends
     wake();
     thread_.join();
   }
-  return free_tags_.size() == flights_.size();
+  return !reads_under_way();
 }
 
 std::pair<uint32_t, uint32_t> Conductor::chunks_of(uint32_t unit) const {
@@ -87,15 +91,20 @@ void Conductor::run() {
       }
     }
   } catch (...) {
-    keep_error(std::current_exception());
+    // In one step: a waiter that saw the error alone would clear it, as one that passes.
     std::lock_guard lock(board_.mutex);
+    if (!board_.error) board_.error = std::current_exception();
     board_.stop = true;
     board_.changed.notify_all();
   }
   // No buffer is freed under a read. One that does not end in time is the caller's to leak.
   const auto deadline = Clock::now() + std::chrono::duration<double>(options_.read_timeout_s);
-  while (free_tags_.size() < flights_.size() && Clock::now() < deadline) {
-    if (!reap()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  try {
+    while (reads_under_way() && Clock::now() < deadline) {
+      if (!reap()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  } catch (const std::exception& error) {
+    log_warning(concat("closing: ", error.what()));
   }
 }
 
@@ -153,6 +162,8 @@ void Conductor::sleep() {
 
 Stall Conductor::cause_of_demand() const {
   if (board_.units[demand_].phase == Phase::kAbsent) return Stall::kArena;
+  // The disk is idle: all slots are held by copies that wait for places in the arena.
+  if (!reads_under_way() && slots_wanted_ && ring_->copies_pending()) return Stall::kArena;
   return work_[demand_].left > 0 ? Stall::kDisk : Stall::kH2d;
 }
 
@@ -168,14 +179,17 @@ void Conductor::account_stall(bool moved) {
   if (!stalled_) return;
   stall_cause_ = cause_of_demand();
   if (moved || !was_stalled) last_move_ = now;
-  if (now - last_move_ > std::chrono::duration<double>(options_.read_timeout_s)) {
+  // A device may be busy for long with work of others; a read should end.
+  const double limit_s = options_.read_timeout_s * (reads_under_way() ? 1 : kDevicePatience);
+  if (now - last_move_ > std::chrono::duration<double>(limit_s)) {
     keep_error(std::make_exception_ptr(TimeoutError(describe_demand())));
     paused_ = true;
   }
 }
 
 std::string Conductor::describe_demand() const {
-  const std::string head = concat("nothing has moved for ", options_.read_timeout_s,
+  const std::chrono::duration<double> waited = Clock::now() - last_move_;
+  const std::string head = concat("nothing has moved for ", waited.count(),
                                   " s while loading unit '", name_of(demand_), "': ");
   const auto [first, count] = chunks_of(demand_);
   for (uint32_t c = first; c < first + count; ++c) {

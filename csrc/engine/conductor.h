@@ -81,6 +81,9 @@ class Conductor {
   // The first streamed chunk of a unit and how many; the resident load is the unit after the last.
   std::pair<uint32_t, uint32_t> chunks_of(uint32_t unit) const;
   bool overlap(uint32_t a, uint32_t b) const;
+  const char* name_of(uint32_t unit) const {
+    return is_resident_load(unit) ? "(resident weights)" : spec_.units[unit].name.c_str();
+  }
   // What the last acquire that had to wait was waiting for.
   Stall last_stall() const { return stall_cause_; }
 
@@ -98,9 +101,11 @@ class Conductor {
     uint32_t first_unread = 0;  // every chunk before it needs no read
     bool from_disk = false;     // some bytes of the present load came from the disk
   };
+  enum class Route : uint8_t { kUring, kDirect, kBuffered };
   struct Flight {  // a read under way
     uint32_t chunk = kNone;
     uint32_t slot = kNoSlot;  // none: straight into the host cache
+    Route route = Route::kBuffered;
   };
 
   void run();
@@ -121,8 +126,8 @@ class Conductor {
   bool read();
   bool read_unit(uint32_t unit, bool demanded, bool* blocked);
   bool issue(uint32_t chunk, bool demanded);
-  enum class Route : uint8_t { kUring, kDirect, kBuffered };
   Route route_of(const Chunk& chunk) const;
+  void count_use(const Flight& flight);
   bool needs_read(uint32_t chunk) const;
   uint32_t take_slot(bool demanded);
   void discard_for_demand();
@@ -133,13 +138,11 @@ class Conductor {
   Stall cause_of_demand() const;
   std::string describe_demand() const;
   void keep_error(std::exception_ptr error);
+  bool reads_under_way() const { return free_tags_.size() < flights_.size(); }
   bool is_resident_load(uint32_t unit) const { return unit == plan_.units.size(); }
   uint32_t owner_of(uint32_t chunk) const {
     return chunk >= plan_.first_resident_chunk ? static_cast<uint32_t>(plan_.units.size())
                                                : plan_.chunks[chunk].unit;
-  }
-  const char* name_of(uint32_t unit) const {
-    return is_resident_load(unit) ? "(resident weights)" : spec_.units[unit].name.c_str();
   }
 
   const ModelSpec& spec_;

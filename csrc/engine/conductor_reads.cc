@@ -27,6 +27,7 @@ void Conductor::complete(const ReadCompletion& done) {
     board_.counters.disk_read_bytes += done.bytes;
     if (done.error.empty()) board_.counters.disk_bytes += chunk.payload_bytes;
   }
+  count_use(flight);
   // A doomed slot: nobody wants the bytes any more, nor the error.
   if (flight.slot != kNoSlot && !ring_->read_done(flight.slot)) return;
   if (!done.error.empty()) {
@@ -107,14 +108,20 @@ bool Conductor::issue(uint32_t index, bool demanded) {
     return false;
   }
   free_tags_.pop_back();
-  flights_[request.tag] = {index, slot};
+  flights_[request.tag] = {index, slot, route};
   chunks_[index] = {ChunkPhase::kReading, false, slot};
   if (slot != kNoSlot) slot_chunk_[slot] = index;
-  ShardUse& use = uses_[chunk.shard];
-  (route == Route::kUring    ? use.uring_bytes
-   : route == Route::kDirect ? use.direct_bytes
-                             : use.buffered_bytes) += chunk.payload_bytes;
   return true;
+}
+
+// Counted when done: a direct read may have been refused on the way, and gone on buffered.
+void Conductor::count_use(const Flight& flight) {
+  const Chunk& chunk = plan_.chunks[flight.chunk];
+  ShardUse& use = uses_[chunk.shard];
+  const bool direct = flight.route != Route::kBuffered && shards_[chunk.shard]->direct();
+  (!direct                         ? use.buffered_bytes
+   : flight.route == Route::kUring ? use.uring_bytes
+                                   : use.direct_bytes) += chunk.payload_bytes;
 }
 
 // Cold extents of a drive by direct reads; what the page cache (or RAM, or tmpfs) has, by the pool.
@@ -139,6 +146,11 @@ uint32_t Conductor::take_slot(bool demanded) {
 
 // Frees (or dooms) the slot whose bytes are wanted last: outside the window, else farthest in it.
 void Conductor::discard_for_demand() {
+  // One that comes free by itself will do.
+  if (ring_->copies_pending()) return;
+  for (uint32_t slot = 0; slot < ring_->slots(); ++slot) {
+    if (ring_->state(slot) == StagingRing::State::kDoomed) return;
+  }
   uint32_t victim = kNone;
   ptrdiff_t victim_distance = -1;
   for (uint32_t slot = 0; slot < slot_chunk_.size(); ++slot) {
@@ -159,9 +171,7 @@ void Conductor::drop_outside_window() {
   for (const uint32_t chunk : slot_chunk_) {
     if (chunk == kNone) continue;
     const uint32_t unit = owner_of(chunk);
-    const bool wanted = unit == demand_ || in_window_[unit] == seen_version_ ||
-                        board_.units[unit].phase == Phase::kLoading;
-    if (!wanted) forget_chunk(chunk);
+    if (unit != demand_ && in_window_[unit] != seen_version_) forget_chunk(chunk);
   }
 }
 

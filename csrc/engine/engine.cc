@@ -66,8 +66,10 @@ Engine::Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::b
   // Whatever the allocator's stream still does with this memory comes before the first copy.
   device_->record(*records_[0].begin, allocated_on);
   device_->wait(device_->copy_stream(), *records_[0].begin);
+  Readers readers = make_readers();
+  uring_refused_ = readers.uring_refused;
   conductor_ = std::make_unique<Conductor>(
-      spec_, plan_, *device_, board_, shards_, make_readers(), arena, homes,
+      spec_, plan_, *device_, board_, shards_, std::move(readers), arena, homes,
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
 }
@@ -141,6 +143,7 @@ void Engine::load_resident(StreamHandle stream, const Interrupt& interrupt) {
   wait_ready(lock, unit, interrupt);
   lock.unlock();
   device_->wait(stream, *board_.units[unit].ready);
+  device_->drain();  // whichever stream uses them first
 }
 
 void Engine::begin_pass(StreamHandle stream) {
@@ -156,6 +159,7 @@ void Engine::begin_pass(StreamHandle stream) {
     board_.held.clear();
   }
   conductor_->wake();
+  std::lock_guard lock(reports_mutex_);
   probes_->collect();
   probes_->begin_pass(passes_);
   PassRecord& record = record_of(passes_++);
@@ -164,11 +168,15 @@ void Engine::begin_pass(StreamHandle stream) {
 }
 
 void Engine::end_pass(StreamHandle stream) {
-  check(passes_ended_ < passes_, "no pass was begun");
-  passes_ended_ = passes_;
-  PassRecord& record = record_of(passes_ - 1);
-  device_->record(*record.end, stream);
-  record.counts = board_.counters.read().since(record.counts);
+  if (closed_) return;  // in the middle of the pass
+  {
+    std::lock_guard lock(reports_mutex_);
+    check(passes_ended_ < passes_, "no pass was begun");
+    passes_ended_ = passes_;
+    PassRecord& record = record_of(passes_ - 1);
+    device_->record(*record.end, stream);
+    record.counts = board_.counters.read().since(record.counts);
+  }
   std::lock_guard lock(board_.mutex);
   board_.sequence.end_pass();
   ++board_.version;
@@ -203,7 +211,10 @@ void Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
     if (state.acquired++ == 0) board_.held.push_back(unit);
     state.used = true;
   }
-  probes_->wait(stream, *state.ready, passes_ - 1);
+  {
+    std::lock_guard lock(reports_mutex_);
+    probes_->wait(stream, *state.ready, passes_ - 1);
+  }
   if (options_.verbose) {
     const std::chrono::duration<double, std::milli> ms = Clock::now() - begin;
     log_acquired(unit, waited, ms.count());
@@ -219,11 +230,14 @@ void Engine::wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit,
   const auto withdraw = [&] {
     board_.demand = kNone;
     ++board_.version;
+    conductor_->wake();
   };
   try {
     while (board_.units[unit].phase != Phase::kReady) {
       board_.changed.wait_for(lock, kInterruptInterval);
       throw_kept_error();
+      check<Error>(!board_.stop, "this streamed model was closed while unit '",
+                   conductor_->name_of(unit), "' was awaited");
       if (!interrupt) continue;
       lock.unlock();
       interrupt();
@@ -257,6 +271,7 @@ void Engine::log_acquired(uint32_t unit, bool waited, double waited_ms) {
 
 void Engine::release(uint32_t unit, StreamHandle stream) {
   check(unit < plan_.units.size(), "there is no unit ", unit);
+  if (closed_) return;
   UnitState& state = board_.units[unit];
   std::lock_guard lock(board_.mutex);
   if (state.acquired == 0) return;  // recovered by begin_pass since
@@ -277,8 +292,7 @@ void Engine::record_released(UnitState& state, StreamHandle stream) {
 }
 
 void Engine::close() {
-  if (closed_) return;
-  closed_ = true;
+  if (closed_.exchange(true)) return;
   if (::getpid() != process_) {
     abandon_buffers();  // the threads and the device context are the parent's
     return;

@@ -21,6 +21,7 @@
 #include <sys/types.h>
 
 #include <array>
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -98,13 +99,13 @@ class Engine {
 
   const Plan& plan() const { return plan_; }
   const ModelSpec& spec() const { return spec_; }
-  uint64_t passes() const { return passes_ended_; }
+  uint64_t passes() const;
   Counts totals();
   PassReport last_pass(const Interrupt& interrupt);  // waits until the device has ended the pass
   MemoryUse memory() const;
   std::vector<ShardReport> shards() const;
   std::vector<std::string> warnings() const;
-  const std::string& uring_refused() const { return conductor_->readers().uring_refused; }
+  const std::string& uring_refused() const { return uring_refused_; }
 
  private:
   struct PassRecord {
@@ -131,11 +132,14 @@ class Engine {
   std::vector<std::unique_ptr<Shard>> shards_;
   std::unique_ptr<StallProbes> probes_;
   std::unique_ptr<Conductor> conductor_;
+  std::string uring_refused_;
+  // What passes and reports share; taken before the board's mutex where both are.
+  mutable std::mutex reports_mutex_;
   std::array<PassRecord, 4> records_;  // of the last passes: the host may run ahead of the device
   uint64_t passes_ = 0;                // begun
   uint64_t passes_ended_ = 0;
   pid_t process_ = 0;
-  bool closed_ = false;
+  std::atomic<bool> closed_{false};
 };
 
 }  // namespace wsm

@@ -35,25 +35,34 @@ void read_buffered(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* tar
 
 }  // namespace
 
+uint64_t Engine::passes() const {
+  std::lock_guard lock(reports_mutex_);
+  return passes_ended_;
+}
+
 Counts Engine::totals() {
+  std::lock_guard lock(reports_mutex_);
   if (!closed_) probes_->collect();
   return board_.counters.read();
 }
 
 PassReport Engine::last_pass(const Interrupt& interrupt) {
-  PassReport report;
-  if (passes_ended_ == 0 || closed_) return report;
-  const uint64_t pass = passes_ended_ - 1;
-  const PassRecord& record = record_of(pass);
-  while (!device_->done(*record.end)) {
+  std::unique_lock lock(reports_mutex_);
+  while (passes_ended_ > 0 && !closed_) {
+    const uint64_t pass = passes_ended_ - 1;
+    const PassRecord& record = record_of(pass);
+    if (passes_ - pass < records_.size() && device_->done(*record.end)) {
+      probes_->collect();
+      PassReport report{device_->elapsed_seconds(*record.begin, *record.end), record.counts};
+      report.counts.stall_ns[static_cast<int>(Stall::kH2d)] = probes_->stall_ns(pass);
+      return report;
+    }
+    lock.unlock();
     std::this_thread::sleep_for(std::chrono::microseconds(100));
     if (interrupt) interrupt();
+    lock.lock();
   }
-  probes_->collect();
-  report.seconds = device_->elapsed_seconds(*record.begin, *record.end);
-  report.counts = record.counts;
-  report.counts.stall_ns[static_cast<int>(Stall::kH2d)] = probes_->stall_ns(pass);
-  return report;
+  return {};
 }
 
 MemoryUse Engine::memory() const {

@@ -1,5 +1,7 @@
 #include "plan/host_memory.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <span>
 
@@ -126,7 +128,8 @@ void pack_cache(Plan& plan, uint64_t granule) {
 }  // namespace
 
 uint64_t host_granule_bytes(const ModelSpec& spec) {
-  uint64_t granule = kCacheAlignment;
+  // Memory is mapped and registered in whole pages, whatever their size here.
+  uint64_t granule = std::max(kCacheAlignment, static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)));
   for (const ShardSpec& shard : spec.shards) granule = std::max<uint64_t>(granule, shard.alignment);
   return granule;
 }

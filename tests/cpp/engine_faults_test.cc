@@ -2,7 +2,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <random>
+#include <thread>
 
 #include "support/faulty_reader.h"
 #include "support/streamed_model.h"
@@ -135,6 +137,78 @@ TEST(EngineFaults, AReadThatNeverEndsIsATimeoutThatNamesIt) {
       EXPECT_NE(message.find("offset"), std::string::npos) << message;
     }
   }
+}
+
+// A host device whose copies fail from the n-th on, for ever.
+class BrokenDevice final : public Device {
+ public:
+  explicit BrokenDevice(uint64_t good_copies) : good_copies_(good_copies) {}
+
+  const char* kind() const override { return host_->kind(); }
+  int index() const override { return host_->index(); }
+  bool register_host(void* data, size_t bytes, std::string* why) override {
+    return host_->register_host(data, bytes, why);
+  }
+  void unregister_host(void* data) noexcept override { host_->unregister_host(data); }
+  void copy_to_device(void* target, const void* source, size_t bytes) override {
+    check<Error>(good_copies_-- > 0, "the device is broken");
+    host_->copy_to_device(target, source, bytes);
+  }
+  void fill(void* target, uint8_t value, size_t bytes) override {
+    host_->fill(target, value, bytes);
+  }
+  StreamHandle copy_stream() const override { return host_->copy_stream(); }
+  std::unique_ptr<Event> make_event(bool timed) override { return host_->make_event(timed); }
+  void record(Event& event, StreamHandle stream) override { host_->record(event, stream); }
+  void wait(StreamHandle stream, const Event& event) override { host_->wait(stream, event); }
+  bool done(const Event& event) override { return host_->done(event); }
+  double elapsed_seconds(const Event& begin, const Event& end) override {
+    return host_->elapsed_seconds(begin, end);
+  }
+  void drain() override { host_->drain(); }
+
+ private:
+  std::unique_ptr<Device> host_ = make_host_device();
+  int64_t good_copies_;
+};
+
+TEST(EngineFaults, ABrokenDeviceFailsEveryLaterAcquireAndHangsNone) {
+  for (uint64_t good = 0; good < 24; ++good) {
+    SCOPED_TRACE(good);
+    StreamedModel model;
+    model.open(model.plan(small_limits(model, 0.3)), {}, std::make_unique<BrokenDevice>(good));
+    for (int pass = 0; pass < 3; ++pass) {
+      try {
+        ASSERT_EQ(model.pass(model.all_units()), "");
+        FAIL() << "no error";
+      } catch (const Error& error) {
+        EXPECT_NE(std::string(error.what()).find("the device is broken"), std::string::npos);
+      }
+    }
+  }
+}
+
+TEST(EngineFaults, CloseWakesWhoeverWaitsInAnAcquire) {
+  StreamedModel model;
+  FaultyOptions options;
+  options.lost_read = 0;
+  EngineOptions engine_options = faulty(7, options);
+  engine_options.read_timeout_s = 2;
+  Engine& engine = model.open(model.plan(small_limits(model, 0)), engine_options);
+  std::atomic<bool> waiting{false};
+  std::string message;
+  std::thread worker([&] {
+    try {
+      engine.begin_pass(0);
+      engine.acquire(0, 0, [&] { waiting = true; });
+    } catch (const Error& error) {
+      message = error.what();
+    }
+  });
+  while (!waiting) std::this_thread::yield();
+  engine.close();
+  worker.join();
+  EXPECT_NE(message.find("closed while unit 'unit0'"), std::string::npos) << message;
 }
 
 }  // namespace

@@ -46,7 +46,8 @@ StreamedModel::StreamedModel(uint64_t seed, ModelShape shape) {
   }
 }
 
-Engine& StreamedModel::open(const Plan& plan, EngineOptions options) {
+Engine& StreamedModel::open(const Plan& plan, EngineOptions options,
+                            std::unique_ptr<Device> device) {
   engine_.reset();
   device_memory_.assign(plan.arena_bytes + plan.homes_bytes + 2 * kPlaceAlignment, std::byte{0xEE});
   const auto base = reinterpret_cast<uintptr_t>(device_memory_.data());
@@ -54,7 +55,7 @@ Engine& StreamedModel::open(const Plan& plan, EngineOptions options) {
   homes_ = arena_ + align_up(plan.arena_bytes, kPlaceAlignment);
   std::vector<const void*> memory;
   for (const auto& shard : memory_) memory.push_back(shard.empty() ? nullptr : shard.data());
-  engine_ = std::make_unique<Engine>(spec_, plan, make_host_device(), arena_, homes_, memory, 0,
+  engine_ = std::make_unique<Engine>(spec_, plan, std::move(device), arena_, homes_, memory, 0,
                                      std::move(options));
   return *engine_;
 }

@@ -35,7 +35,8 @@ class StreamedModel {
 
   Plan plan(const Limits& limits) const { return make_plan(spec_, limits); }
   // Opens an engine by a plan; the memory is the model's, and lives on when the engine is closed.
-  Engine& open(const Plan& plan, EngineOptions options = {});
+  Engine& open(const Plan& plan, EngineOptions options = {},
+               std::unique_ptr<Device> device = make_host_device());
   Engine& engine() { return *engine_; }
   void close() { engine_.reset(); }
 
