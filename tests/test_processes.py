@@ -272,15 +272,15 @@ def test_an_error_of_progress_leaves_the_module_as_it_was(
 
 def exit_beside_a_thread_in_a_pass(folder: Path) -> None:
     streamed = open_net(folder)
-    under_way = threading.Event()
+    inside = threading.Event()
 
-    def run() -> None:
-        while True:
-            result(streamed)
-            under_way.set()
+    def stay(*_: object) -> None:
+        inside.set()
+        threading.Event().wait()
 
-    threading.Thread(target=run, daemon=True).start()
-    assert under_way.wait(LIMIT_S)
+    streamed.module.layers[2].mlp.register_forward_pre_hook(stay)
+    threading.Thread(target=result, args=[streamed], daemon=True).start()
+    assert inside.wait(LIMIT_S)
 
 
 def exit_from_a_forward_while_another_reads_ahead(folder: Path) -> None:

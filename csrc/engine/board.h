@@ -20,9 +20,10 @@
 
 #include <condition_variable>
 #include <cstdint>
-#include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -30,6 +31,7 @@
 #include "engine/counters.h"
 #include "engine/sequence.h"
 #include "plan/plan.h"
+#include "util/check.h"
 
 namespace wsm {
 
@@ -46,6 +48,18 @@ struct UnitState {
   size_t released_count = 0;  // of these, recorded since the load
 };
 
+// What went wrong on the conductor's thread, to be thrown on a caller's: the words and their type,
+// not the exception itself, which two threads would then own.
+struct KeptError {
+  std::string message;
+  void (*raise)(const std::string& message) = nullptr;
+
+  template <typename E>
+  static KeptError of(std::string message) {
+    return {std::move(message), [](const std::string& text) { throw E(text); }};
+  }
+};
+
 struct Board {
   Board(std::vector<uint64_t> unit_bytes, uint64_t reach_bytes, uint32_t reach_units)
       : sequence(std::move(unit_bytes), reach_bytes, reach_units) {}
@@ -55,9 +69,9 @@ struct Board {
   std::vector<UnitState> units;     // the plan's units, then the resident load
   std::vector<uint32_t> held;       // units with acquired > 0, in order of their first acquire
   Sequence sequence;
-  uint64_t version = 0;      // moves with every change that the conductor should look at
-  uint32_t demand = kNone;   // the unit that an acquire waits for
-  std::exception_ptr error;  // kept for the next acquire
+  uint64_t version = 0;            // moves with every change that the conductor should look at
+  uint32_t demand = kNone;         // the unit that an acquire waits for
+  std::optional<KeptError> error;  // kept for the next acquire
   bool stop = false;
 
   Counters counters;

@@ -90,10 +90,10 @@ void Conductor::run() {
         sleep();
       }
     }
-  } catch (...) {
+  } catch (const std::exception& error) {
     // In one step: a waiter that saw the error alone would clear it, as one that passes.
     std::lock_guard lock(board_.mutex);
-    if (!board_.error) board_.error = std::current_exception();
+    if (!board_.error) board_.error = KeptError::of<Error>(error.what());
     board_.stop = true;
     board_.changed.notify_all();
   }
@@ -127,7 +127,7 @@ void Conductor::look() {
     seen_version_ = board_.version;
     stop_ = board_.stop;
     demand_ = board_.demand;
-    paused_ = board_.error != nullptr;
+    paused_ = board_.error.has_value();
     const auto& upcoming = board_.sequence.upcoming();
     window_.assign(upcoming.begin(), upcoming.end());
   }
@@ -182,7 +182,7 @@ void Conductor::account_stall(bool moved) {
   // A device may be busy for long with work of others; a read should end.
   const double limit_s = options_.read_timeout_s * (reads_under_way() ? 1 : kDevicePatience);
   if (now - last_move_ > std::chrono::duration<double>(limit_s)) {
-    keep_error(std::make_exception_ptr(TimeoutError(describe_demand())));
+    keep_error(KeptError::of<TimeoutError>(describe_demand()));
     paused_ = true;
   }
 }
@@ -206,7 +206,7 @@ std::string Conductor::describe_demand() const {
   return concat(head, "the copies to the device have not been enqueued. Is the device healthy?");
 }
 
-void Conductor::keep_error(std::exception_ptr error) {
+void Conductor::keep_error(KeptError error) {
   std::lock_guard lock(board_.mutex);
   if (!board_.error) board_.error = std::move(error);
   ++board_.version;

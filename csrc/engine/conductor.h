@@ -137,7 +137,7 @@ class Conductor {
   void account_stall(bool moved);
   Stall cause_of_demand() const;
   std::string describe_demand() const;
-  void keep_error(std::exception_ptr error);
+  void keep_error(KeptError error);
   bool reads_under_way() const { return free_tags_.size() < flights_.size(); }
   bool is_resident_load(uint32_t unit) const { return unit == plan_.units.size(); }
   uint32_t owner_of(uint32_t chunk) const {

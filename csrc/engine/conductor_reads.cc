@@ -33,8 +33,8 @@ void Conductor::complete(const ReadCompletion& done) {
   if (!done.error.empty()) {
     forget_chunk(flight.chunk);
     paused_ = true;
-    keep_error(std::make_exception_ptr(IoError(
-        concat(done.error, "; it was read for unit '", name_of(owner_of(flight.chunk)), "'"))));
+    keep_error(KeptError::of<IoError>(
+        concat(done.error, "; it was read for unit '", name_of(owner_of(flight.chunk)), "'")));
     return;
   }
   if (flight.slot != kNoSlot) {

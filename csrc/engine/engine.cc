@@ -127,11 +127,11 @@ void Engine::check_usable() const {
 // Caller holds the board's mutex. An error that ended the conductor stays for every later call.
 void Engine::throw_kept_error() {
   if (!board_.error) return;
-  const std::exception_ptr error = board_.error;
-  if (!board_.stop) board_.error = nullptr;
+  const KeptError error = *board_.error;
+  if (!board_.stop) board_.error.reset();
   ++board_.version;
   conductor_->wake();
-  std::rethrow_exception(error);
+  error.raise(error.message);
 }
 
 void Engine::load_resident(StreamHandle stream, const Interrupt& interrupt) {
