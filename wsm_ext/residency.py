@@ -8,6 +8,7 @@ where a pass begins and ends.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ class Passes:
         self._stream = current_stream
         self._limit_s = limit_s
         self._turn = threading.RLock()
+        self._process = os.getpid()
         self.depth = 0
         self._owner: int | None = None
 
@@ -62,6 +64,8 @@ class Passes:
             self._turn.release()
 
     def _wait(self) -> None:
+        if os.getpid() != self._process:  # a forked child has not the thread whose turn it was
+            self._turn, self._process = threading.RLock(), os.getpid()
         if not self._turn.acquire(timeout=self._limit_s):
             raise TimeoutError(
                 f"another thread has been in a forward of this streamed model for {self._limit_s:g}"

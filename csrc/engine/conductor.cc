@@ -30,7 +30,7 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
       homes_(homes),
       options_(options),
       ring_(std::make_unique<StagingRing>(device, plan.slot_count, plan.chunk_bytes)),
-      cache_(std::make_unique<HostCache>(device, plan)),
+      cache_(std::make_unique<HostCache>(device, plan, [this] { note_change(); })),
       uses_(spec.shards.size()),
       chunks_(plan.chunks.size()),
       work_(plan.units.size() + 1),
@@ -133,6 +133,15 @@ void Conductor::look() {
   }
   for (const uint32_t unit : window_) in_window_[unit] = seen_version_;
   drop_outside_window();
+}
+
+// Any thread: there may be more to do.
+void Conductor::note_change() {
+  {
+    std::lock_guard lock(board_.mutex);
+    ++board_.version;
+  }
+  wake();
 }
 
 void Conductor::sleep() {

@@ -133,6 +133,7 @@ class Conductor {
   void discard_for_demand();
   void forget_chunk(uint32_t chunk);
   void drop_outside_window();
+  void note_change();
   void sleep();
   void account_stall(bool moved);
   Stall cause_of_demand() const;
@@ -154,9 +155,9 @@ class Conductor {
   std::byte* arena_;
   std::byte* homes_;
   ConductorOptions options_;
+  Waker waker_;  // before the cache, whose thread wakes
   std::unique_ptr<StagingRing> ring_;
   std::unique_ptr<HostCache> cache_;
-  Waker waker_;
   std::vector<ShardUse> uses_;
 
   // The conductor's own: no other thread touches what follows while it runs.

@@ -86,7 +86,9 @@ bool Conductor::issue(uint32_t index, bool demanded) {
   if (free_tags_.empty()) return false;
   const Chunk& chunk = plan_.chunks[index];
   uint32_t slot = kNoSlot;
-  if (chunk.home != Home::kHost) {
+  if (chunk.home == Home::kHost) {
+    if (!cache_->ready(chunk)) return false;
+  } else {
     slot = take_slot(demanded);
     if (slot == kNoSlot) return false;
   }

@@ -74,7 +74,10 @@ Engine::Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::b
   conductor_->start();
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() {
+  close();
+  if (abandoned_) abandon_buffers();
+}
 
 void Engine::open_shards(const std::vector<const void*>& memory) {
   check(memory.size() == spec_.shards.size(), "one memory pointer (or none) for each shard");
@@ -294,7 +297,7 @@ void Engine::record_released(UnitState& state, StreamHandle stream) {
 void Engine::close() {
   if (closed_.exchange(true)) return;
   if (::getpid() != process_) {
-    abandon_buffers();  // the threads and the device context are the parent's
+    abandoned_ = true;  // the threads and the device context are the parent's
     return;
   }
   const bool reads_ended = conductor_->stop();
@@ -306,7 +309,7 @@ void Engine::close() {
   if (!reads_ended) {
     log_warning(concat("closing: a read has not ended in ", options_.read_timeout_s,
                        " s; its memory is left to the process"));
-    abandon_buffers();
+    abandoned_ = true;
   }
 }
 

@@ -140,6 +140,7 @@ class Engine {
   uint64_t passes_ended_ = 0;
   pid_t process_ = 0;
   std::atomic<bool> closed_{false};
+  bool abandoned_ = false;  // the destructor must leave the buffers to the process
 };
 
 }  // namespace wsm

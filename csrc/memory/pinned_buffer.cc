@@ -8,6 +8,7 @@
 #include <atomic>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #include "plan/plan.h"
 #include "util/align.h"
@@ -55,17 +56,48 @@ std::string memlock_text() {
 
 }  // namespace
 
+PinnedBuffer::PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments, MapOnly)
+    : device_(device), bytes_(bytes), segments_(std::move(segments)) {
+  if (segments_.empty()) {
+    segments_ = equal_segments(bytes);
+  } else {
+    check_segments(segments_, bytes);
+  }
+}
+
 PinnedBuffer::PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments,
                            unsigned threads)
-    : PinnedBuffer(device) {
-  if (!segments.empty()) check_segments(segments, bytes);
-  bytes_ = bytes;
+    : PinnedBuffer(device, bytes, std::move(segments), MapOnly{}) {
   if (bytes == 0) return;
+  threads_ = threads;
   map();
-  touch(threads);
-  if (segments.empty()) segments = equal_segments(bytes);
-  segments.back() = mapped_;
-  register_segments(segments);
+  // All is touched before any is registered, so that the threads are started once.
+  touch(0, mapped_, threads_);
+  for (const uint64_t end : segments_) register_until(end);
+  next_segment_ = segments_.size();
+  prepared_ = mapped_;
+}
+
+std::unique_ptr<PinnedBuffer> PinnedBuffer::unprepared(Device& device, uint64_t bytes,
+                                                       std::vector<uint64_t> segments) {
+  std::unique_ptr<PinnedBuffer> buffer(
+      new PinnedBuffer(device, bytes, std::move(segments), MapOnly{}));
+  if (bytes > 0) buffer->map();
+  return buffer;
+}
+
+bool PinnedBuffer::prepare_next() {
+  if (next_segment_ == segments_.size()) return false;
+  const uint64_t end = segments_[next_segment_++];
+  touch(prepared_, end, threads_);
+  register_until(end);
+  prepared_ = end;
+  return true;
+}
+
+std::vector<std::string> PinnedBuffer::warnings() const {
+  std::lock_guard lock(warnings_mutex_);
+  return warnings_;
 }
 
 PinnedBuffer::~PinnedBuffer() {
@@ -88,6 +120,8 @@ void PinnedBuffer::map() {
   munmap(first + head + mapped, kHugePage - head);
   data_ = first + head;
   mapped_ = mapped;
+  most_ = mapped;
+  segments_.back() = mapped;
 
   // A kernel without huge pages refuses this: the buffer is only slower to fill then.
   const uint64_t huge = align_down(mapped_, kHugePage);
@@ -98,14 +132,16 @@ void PinnedBuffer::map() {
 
 // The kernel clears each page when it is first written: that is what takes the time, and it runs in
 // parallel. A registration would do it page by page in one thread.
-void PinnedBuffer::touch(unsigned threads) const {
+void PinnedBuffer::touch(uint64_t begin, uint64_t end, unsigned threads) const {
   if (threads == 0) threads = std::clamp(std::thread::hardware_concurrency(), 1u, kMostThreads);
-  const uint64_t pieces = align_up(mapped_, kHugePage) / kHugePage;
+  const uint64_t first = begin / kHugePage;
+  const uint64_t pieces = align_up(end, kHugePage) / kHugePage - first;
   std::atomic<uint64_t> next = 0;
   const auto work = [&] {
     for (uint64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-      const uint64_t end = std::min(mapped_, (piece + 1) * kHugePage);
-      for (uint64_t at = piece * kHugePage; at < end; at += page_bytes()) {
+      const uint64_t piece_end = std::min(end, (first + piece + 1) * kHugePage);
+      for (uint64_t at = std::max(begin, (first + piece) * kHugePage); at < piece_end;
+           at += page_bytes()) {
         *const_cast<volatile std::byte*>(data_ + at) = std::byte{0};
       }
     }
@@ -121,32 +157,32 @@ void PinnedBuffer::touch(unsigned threads) const {
 
 // A size that was refused once is not tried again; when the least one is refused, the limit has
 // been reached, and the rest stays pageable.
-void PinnedBuffer::register_segments(const std::vector<uint64_t>& segments) {
-  uint64_t most = mapped_;
-  uint64_t refused = 0;
-  uint64_t begin = 0;
-  std::string why;
-  for (uint64_t segment_end : segments) {
-    while (begin < segment_end) {
-      const uint64_t size = std::min(most, segment_end - begin);
-      registered_.reserve(registered_.size() + 1);
-      std::string answer;
-      if (device_.register_host(data_ + begin, size, &answer)) {
-        registered_.push_back(data_ + begin);
-        pinned_ += size;
-        begin += size;
-        continue;
-      }
-      refused = size;
-      why = answer;
-      if (size <= kLeastPiece) break;
-      most = std::max(kLeastPiece, align_up(size / 2, kHugePage));
+void PinnedBuffer::register_until(uint64_t end) {
+  const bool complete = end == mapped_;
+  while (registered_end_ < end && !exhausted_) {
+    const uint64_t size = std::min(most_, end - registered_end_);
+    std::byte* const piece = data_ + registered_end_;
+    registered_.reserve(registered_.size() + 1);
+    std::string answer;
+    if (device_.register_host(piece, size, &answer)) {
+      registered_.push_back(piece);
+      pinned_ += size;
+      registered_end_ += size;
+      continue;
     }
-    if (begin < segment_end) break;
+    refused_ = size;
+    why_ = answer;
+    exhausted_ = size <= kLeastPiece;
+    most_ = std::max(kLeastPiece, align_up(size / 2, kHugePage));
+    if (exhausted_) warn();
   }
-  if (refused == 0) return;
+  if (complete && refused_ > 0 && !exhausted_) warn();
+}
+
+void PinnedBuffer::warn() {
   const std::string asked =
-      concat("page-locking ", mib_text(refused), " at once was refused (", why, ")");
+      concat("page-locking ", mib_text(refused_), " at once was refused (", why_, ")");
+  std::lock_guard lock(warnings_mutex_);
   if (pinned_ == mapped_) {
     warnings_.push_back(
         concat(asked, "; smaller pieces were taken, all ", mib_text(mapped_), " are page-locked"));

@@ -1,16 +1,19 @@
 // Page-locked host memory: mmap, huge pages, touched in parallel, registered in segments.
 //
-// Lifecycle: allocated whole at construction; unregistered and unmapped by the destructor, after
-// the device was drained. Not inherited by a forked child (MADV_DONTFORK).
-// Failure: where the device refuses a piece, smaller ones are tried; what cannot be registered
-// stays pageable, and `warnings` says how much and why. Memory that cannot be mapped throws
-// OutOfMemory.
-// The budget counts `mapped_bytes`, and no more than these become resident: huge pages are asked
-// for in whole 2 MiB pieces only.
+// Lifecycle: mapped whole at construction, touched and registered then too, or piece by piece by
+// `prepare`; unregistered and unmapped by the destructor, after the device was drained. Not
+// inherited by a forked child (MADV_DONTFORK). One thread prepares; the figures and the warnings
+// may be asked for from any. Failure: where the device refuses a piece, smaller ones are tried;
+// what cannot be registered stays pageable, and `warnings` says how much and why. Memory that
+// cannot be mapped throws OutOfMemory. The budget counts `mapped_bytes`, and no more than these
+// become resident: huge pages are asked for in whole 2 MiB pieces only.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -25,29 +28,49 @@ class PinnedBuffer {
   // memory (0: as many as cores, at most 16). No bytes: nothing is mapped, `data` is null.
   PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments = {},
                unsigned threads = 0);
+  // Mapped only: memory is taken as it is prepared.
+  static std::unique_ptr<PinnedBuffer> unprepared(Device& device, uint64_t bytes,
+                                                  std::vector<uint64_t> segments);
   ~PinnedBuffer();
   PinnedBuffer(const PinnedBuffer&) = delete;
   PinnedBuffer& operator=(const PinnedBuffer&) = delete;
 
+  // Touches and registers the next segment; false when there is none.
+  bool prepare_next();
+  uint64_t prepared_bytes() const { return prepared_; }
+
   std::byte* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }          // as asked
-  uint64_t mapped_bytes() const { return mapped_; }  // as really taken
-  uint64_t pinned_bytes() const { return pinned_; }  // of these, page-locked
-  const std::vector<std::string>& warnings() const { return warnings_; }
+  uint64_t mapped_bytes() const { return mapped_; }  // as really taken, once all is prepared
+  uint64_t pinned_bytes() const { return pinned_; }  // of these, page-locked by now
+  std::vector<std::string> warnings() const;
 
  private:
+  struct MapOnly {};
   // Once this constructor is done, the destructor runs even when the public one throws half-way.
-  explicit PinnedBuffer(Device& device) : device_(device) {}
+  PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments, MapOnly);
   void map();
-  void touch(unsigned threads) const;
-  void register_segments(const std::vector<uint64_t>& segments);
+  void touch(uint64_t begin, uint64_t end, unsigned threads) const;
+  void register_until(uint64_t end);
+  void warn();
 
   Device& device_;
   std::byte* data_ = nullptr;
   uint64_t bytes_ = 0;
   uint64_t mapped_ = 0;
-  uint64_t pinned_ = 0;
+  unsigned threads_ = 0;
+  std::vector<uint64_t> segments_;
+  size_t next_segment_ = 0;
+  std::atomic<uint64_t> prepared_{0};
+  std::atomic<uint64_t> pinned_{0};
   std::vector<std::byte*> registered_;  // begins of the pieces that are page-locked
+  // Of the registrations: the end of the last, the most that is tried, the last refusal.
+  uint64_t registered_end_ = 0;
+  uint64_t most_ = 0;
+  uint64_t refused_ = 0;
+  bool exhausted_ = false;  // the least piece was refused: the rest stays pageable
+  std::string why_;
+  mutable std::mutex warnings_mutex_;
   std::vector<std::string> warnings_;
 };
 

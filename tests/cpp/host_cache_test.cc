@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <condition_variable>
 #include <cstring>
+#include <mutex>
 
 #include "util/check.h"
 
@@ -27,7 +29,7 @@ Plan small_plan() {
 TEST(HostCache, ChunksKeepTheirBytesInTheirPlaces) {
   const auto device = make_host_device();
   const Plan plan = small_plan();
-  HostCache cache(*device, plan);
+  HostCache cache(*device, plan, [] {});
   EXPECT_EQ(cache.place(plan.chunks[0]), cache.buffer().data());
   EXPECT_EQ(cache.place(plan.chunks[2]), cache.buffer().data() + kChunkBytes);
   std::memset(cache.place(plan.chunks[0]), 1, kChunkBytes);
@@ -38,23 +40,59 @@ TEST(HostCache, ChunksKeepTheirBytesInTheirPlaces) {
 
 TEST(HostCache, TakesThePlansBytes) {
   const auto device = make_host_device();
-  EXPECT_EQ(HostCache(*device, small_plan()).buffer().mapped_bytes(), 2 * kChunkBytes);
+  EXPECT_EQ(HostCache(*device, small_plan(), [] {}).buffer().mapped_bytes(), 2 * kChunkBytes);
 }
 
 TEST(HostCache, RegistersThePlansSegments) {
   const auto device = make_host_device();
   Plan plan = small_plan();
   plan.cache_segments = {kChunkBytes};
-  EXPECT_THROW(HostCache(*device, plan), InvalidArgument) << "they do not cover the cache";
+  EXPECT_THROW(HostCache(*device, plan, [] {}), InvalidArgument) << "they do not cover the cache";
 }
 
 TEST(HostCache, FilledIsRememberedByChunk) {
   const auto device = make_host_device();
-  HostCache cache(*device, small_plan());
+  HostCache cache(*device, small_plan(), [] {});
   for (uint32_t chunk : {0u, 1u, 2u}) EXPECT_FALSE(cache.filled(chunk));
   cache.mark_filled(2);
   EXPECT_FALSE(cache.filled(0));
   EXPECT_TRUE(cache.filled(2));
+}
+
+TEST(HostCache, MemoryIsPreparedAsItIsAskedFor) {
+  const auto device = make_host_device();
+  Plan plan;
+  constexpr uint32_t kChunks = 8;
+  plan.chunks.resize(kChunks);
+  for (uint32_t i = 0; i < kChunks; ++i) {
+    plan.chunks[i].home = Home::kHost;
+    plan.chunks[i].read_bytes = kSegmentBytes;
+    plan.chunks[i].cache_offset = i * kSegmentBytes;
+    plan.cache_segments.push_back((i + 1) * kSegmentBytes);
+  }
+  plan.cache_bytes = kChunks * kSegmentBytes;
+  std::mutex mutex;
+  std::condition_variable changed;
+  uint32_t prepared = 0;
+  HostCache cache(*device, plan, [&] {
+    std::lock_guard lock(mutex);
+    ++prepared;
+    changed.notify_all();
+  });
+  EXPECT_EQ(cache.buffer().prepared_bytes(), 0u);
+  while (!cache.ready(plan.chunks[0])) {
+    std::unique_lock lock(mutex);
+    changed.wait_for(lock, std::chrono::milliseconds(10));
+  }
+  {
+    // The segment asked for and two ahead, and no more.
+    std::unique_lock lock(mutex);
+    ASSERT_TRUE(changed.wait_for(lock, std::chrono::seconds(60), [&] { return prepared == 3; }));
+  }
+  EXPECT_EQ(cache.buffer().prepared_bytes(), 3 * kSegmentBytes);
+  EXPECT_EQ(cache.buffer().pinned_bytes(), 3 * kSegmentBytes);
+  EXPECT_TRUE(cache.ready(plan.chunks[2]));
+  EXPECT_FALSE(cache.ready(plan.chunks[7]));
 }
 
 TEST(HostCache, PlanWithoutACacheTakesNothing) {
@@ -62,7 +100,7 @@ TEST(HostCache, PlanWithoutACacheTakesNothing) {
   Plan plan = small_plan();
   plan.cache_bytes = 0;
   plan.cache_segments.clear();
-  EXPECT_EQ(HostCache(*device, plan).buffer().mapped_bytes(), 0u);
+  EXPECT_EQ(HostCache(*device, plan, [] {}).buffer().mapped_bytes(), 0u);
 }
 
 }  // namespace
