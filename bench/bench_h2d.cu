@@ -153,7 +153,7 @@ Source make_source(const std::string& kind, Device& device, uint64_t bytes,
   if (kind == "pinned") {
     // One registration: CUDA refuses a raw copy that crosses two.
     auto buffer = std::make_shared<PinnedBuffer>(device, bytes, std::vector<uint64_t>{bytes});
-    warnings->insert(warnings->end(), buffer->warnings().begin(), buffer->warnings().end());
+    for (const std::string& text : buffer->warnings()) warnings->push_back(text);
     source.hold = buffer->pinned_bytes() >= bytes;
     source.data = buffer->data();
     source.release = [buffer]() mutable { buffer.reset(); };
@@ -232,7 +232,7 @@ JsonObject measure_pinning(Device& device, uint64_t bytes, uint64_t repeats,
       const PinnedBuffer buffer(device, bytes);
       ours.push_back(gib / (now_seconds() - begin));
       pinned = std::min(pinned, buffer.pinned_bytes());
-      warnings->insert(warnings->end(), buffer.warnings().begin(), buffer.warnings().end());
+      for (const std::string& text : buffer.warnings()) warnings->push_back(text);
     }
     begin = now_seconds();
     void* data = nullptr;

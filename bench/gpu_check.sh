@@ -125,7 +125,7 @@ do_disk() {
 # Torch's caching allocator would hide overruns between its blocks.
 do_memcheck() {
   cd "$WORK" || return
-  step "memcheck" 560 shown env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  step "memcheck" "${MEMCHECK_LIMIT:-560}" shown env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
     python3 -m pytest -q -m gpu -p no:cacheprovider -o timeout=500 ${TESTS:+-k "$TESTS"} "$root/tests"
   cd "$root" || return

@@ -155,7 +155,9 @@ class LinkCeiling:
         self.device, self.chunk_bytes = device, chunk_bytes
         cuda = device.type == "cuda"
         self.source = torch.empty(total_bytes, dtype=torch.uint8, pin_memory=cuda)
-        self.source.copy_(torch.arange(total_bytes // 4, dtype=torch.int32).view(torch.uint8))
+        pattern = torch.arange(min(total_bytes, GIB) // 4, dtype=torch.int32).view(torch.uint8)
+        for part in self.source.split(pattern.numel()):
+            part.copy_(pattern[: part.numel()])
         self.target = torch.empty(2 * chunk_bytes, dtype=torch.uint8, device=device)
         self.gb_per_s: list[float] = []
         self._sample()  # warm-up

@@ -19,6 +19,7 @@
 #pragma once
 
 #include <sys/types.h>
+#include <unistd.h>
 
 #include <array>
 #include <atomic>
@@ -95,7 +96,8 @@ class Engine {
   void fetch(uint32_t unit, uint32_t tensor, std::byte* target) const;
 
   void close();
-  bool closed() const { return closed_; }
+  // In a forked child too: the threads are not there, and their locks may be held for good.
+  bool closed() const { return closed_ || ::getpid() != process_; }
 
   const Plan& plan() const { return plan_; }
   const ModelSpec& spec() const { return spec_; }

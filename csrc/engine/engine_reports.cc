@@ -42,13 +42,13 @@ uint64_t Engine::passes() const {
 
 Counts Engine::totals() {
   std::lock_guard lock(reports_mutex_);
-  if (!closed_) probes_->collect();
+  if (!closed()) probes_->collect();
   return board_.counters.read();
 }
 
 PassReport Engine::last_pass(const Interrupt& interrupt) {
   std::unique_lock lock(reports_mutex_);
-  while (passes_ended_ > 0 && !closed_) {
+  while (passes_ended_ > 0 && !closed()) {
     const uint64_t pass = passes_ended_ - 1;
     const PassRecord& record = record_of(pass);
     if (passes_ - pass < records_.size() && device_->done(*record.end)) {
@@ -67,7 +67,7 @@ PassReport Engine::last_pass(const Interrupt& interrupt) {
 
 MemoryUse Engine::memory() const {
   MemoryUse use;
-  if (closed_) return use;
+  if (closed()) return use;
   for (const PinnedBuffer* buffer : {&conductor_->ring().buffer(), &conductor_->cache().buffer()}) {
     use.host_bytes += buffer->mapped_bytes();
     use.host_pinned_bytes += buffer->pinned_bytes();
@@ -77,7 +77,7 @@ MemoryUse Engine::memory() const {
 
 std::vector<ShardReport> Engine::shards() const {
   std::vector<ShardReport> reports;
-  for (uint32_t i = 0; i < shards_.size() && !closed_; ++i) {
+  for (uint32_t i = 0; i < shards_.size() && !closed(); ++i) {
     const Shard& shard = *shards_[i];
     const ShardUse& use = conductor_->use_of(i);
     std::string why = shard.mode_reason();
@@ -90,9 +90,10 @@ std::vector<ShardReport> Engine::shards() const {
 
 std::vector<std::string> Engine::warnings() const {
   std::vector<std::string> all = plan_.warnings;
-  if (closed_) return all;
+  if (closed()) return all;
   for (const PinnedBuffer* buffer : {&conductor_->ring().buffer(), &conductor_->cache().buffer()}) {
-    all.insert(all.end(), buffer->warnings().begin(), buffer->warnings().end());
+    const std::vector<std::string> some = buffer->warnings();
+    all.insert(all.end(), some.begin(), some.end());
   }
   return all;
 }

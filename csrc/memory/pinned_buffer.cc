@@ -58,11 +58,7 @@ std::string memlock_text() {
 
 PinnedBuffer::PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments, MapOnly)
     : device_(device), bytes_(bytes), segments_(std::move(segments)) {
-  if (segments_.empty()) {
-    segments_ = equal_segments(bytes);
-  } else {
-    check_segments(segments_, bytes);
-  }
+  if (!segments_.empty()) check_segments(segments_, bytes);
 }
 
 PinnedBuffer::PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments,
@@ -121,6 +117,7 @@ void PinnedBuffer::map() {
   data_ = first + head;
   mapped_ = mapped;
   most_ = mapped;
+  if (segments_.empty()) segments_ = equal_segments(bytes_);
   segments_.back() = mapped;
 
   // A kernel without huge pages refuses this: the buffer is only slower to fill then.

@@ -171,7 +171,7 @@ TEST(PinnedBuffer, WhatTheQuotaDoesNotCoverStaysPageable) {
     EXPECT_EQ(buffer.pinned_bytes(), 66 * kMiB);
     EXPECT_EQ(device.registered.size(), 2u);
     ASSERT_EQ(buffer.warnings().size(), 1u);
-    const std::string& warning = buffer.warnings()[0];
+    const std::string warning = buffer.warnings()[0];
     for (const char* part : {"16 MiB at once was refused (no more than that)", "66 MiB of 100 MiB",
                              "34 MiB stay pageable", "RLIMIT_MEMLOCK is", "WSL2"}) {
       EXPECT_NE(warning.find(part), std::string::npos) << part << " in " << warning;
