@@ -218,6 +218,10 @@ def merge_cells(reports: Sequence[dict[str, Any]], mode: str) -> dict[str, Any]:
         "mode": mode,
         "GB_per_s": statistics.median(samples),
         "samples": samples,
+        "cells_GB_per_s": {
+            f"{cell[0]} {cell[1] >> 10} KiB x {cell[2]}": statistics.median(rates)
+            for cell, rates in figures.items()
+        },
     }
 
 
