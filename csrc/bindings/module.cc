@@ -105,15 +105,13 @@ py::dict last_pass_dict(Engine& engine) {
 
 // What read most of the shard's bytes; "none" before the first read.
 py::dict shard_dict(const ShardReport& shard) {
-  const bool direct = shard.uring_bytes + shard.direct_bytes > shard.buffered_bytes;
-  const bool any = shard.uring_bytes + shard.direct_bytes + shard.buffered_bytes > 0;
+  const bool direct = shard.direct_bytes > shard.buffered_bytes;
+  const bool any = shard.direct_bytes + shard.buffered_bytes > 0;
   py::dict d;
-  d["reader"] = !any                                               ? "none"
-                : direct && shard.uring_bytes > shard.direct_bytes ? "uring"
-                                                                   : "pread";
+  d["reader"] = !any ? "none" : direct ? shard.direct_reader : "pread";
   d["mode"] = !any ? "none" : direct ? "direct" : "buffered";
   d["why"] = shard.why;
-  d["direct_bytes"] = shard.uring_bytes + shard.direct_bytes;
+  d["direct_bytes"] = shard.direct_bytes;
   d["buffered_bytes"] = shard.buffered_bytes;
   return d;
 }

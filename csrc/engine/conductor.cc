@@ -37,7 +37,7 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
       slot_chunk_(plan.slot_count, kNone),
       in_window_(plan.units.size() + 1, UINT64_MAX) {
   const uint32_t tags =
-      (readers_.uring ? readers_.uring->capacity() : 0) + readers_.pool->capacity();
+      (readers_.direct ? readers_.direct->capacity() : 0) + readers_.pool->capacity();
   flights_.resize(tags);
   for (uint32_t tag = tags; tag-- > 0;) free_tags_.push_back(tag);
   for (uint32_t u = 0; u < work_.size(); ++u) work_[u].left = chunks_of(u).second;
@@ -155,7 +155,7 @@ void Conductor::sleep() {
   }
   pollfd fds[3] = {
       {waker_.fd(), POLLIN, 0}, {readers_.pool->ready_fd(), POLLIN, 0}, {-1, POLLIN, 0}};
-  if (readers_.uring) fds[2].fd = readers_.uring->ready_fd();
+  if (readers_.direct) fds[2].fd = readers_.direct->ready_fd();
   timespec nap{0, 500'000'000};
   if (slots_wanted_ && ring_->copies_pending()) {
     // A copy that ends wakes nobody: look again soon, less often the longer it takes.

@@ -37,20 +37,22 @@
 
 namespace wsm {
 
-// The readers at hand. `direct` takes direct reads (io_uring where it can be had), `pool` all
-// others (page cache, tmpfs, RAM).
+// The readers at hand. `direct` takes the cold extents of a drive, `pool` all others (page cache,
+// tmpfs, RAM); without the one, the other takes all.
 struct Readers {
-  std::unique_ptr<Reader> uring;  // null where io_uring cannot be used
+  std::unique_ptr<Reader> direct;
   std::unique_ptr<Reader> pool;
-  std::string uring_refused;   // why not
+  std::string why_direct;      // why this one reads directly, for stats()
+  std::string uring_refused;   // why io_uring cannot be used, where it was tried
   bool always_direct = false;  // even where the page cache has the bytes
+
+  Reader& for_direct() const { return direct ? *direct : *pool; }
 };
 
 // Bytes read from one shard, by the way they took.
 struct ShardUse {
-  std::atomic<uint64_t> uring_bytes{0};
-  std::atomic<uint64_t> direct_bytes{0};    // pread, O_DIRECT
-  std::atomic<uint64_t> buffered_bytes{0};  // pread, through the page cache
+  std::atomic<uint64_t> direct_bytes{0};
+  std::atomic<uint64_t> buffered_bytes{0};  // through the page cache, or from RAM
 };
 
 struct ConductorOptions {
@@ -101,7 +103,7 @@ class Conductor {
     uint32_t first_unread = 0;  // every chunk before it needs no read
     bool from_disk = false;     // some bytes of the present load came from the disk
   };
-  enum class Route : uint8_t { kUring, kDirect, kBuffered };
+  enum class Route : uint8_t { kDirect, kBuffered };
   struct Flight {  // a read under way
     uint32_t chunk = kNone;
     uint32_t slot = kNoSlot;  // none: straight into the host cache

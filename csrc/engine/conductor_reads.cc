@@ -9,7 +9,7 @@ namespace wsm {
 
 bool Conductor::reap() {
   bool any = reap_from(*readers_.pool);
-  if (readers_.uring) any |= reap_from(*readers_.uring);
+  if (readers_.direct) any |= reap_from(*readers_.direct);
   return any;
 }
 
@@ -93,7 +93,7 @@ bool Conductor::issue(uint32_t index, bool demanded) {
     if (slot == kNoSlot) return false;
   }
   const Route route = route_of(chunk);
-  Reader& reader = route == Route::kUring ? *readers_.uring : *readers_.pool;
+  Reader& reader = route == Route::kDirect ? readers_.for_direct() : *readers_.pool;
   ReadRequest request;
   request.shard = shards_[chunk.shard].get();
   request.offset = chunk.read_offset;
@@ -120,10 +120,8 @@ bool Conductor::issue(uint32_t index, bool demanded) {
 void Conductor::count_use(const Flight& flight) {
   const Chunk& chunk = plan_.chunks[flight.chunk];
   ShardUse& use = uses_[chunk.shard];
-  const bool direct = flight.route != Route::kBuffered && shards_[chunk.shard]->direct();
-  (!direct                         ? use.buffered_bytes
-   : flight.route == Route::kUring ? use.uring_bytes
-                                   : use.direct_bytes) += chunk.payload_bytes;
+  const bool direct = flight.route == Route::kDirect && shards_[chunk.shard]->direct();
+  (direct ? use.direct_bytes : use.buffered_bytes) += chunk.payload_bytes;
 }
 
 // Cold extents of a drive by direct reads; what the page cache (or RAM, or tmpfs) has, by the pool.
@@ -133,7 +131,7 @@ Conductor::Route Conductor::route_of(const Chunk& chunk) const {
   if (!readers_.always_direct && shard.in_page_cache(chunk.read_offset, chunk.need_bytes)) {
     return Route::kBuffered;
   }
-  return readers_.uring ? Route::kUring : Route::kDirect;
+  return Route::kDirect;
 }
 
 uint32_t Conductor::take_slot(bool demanded) {

@@ -18,6 +18,8 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kInterruptInterval = std::chrono::milliseconds(50);
 constexpr size_t kProbePairs = 512;
 constexpr uint32_t kMostReadThreads = 16;
+constexpr uint32_t kCoresForThreads = 8;
+constexpr uint32_t kThreadBlockBytes = 256 << 10;
 constexpr const char* kCauseNames[kStallCauses] = {"SSD", "H2D", "arena"};
 
 std::vector<uint64_t> streamed_bytes(const Plan& plan) {
@@ -94,28 +96,36 @@ void Engine::open_shards(const std::vector<const void*>& memory) {
   }
 }
 
+// Which reader is the faster for direct reads is the machine's business. On virtual disks a read is
+// submitted at a cost, one after another where one ring submits: threads submit side by side, and
+// win where there are cores for them (docs/performance.md has the figures).
 Readers Engine::make_readers() const {
   if (options_.make_readers) return options_.make_readers();
   check(options_.reader != ReaderChoice::kUring || options_.direct != DirectMode::kOff,
         "reader 'uring' does direct reads, and direct reads are off; ask for one of the two");
+  const uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
   Readers readers;
   readers.always_direct = options_.direct == DirectMode::kOn;
-  ReaderOptions direct;
-  if (options_.reader == ReaderChoice::kPread) {
-    readers.uring_refused = "the pread reader was asked for";
-  } else {
-    readers.uring = make_uring_reader(direct, &readers.uring_refused);
-    check<Error>(readers.uring || options_.reader == ReaderChoice::kAuto,
+  const bool asked = options_.reader != ReaderChoice::kAuto;
+  if (options_.reader == ReaderChoice::kUring || (!asked && cores < kCoresForThreads)) {
+    readers.direct = make_uring_reader({}, &readers.uring_refused);
+    check<Error>(readers.direct || !asked,
                  "io_uring was asked for and cannot be used: ", readers.uring_refused);
-    if (!readers.uring) log_warning("reading with pread: " + readers.uring_refused);
+    if (!readers.direct) log_warning("reading with pread: " + readers.uring_refused);
   }
+  if (!readers.direct) {
+    ReaderOptions threads;
+    threads.block_bytes = kThreadBlockBytes;
+    if (options_.read_threads > 0) threads.depth = options_.read_threads;
+    readers.direct = make_pread_reader(threads);
+  }
+  readers.why_direct = asked                            ? "the reader was asked for"
+                       : !readers.uring_refused.empty() ? "no io_uring: " + readers.uring_refused
+                       : cores < kCoresForThreads       ? "few cores: one ring"
+                                                        : "many cores: threads submit side by side";
   ReaderOptions pool;
-  const uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
   pool.depth =
       options_.read_threads > 0 ? options_.read_threads : std::min(cores, kMostReadThreads);
-  // Direct reads by threads want as many in flight as a ring would have; a core is not needed for
-  // each.
-  if (!readers.uring && options_.read_threads == 0) pool.depth = std::max(pool.depth, direct.depth);
   readers.pool = make_pread_reader(pool);
   return readers;
 }

@@ -57,7 +57,7 @@ struct MemoryUse {
 
 struct ShardReport {
   std::string path;
-  uint64_t uring_bytes = 0;
+  std::string direct_reader;
   uint64_t direct_bytes = 0;
   uint64_t buffered_bytes = 0;
   std::string why;  // these ways and no others

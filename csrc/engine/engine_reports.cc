@@ -80,10 +80,12 @@ std::vector<ShardReport> Engine::shards() const {
   for (uint32_t i = 0; i < shards_.size() && !closed(); ++i) {
     const Shard& shard = *shards_[i];
     const ShardUse& use = conductor_->use_of(i);
+    const Readers& readers = conductor_->readers();
     std::string why = shard.mode_reason();
     if (shard.direct() && use.buffered_bytes > 0) why += "; what the page cache had: buffered";
-    if (use.direct_bytes > 0) why += "; no io_uring: " + uring_refused();
-    reports.push_back({shard.path(), use.uring_bytes, use.direct_bytes, use.buffered_bytes, why});
+    if (use.direct_bytes > 0) why += "; " + readers.why_direct;
+    reports.push_back(
+        {shard.path(), readers.for_direct().name(), use.direct_bytes, use.buffered_bytes, why});
   }
   return reports;
 }
