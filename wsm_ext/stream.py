@@ -30,6 +30,8 @@ _MIB = 1 << 20
 _PATIENCE = 20
 # With device="cpu" both budgets are RAM: what stays on the "device" needs no copy, so it gets more.
 _CPU_DEVICE_SHARE = 0.85
+# On a GPU, activations and the KV cache need room beside the weights.
+_CUDA_DEVICE_SHARE = 0.85
 
 
 def stream(
@@ -51,7 +53,8 @@ def stream(
             files, or an open `Checkpoint`. None: the weights that the module holds in RAM.
         device: "cuda", "cuda:1", or "cpu" (the host device); None: "cuda" where there is one.
         device_memory: bytes, or "12GiB", for weights on the device: what stays there, and the arena
-            that the rest passes through. "auto": what is free, less a guard.
+            that the rest passes through. "auto": what is free, less a guard,
+            and less a share for activations.
         host_memory: the same for pinned host memory: the host cache and the staging ring.
         units: what is loaded at once: "auto", "layer", "group" (attention, MLP), "leaf", or the
             names of modules.
@@ -370,7 +373,7 @@ class _Budgets:
         guard = config.gpu_free_guard_mb * _MIB
         if device.type != "cpu":
             if not self.explicit_device:
-                self.device_bytes = device_available(device, guard)
+                self.device_bytes = int(device_available(device, guard) * _CUDA_DEVICE_SHARE)
             if not self.explicit_host:
                 self.host_bytes = host_available()
             return
