@@ -75,10 +75,7 @@ std::pair<uint32_t, uint32_t> Conductor::chunks_of(uint32_t unit) const {
 
 bool Conductor::overlap(uint32_t a, uint32_t b) const {
   if (is_resident_load(a) || is_resident_load(b)) return false;
-  const UnitPlan& x = plan_.units[a];
-  const UnitPlan& y = plan_.units[b];
-  return x.place_offset < y.place_offset + y.place_bytes &&
-         y.place_offset < x.place_offset + x.place_bytes;
+  return places_overlap(plan_.units[a], plan_.units[b]);
 }
 
 void Conductor::run() {
