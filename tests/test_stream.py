@@ -558,3 +558,23 @@ def test_a_parameter_that_is_not_contiguous_keeps_its_strides() -> None:
     assert own.head.weight is weight
     assert weight.stride() == stride
     assert torch.equal(weight, make_net().head.weight)
+
+
+def test_progress_ends_with_all_that_stays(net: Net, folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    progress = lambda done, total: told.append((done, total))  # noqa: E731
+    chosen = options("resident")
+    with wsm.stream(on_meta(net), folder, device="cpu", progress=progress, **chosen) as streamed:
+        total = streamed.plan.device_home_bytes
+    assert told[-1] == (total, total)
+    assert all(done <= total for done, _ in told)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_a_warning_is_told_once(net: Net, folder: Path) -> None:
+    chosen = options("two_units", lookahead_units=5)
+    with pytest.warns(UserWarning, match="lookahead_units = 5"):
+        streamed = wsm.stream(on_meta(net), folder, device="cpu", **chosen)
+    with streamed:
+        told = [text for text in streamed.stats()["warnings"] if "lookahead_units" in text]
+        assert len(told) == 1

@@ -121,6 +121,8 @@ class StreamedModule(nn.Module):
         self._finalizer = weakref.finalize(self, self._engine.close)
         try:
             self._engine.load_resident(current_stream(), self._progress_of(progress))
+            if progress is not None:
+                progress(planned.device_home_bytes, planned.device_home_bytes)
             self._place_buffers(checkpoint)
             self._residency = Residency(
                 self.module,
@@ -262,7 +264,7 @@ class StreamedModule(nn.Module):
             "last_pass": self._engine.last_pass(),
             "totals": self._engine.totals(),
             "readers": self._engine.readers(),
-            "warnings": self._plan.warnings + self._engine.warnings,
+            "warnings": list(dict.fromkeys(self._plan.warnings + self._engine.warnings)),
         }
 
     def fetch(self, name: str) -> torch.Tensor:
@@ -283,8 +285,8 @@ class StreamedModule(nn.Module):
             return
         try:
             if not self._engine.closed:
-                self._final_stats = self.stats()
                 self._give_back_owned()
+                self._final_stats = self.stats()
         finally:
             self._closed = True
             self._engine.close()
