@@ -144,7 +144,8 @@ uint64_t choose_chunk_bytes(const ModelSpec& spec, const Limits& limits,
   if (limits.chunk_bytes) {
     return asked_chunk_bytes(*limits.chunk_bytes, least, room, host_granule_bytes(spec), warnings);
   }
-  const uint64_t share = limits.staging_bytes ? room : room / 2;
+  // A quarter at most: what the ring does not take, the cache keeps.
+  const uint64_t share = limits.staging_bytes ? room : room / 4;
   uint64_t chunk = std::max(kDefaultChunk, least);
   while (chunk > least && chunk > share / kUsualSlots) chunk /= 2;
   return chunk;

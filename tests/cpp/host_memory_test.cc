@@ -76,9 +76,9 @@ TEST(HostMemory, ASmallBudgetTakesSmallerChunks) {
   const auto chunk = [](uint64_t host) {
     return make_plan(aligned_model(), streaming(host)).chunk_bytes;
   };
-  EXPECT_EQ(chunk(8 * kChunk), kChunk);
-  EXPECT_EQ(chunk(8 * kChunk - 1), kChunk / 2);
-  EXPECT_EQ(chunk(kMiB), 128 * kKiB);
+  EXPECT_EQ(chunk(16 * kChunk), kChunk);
+  EXPECT_EQ(chunk(16 * kChunk - 1), kChunk / 2);
+  EXPECT_EQ(chunk(kMiB), 64 * kKiB);
   EXPECT_EQ(chunk(128 * kKiB), 64 * kKiB);
 }
 
