@@ -61,6 +61,7 @@ bool Conductor::stop() {
     board_.changed.notify_all();  // whoever waits in an acquire is told that it ends
     wake();
     thread_.join();
+    cache_->stop();
   }
   return !reads_under_way();
 }
@@ -162,9 +163,6 @@ void Conductor::sleep() {
   ::ppoll(fds, 3, &nap, nullptr);
   waker_.clear();
 }
-
-// --- the demand that waits
-// ---------------------------------------------------------------------------
 
 Stall Conductor::cause_of_demand() const {
   if (board_.units[demand_].phase == Phase::kAbsent) return Stall::kArena;

@@ -16,7 +16,9 @@ HostCache::HostCache(Device& device, const Plan& plan, std::function<void()> pre
   if (plan.cache_bytes > 0) thread_ = std::thread([this] { prepare(); });
 }
 
-HostCache::~HostCache() {
+HostCache::~HostCache() { stop(); }
+
+void HostCache::stop() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;

@@ -7,8 +7,9 @@
 // little ahead of what was asked for, while reads fill the segments before. So memory is taken as
 // it is used, and the first bytes need not wait for the last page.
 //
-// Lifecycle: owned by the engine; `ready` and `mark_filled` are the conductor's. The destructor
-// ends the thread. Failure: what cannot be page-locked stays pageable (see PinnedBuffer).
+// Lifecycle: owned by the engine; `ready` and `mark_filled` are the conductor's. `stop`, and the
+// destructor, end the thread: `prepared` is not called after that.
+// Failure: what cannot be page-locked stays pageable (see PinnedBuffer).
 #pragma once
 
 #include <condition_variable>
@@ -31,6 +32,8 @@ class HostCache {
   // `prepared` is called on the cache's thread each time that more places are ready.
   HostCache(Device& device, const Plan& plan, std::function<void()> prepared);
   ~HostCache();
+
+  void stop();
 
   // Whether the chunk's place may be read into. If not, it will be: `prepared` tells when.
   bool ready(const Chunk& chunk);
