@@ -65,7 +65,6 @@ class Engine:
     closed: bool
     passes: int
     warnings: list[str]
-    uring_refused: str
     def __init__(
         self,
         planned: PlannedModel,

@@ -273,7 +273,6 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("closed", &Engine::closed)
       .def_property_readonly("passes", &Engine::passes)
       .def_property_readonly("warnings", &Engine::warnings)
-      .def_property_readonly("uring_refused", &Engine::uring_refused)
       .def("totals", [](Engine& engine) { return counts_dict(engine.totals()); })
       .def("last_pass", &last_pass_dict)
       .def("memory",

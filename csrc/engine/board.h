@@ -2,20 +2,17 @@
 //
 // A unit's way:
 //
-//   absent --conductor: place is free--> loading --conductor: last copy enqueued, `ready`
-//   recorded--> ready
-//     ^                                     | |
-//     +---- conductor: evicted, when another unit wants the place and nobody holds it
-//     ------------------+
+//   absent --place is free--> loading --last copy enqueued, `ready` recorded--> ready
+//     ^                          |                                              |
+//     +--- evicted: another unit wants the place, and nobody holds this one ----+
 //
 // and the chain of events that orders it on the device:
 //
-//   copy stream:     wait(released of the place's last units) | copies | record ready
-//   compute stream:                                                       wait(ready) | forward |
-//   record released
+//   copy stream:     wait(released of those evicted) | copies | record ready
+//   compute stream:  wait(ready) | forward | record released
 //
-// Only the conductor changes `phase`, so it may read it without the mutex. A unit is evicted for a
-// prefetch when it was used and released; for a demand also when it was only prefetched.
+// Only the conductor changes `phase`, so it may read it without the mutex. A demand evicts all that
+// nobody holds; a prefetch leaves what is expected before it.
 #pragma once
 
 #include <condition_variable>

@@ -43,7 +43,6 @@ struct Readers {
   std::unique_ptr<Reader> direct;
   std::unique_ptr<Reader> pool;
   std::string why_direct;      // why this one reads directly, for stats()
-  std::string uring_refused;   // why io_uring cannot be used, where it was tried
   bool always_direct = false;  // even where the page cache has the bytes
 
   Reader& for_direct() const { return direct ? *direct : *pool; }

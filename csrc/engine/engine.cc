@@ -68,10 +68,8 @@ Engine::Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::b
   // Whatever the allocator's stream still does with this memory comes before the first copy.
   device_->record(*records_[0].begin, allocated_on);
   device_->wait(device_->copy_stream(), *records_[0].begin);
-  Readers readers = make_readers();
-  uring_refused_ = readers.uring_refused;
   conductor_ = std::make_unique<Conductor>(
-      spec_, plan_, *device_, board_, shards_, std::move(readers), arena, homes,
+      spec_, plan_, *device_, board_, shards_, make_readers(), arena, homes,
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
 }
@@ -105,13 +103,14 @@ Readers Engine::make_readers() const {
         "reader 'uring' does direct reads, and direct reads are off; ask for one of the two");
   const uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
   Readers readers;
+  std::string uring_refused;  // why, where it was tried
   readers.always_direct = options_.direct == DirectMode::kOn;
   const bool asked = options_.reader != ReaderChoice::kAuto;
   if (options_.reader == ReaderChoice::kUring || (!asked && cores < kCoresForThreads)) {
-    readers.direct = make_uring_reader({}, &readers.uring_refused);
+    readers.direct = make_uring_reader({}, &uring_refused);
     check<Error>(readers.direct || !asked,
-                 "io_uring was asked for and cannot be used: ", readers.uring_refused);
-    if (!readers.direct) log_warning("reading with pread: " + readers.uring_refused);
+                 "io_uring was asked for and cannot be used: ", uring_refused);
+    if (!readers.direct) log_warning("reading with pread: " + uring_refused);
   }
   if (!readers.direct) {
     ReaderOptions threads;
@@ -119,10 +118,10 @@ Readers Engine::make_readers() const {
     if (options_.read_threads > 0) threads.depth = options_.read_threads;
     readers.direct = make_pread_reader(threads);
   }
-  readers.why_direct = asked                            ? "the reader was asked for"
-                       : !readers.uring_refused.empty() ? "no io_uring: " + readers.uring_refused
-                       : cores < kCoresForThreads       ? "few cores: one ring"
-                                                        : "many cores: threads submit side by side";
+  readers.why_direct = asked                      ? "the reader was asked for"
+                       : !uring_refused.empty()   ? "no io_uring: " + uring_refused
+                       : cores < kCoresForThreads ? "few cores: one ring"
+                                                  : "many cores: threads submit side by side";
   ReaderOptions pool;
   pool.depth =
       options_.read_threads > 0 ? options_.read_threads : std::min(cores, kMostReadThreads);

@@ -60,7 +60,7 @@ struct ShardReport {
   std::string direct_reader;
   uint64_t direct_bytes = 0;
   uint64_t buffered_bytes = 0;
-  std::string why;  // these ways and no others
+  std::string why;  // the reads were direct or buffered, and by this reader
 };
 
 struct PassReport {
@@ -107,7 +107,6 @@ class Engine {
   MemoryUse memory() const;
   std::vector<ShardReport> shards() const;
   std::vector<std::string> warnings() const;
-  const std::string& uring_refused() const { return uring_refused_; }
 
  private:
   struct PassRecord {
@@ -134,7 +133,6 @@ class Engine {
   std::vector<std::unique_ptr<Shard>> shards_;
   std::unique_ptr<StallProbes> probes_;
   std::unique_ptr<Conductor> conductor_;
-  std::string uring_refused_;
   // What passes and reports share; taken before the board's mutex where both are.
   mutable std::mutex reports_mutex_;
   std::array<PassRecord, 4> records_;  // of the last passes: the host may run ahead of the device

@@ -20,6 +20,7 @@ Sequence::Sequence(std::vector<uint64_t> bytes, uint64_t reach_bytes, uint32_t r
       if (round == 0) ++streaming_units_;
     }
   }
+  registered_first_ = next;
   rebuild();
 }
 
@@ -48,9 +49,7 @@ void Sequence::end_pass() {
 }
 
 uint32_t Sequence::successor(uint32_t before, uint32_t unit) const {
-  if (unit == kNone) {
-    return bytes_.empty() || bytes_[0] > 0 ? (bytes_.empty() ? kNone : 0) : registered_next_[0];
-  }
+  if (unit == kNone) return registered_first_;
   if (const auto known = pairs_.find(pair(before, unit)); known != pairs_.end())
     return known->second;
   return single_[unit] != kNone ? single_[unit] : registered_next_[unit];

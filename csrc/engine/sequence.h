@@ -44,6 +44,7 @@ class Sequence {
   uint64_t reach_bytes_;
   uint32_t reach_units_;
   uint32_t streaming_units_ = 0;
+  uint32_t registered_first_ = kNone;  // the first unit that streams, in registration order
   std::vector<uint32_t>
       registered_next_;           // the next unit that streams, in registration order, cyclic
   std::vector<uint32_t> single_;  // kNone: not learned

@@ -1,11 +1,9 @@
 // The plan: homes, places, chunks and copies. Pure data, made once by `make_plan` (plan/planner.h)
 // and followed by the engine without further decisions about where bytes go.
 //
-//   arena (device)   | exclusive places | place 0 | place 1 | place 2 |      places of units
-//   overlap
-//                    |                  | place 3   | place 4 |            by design, laid out in
-//                    |                  | place 5 | ...                    registration order,
-//                    wrapping
+//   arena (device)   | exclusive places | place 0 | place 1 | place 2 |   places of units overlap
+//                    |                  | place 3   | place 4 |         by design, laid out in
+//                    |                  | place 5 | ...                 registration order
 //
 //   homes (device)   | tensor | tensor | ...   loaded once, never moved
 //
@@ -22,9 +20,8 @@ namespace wsm {
 
 enum class Home : uint8_t { kDevice, kHost, kDisk };
 
-inline constexpr uint64_t kPlaceAlignment = 256;  // of every tensor in device memory
-inline constexpr uint64_t kSegmentBytes =
-    256ull << 20;  // pinned memory is registered in pieces this large
+inline constexpr uint64_t kPlaceAlignment = 256;         // of every tensor in device memory
+inline constexpr uint64_t kSegmentBytes = 256ull << 20;  // pinned memory is registered in these
 inline constexpr uint32_t kNone = UINT32_MAX;
 
 // One contiguous host-to-device copy out of a chunk.
