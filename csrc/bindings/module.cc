@@ -15,6 +15,7 @@
 #include "device/device.h"
 #include "engine/engine.h"
 #include "plan/planner.h"
+#include "storage/page_cache.h"
 #include "storage/shard.h"
 
 #ifndef WSM_VERSION
@@ -100,6 +101,18 @@ py::dict last_pass_dict(Engine& engine) {
   }
   py::dict d = counts_dict(report.counts);
   d["seconds"] = report.seconds;
+  return d;
+}
+
+py::dict steady_passes_dict(Engine& engine) {
+  PassSums sums;
+  {
+    py::gil_scoped_release nogil;
+    sums = engine.steady_passes();
+  }
+  py::dict d = counts_dict(sums.counts);
+  d["passes"] = sums.passes;
+  d["seconds"] = sums.seconds;
   return d;
 }
 
@@ -221,6 +234,7 @@ void bind_plan(py::module_& m) {
         py::arg("limits"));
   m.def("device_block_bytes", &device_block_bytes, py::arg("bytes"));
   m.def("direct_alignment", &direct_alignment, py::arg("path"));
+  m.def("in_page_cache", &cached_whole, py::arg("fd"), py::arg("offset"), py::arg("bytes"));
 }
 
 void bind_engine(py::module_& m) {
@@ -275,6 +289,7 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("warnings", &Engine::warnings)
       .def("totals", [](Engine& engine) { return counts_dict(engine.totals()); })
       .def("last_pass", &last_pass_dict)
+      .def("steady_passes", &steady_passes_dict)
       .def("memory",
            [](const Engine& engine) {
              const MemoryUse use = engine.memory();

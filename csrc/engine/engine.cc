@@ -172,7 +172,7 @@ void Engine::begin_pass(StreamHandle stream) {
   }
   conductor_->wake();
   std::lock_guard lock(reports_mutex_);
-  probes_->collect();
+  sum_ended_passes();
   probes_->begin_pass(passes_);
   PassRecord& record = record_of(passes_++);
   record.counts = board_.counters.read();

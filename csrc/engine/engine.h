@@ -68,6 +68,13 @@ struct PassReport {
   Counts counts;
 };
 
+// Sums over passes.
+struct PassSums {
+  uint64_t passes = 0;
+  double seconds = 0;
+  Counts counts;
+};
+
 class Engine {
  public:
   // Called now and then while a caller waits, without locks; may throw to give up waiting.
@@ -104,6 +111,9 @@ class Engine {
   uint64_t passes() const;
   Counts totals();
   PassReport last_pass(const Interrupt& interrupt);  // waits until the device has ended the pass
+  // Of the passes after the first (which fills the host cache) that the device has ended. A pass
+  // whose record was taken again before its end was seen is left out.
+  PassSums steady_passes();
   MemoryUse memory() const;
   std::vector<ShardReport> shards() const;
   std::vector<std::string> warnings() const;
@@ -115,6 +125,8 @@ class Engine {
     Counts counts;  // at the begin; after the end, of the pass
   };
   PassRecord& record_of(uint64_t pass) { return records_[pass % records_.size()]; }
+  PassReport report_of(uint64_t pass);
+  void sum_ended_passes();
 
   void open_shards(const std::vector<const void*>& memory);
   Readers make_readers() const;
@@ -138,6 +150,8 @@ class Engine {
   std::array<PassRecord, 4> records_;  // of the last passes: the host may run ahead of the device
   uint64_t passes_ = 0;                // begun
   uint64_t passes_ended_ = 0;
+  PassSums steady_;
+  uint64_t next_to_sum_ = 1;
   pid_t process_ = 0;
   std::atomic<bool> closed_{false};
   bool abandoned_ = false;  // the destructor must leave the buffers to the process

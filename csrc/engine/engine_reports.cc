@@ -50,12 +50,9 @@ PassReport Engine::last_pass(const Interrupt& interrupt) {
   std::unique_lock lock(reports_mutex_);
   while (passes_ended_ > 0 && !closed()) {
     const uint64_t pass = passes_ended_ - 1;
-    const PassRecord& record = record_of(pass);
-    if (passes_ - pass < records_.size() && device_->done(*record.end)) {
+    if (passes_ - pass < records_.size() && device_->done(*record_of(pass).end)) {
       probes_->collect();
-      PassReport report{device_->elapsed_seconds(*record.begin, *record.end), record.counts};
-      report.counts.stall_ns[static_cast<int>(Stall::kH2d)] = probes_->stall_ns(pass);
-      return report;
+      return report_of(pass);
     }
     lock.unlock();
     std::this_thread::sleep_for(std::chrono::microseconds(100));
@@ -63,6 +60,35 @@ PassReport Engine::last_pass(const Interrupt& interrupt) {
     lock.lock();
   }
   return {};
+}
+
+// The pass has ended on the device, and the probes were collected since. Caller holds
+// reports_mutex_.
+PassReport Engine::report_of(uint64_t pass) {
+  const PassRecord& record = record_of(pass);
+  PassReport report{device_->elapsed_seconds(*record.begin, *record.end), record.counts};
+  report.counts.stall_ns[static_cast<int>(Stall::kH2d)] = probes_->stall_ns(pass);
+  return report;
+}
+
+// Asks the device, and never waits for it. Caller holds reports_mutex_.
+void Engine::sum_ended_passes() {
+  probes_->collect();
+  const uint64_t kept = records_.size();
+  if (passes_ > kept) next_to_sum_ = std::max(next_to_sum_, passes_ - kept);
+  for (; next_to_sum_ < passes_ended_; ++next_to_sum_) {
+    if (!device_->done(*record_of(next_to_sum_).end)) return;
+    const PassReport report = report_of(next_to_sum_);
+    ++steady_.passes;
+    steady_.seconds += report.seconds;
+    steady_.counts.add(report.counts);
+  }
+}
+
+PassSums Engine::steady_passes() {
+  std::lock_guard lock(reports_mutex_);
+  if (!closed()) sum_ended_passes();
+  return steady_;
 }
 
 MemoryUse Engine::memory() const {
