@@ -19,7 +19,27 @@ class Limits:
     cache_bytes: int | None
     chunk_bytes: int | None
     lookahead_units: int | None
+    seam_units: int | None
     read_ahead_bytes: int | None
+
+class Rates:
+    disk_bytes_per_s: float
+    h2d_bytes_per_s: float
+    copy_overhead_s: float
+    unit_overhead_s: float
+    compute_s: list[float]
+    host_computes: bool
+
+class Simulated:
+    pass_seconds: float
+    first_pass_seconds: float
+    disk_seconds: float
+    h2d_seconds: float
+    compute_seconds: float
+    disk_bytes: int
+    h2d_bytes: int
+    limit: str
+    stall_seconds: dict[str, float]
 
 class PlannedModel:
     arena_bytes: int
@@ -93,7 +113,11 @@ def plan_model(
     tensors: Sequence[tuple[str, int, list[tuple[int, int, int, int]]]],
     units: Sequence[tuple[str, str, list[int], bool]],
     limits: Limits,
+    rates: Rates | None = None,
 ) -> PlannedModel: ...
+def simulate(
+    planned: PlannedModel, rates: Rates, order: Sequence[int] = (), policy: str = "fixed"
+) -> Simulated: ...
 def device_block_bytes(bytes: int) -> int: ...
 def direct_alignment(path: str) -> int: ...
 def in_page_cache(fd: int, offset: int, bytes: int) -> bool: ...

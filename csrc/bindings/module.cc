@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <tuple>
@@ -14,9 +15,12 @@
 
 #include "device/device.h"
 #include "engine/engine.h"
+#include "plan/best_plan.h"
 #include "plan/planner.h"
+#include "plan/simulate.h"
 #include "storage/page_cache.h"
 #include "storage/shard.h"
+#include "util/check.h"
 
 #ifndef WSM_VERSION
 #define WSM_VERSION "0+unknown"
@@ -39,7 +43,8 @@ using UnitTuple = std::tuple<std::string, std::string, std::vector<uint32_t>, bo
 
 PlannedModel plan_model(const std::vector<ShardTuple>& shards,
                         const std::vector<TensorTuple>& tensors,
-                        const std::vector<UnitTuple>& units, const Limits& limits) {
+                        const std::vector<UnitTuple>& units, const Limits& limits,
+                        const std::optional<Rates>& rates) {
   py::gil_scoped_release nogil;
   PlannedModel planned;
   for (const auto& [path, bytes, alignment] : shards) {
@@ -55,7 +60,7 @@ PlannedModel plan_model(const std::vector<ShardTuple>& shards,
   for (const auto& [name, label, members, exclusive] : units) {
     planned.spec.units.push_back({name, label, members, exclusive});
   }
-  planned.plan = make_plan(planned.spec, limits);
+  planned.plan = rates ? best_plan(planned.spec, limits, *rates) : make_plan(planned.spec, limits);
   return planned;
 }
 
@@ -181,6 +186,7 @@ void bind_plan(py::module_& m) {
       .def_readwrite("cache_bytes", &Limits::cache_bytes)
       .def_readwrite("chunk_bytes", &Limits::chunk_bytes)
       .def_readwrite("lookahead_units", &Limits::lookahead_units)
+      .def_readwrite("seam_units", &Limits::seam_units)
       .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes);
 
   py::class_<PlannedModel> planned(m, "PlannedModel");
@@ -231,10 +237,53 @@ void bind_plan(py::module_& m) {
         return places;
       });
   m.def("plan_model", &plan_model, py::arg("shards"), py::arg("tensors"), py::arg("units"),
-        py::arg("limits"));
+        py::arg("limits"), py::arg("rates") = py::none());
   m.def("device_block_bytes", &device_block_bytes, py::arg("bytes"));
   m.def("direct_alignment", &direct_alignment, py::arg("path"));
   m.def("in_page_cache", &cached_whole, py::arg("fd"), py::arg("offset"), py::arg("bytes"));
+}
+
+void bind_simulator(py::module_& m) {
+  py::class_<Rates>(m, "Rates")
+      .def(py::init<>())
+      .def_readwrite("disk_bytes_per_s", &Rates::disk_bytes_per_s)
+      .def_readwrite("h2d_bytes_per_s", &Rates::h2d_bytes_per_s)
+      .def_readwrite("copy_overhead_s", &Rates::copy_overhead_s)
+      .def_readwrite("unit_overhead_s", &Rates::unit_overhead_s)
+      .def_readwrite("compute_s", &Rates::compute_s)
+      .def_readwrite("host_computes", &Rates::host_computes);
+
+  py::class_<Simulated>(m, "Simulated")
+      .def_readonly("pass_seconds", &Simulated::pass_s)
+      .def_readonly("first_pass_seconds", &Simulated::first_pass_s)
+      .def_readonly("disk_seconds", &Simulated::disk_s)
+      .def_readonly("h2d_seconds", &Simulated::h2d_s)
+      .def_readonly("compute_seconds", &Simulated::compute_s)
+      .def_readonly("disk_bytes", &Simulated::disk_bytes)
+      .def_readonly("h2d_bytes", &Simulated::h2d_bytes)
+      .def_property_readonly("limit",
+                             [](const Simulated& s) {
+                               const char* const names[] = {"disk", "h2d", "compute"};
+                               return names[static_cast<int>(s.limit)];
+                             })
+      .def_property_readonly("stall_seconds", [](const Simulated& s) {
+        py::dict stalls;
+        stalls["disk"] = s.disk_stall_s;
+        stalls["h2d"] = s.h2d_stall_s;
+        stalls["arena"] = s.arena_stall_s;
+        return stalls;
+      });
+  m.def(
+      "simulate",
+      [](const PlannedModel& planned, const Rates& rates, const std::vector<uint32_t>& order,
+         const std::string& policy) {
+        check(policy == "fixed" || policy == "lru", "policy is 'fixed' or 'lru', not '", policy,
+              "'");
+        const auto kind = policy == "lru" ? CachePolicy::kLru : CachePolicy::kFixed;
+        return simulate(planned.plan, rates, order, kind);
+      },
+      py::arg("planned"), py::arg("rates"), py::arg("order") = std::vector<uint32_t>{},
+      py::arg("policy") = "fixed", py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_engine(py::module_& m) {
@@ -308,6 +357,7 @@ void bind_engine(py::module_& m) {
 PYBIND11_MODULE(_engine, m) {
   m.doc() = "The C++ engine of wsm_ext. Use the Python package; this module may change.";
   register_errors(m);
+  bind_simulator(m);
   bind_plan(m);
   bind_engine(m);
   m.attr("__version__") = WSM_VERSION;

@@ -172,12 +172,14 @@ struct Found {
   Lookahead ahead;
 };
 
-// The largest lookahead up to `units` that can be had, and with it the largest at the seam.
-std::optional<Found> find_homes(const Search& search, uint32_t units) {
+// The largest lookahead up to `units` that can be had, and with it the largest at the seam, or the
+// one that is asked for there.
+std::optional<Found> find_homes(const Search& search, uint32_t units,
+                                std::optional<uint32_t> seam_units) {
   for (uint32_t n = units + 1; n-- > 0;) {
     std::optional<size_t> prefix = search.largest_prefix({.units = n, .seam = 0});
     if (!prefix) continue;
-    for (uint32_t seam = n; seam > 0; --seam) {
+    for (uint32_t seam = std::min(n, seam_units.value_or(n)); seam > 0; --seam) {
       const Lookahead ahead{.units = n, .seam = seam};
       if (const auto with_seam = search.largest_prefix(ahead)) return Found{*with_seam, ahead};
     }
@@ -209,7 +211,7 @@ void warn_smaller(const Limits& limits, uint32_t wanted, Lookahead ahead, Device
     homes.warnings.push_back(concat("lookahead_units = ", wanted,
                                     " does not fit into the arena's budget: ", ahead.units,
                                     " is used"));
-  } else if (ahead.seam < ahead.units) {
+  } else if (ahead.seam < ahead.units && !limits.seam_units) {
     homes.warnings.push_back(concat(
         "lookahead_units = ", wanted,
         " does not fit between the last units and the first: ", ahead.seam, " is used there"));
@@ -291,7 +293,7 @@ DeviceHomes choose_in_order(const ModelSpec& spec, const Limits& limits, Residen
   size_t kept = search.all();
   if (!search.homes_fit(all_bytes, 0)) {
     const uint32_t wanted = wanted_lookahead(search, limits, homes);
-    const std::optional<Found> found = find_homes(search, wanted);
+    const std::optional<Found> found = find_homes(search, wanted, limits.seam_units);
     if (!found) throw_too_small(spec, limits, search);
     kept = found->prefix;
     homes.ahead = found->ahead;
@@ -335,7 +337,7 @@ std::optional<uint32_t> smallest_in_cycle(const DeviceHomes& homes) {
 DeviceHomes choose_device_homes(const ModelSpec& spec, const Limits& limits) {
   const ResidencyOrder order = residency_order(spec);
   DeviceHomes homes = choose_in_order(spec, limits, order);
-  const bool ideal = homes.ahead.seam == homes.ahead.units &&
+  const bool ideal = homes.ahead.seam == limits.seam_units.value_or(homes.ahead.units) &&
                      homes.arena.bytes == least_arena_bytes(homes.places, homes.ahead);
   const std::optional<uint32_t> smallest = smallest_in_cycle(homes);
   if (ideal || !smallest) return homes;

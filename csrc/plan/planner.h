@@ -20,6 +20,7 @@ struct Limits {
   std::optional<uint64_t> cache_bytes{};       // the most that the host cache may take
   std::optional<uint64_t> chunk_bytes{};       // the largest chunk
   std::optional<uint32_t> lookahead_units{};   // 0: load on demand
+  std::optional<uint32_t> seam_units{};        // the same between the last units and the first
   std::optional<uint64_t> read_ahead_bytes{};  // how far reads from the disk may run ahead
 };
 
