@@ -1,5 +1,5 @@
-"""Measures what a pass depends on: the disk under a checkpoint, the link to the device, and what one
-layer computes. Each takes about half a second; `rates` decides what is measured, and remembers it.
+"""Measures what a pass depends on: the disk under a checkpoint, the link to the device, and what
+one layer computes. Each takes about half a second; `rates` decides what is measured, and remembers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .units import Unit, find_units
 
 _MIB = 1 << 20
 _SPAN_BYTES = 16 * _MIB  # the largest chunk that the planner makes: what is read at once
-_LEAST_FILE_BYTES = 64 * _MIB
+_LEAST_SPANS = 4  # fewer are read too soon to tell anything
 _MOST_READ_BYTES = 2048 * _MIB
 _READ_SECONDS = 0.6
 _PATIENCE_S = 10
@@ -38,7 +38,7 @@ _COMPUTE_SECONDS = 0.6
 _PROBE_TOKENS = 16
 
 
-NOTHING_TO_READ = f"no file of at least {format_bytes(_LEAST_FILE_BYTES)}"
+NOTHING_TO_READ = f"less than {format_bytes(_LEAST_SPANS * _SPAN_BYTES)} to read"
 
 
 class NotMeasuredError(Exception):
@@ -126,7 +126,7 @@ def _cuda_copy_seconds(source: torch.Tensor, target: torch.Tensor, size: int) ->
         target[:size].copy_(part, non_blocking=True)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1000 / len(parts)
+    return float(begin.elapsed_time(end)) / 1000 / len(parts)
 
 
 # -- the disk --------------------------------------------------------------------------------------
@@ -144,19 +144,22 @@ class Span:
 def find_spans(paths: Sequence[Path], direct: str = "auto") -> list[Span]:
     """At most 2 GiB of the files, of which every beginning is spread evenly over them.
 
-    Small files are left out. With direct="on" nothing counts as cached: the page cache is not read.
+    None where they are too small to tell anything. With direct="on" nothing counts as cached: the
+    page cache is not read.
     """
     places = []
     for path in paths:
         size = path.stat().st_size
-        if size >= _LEAST_FILE_BYTES:
-            places += [(path, at) for at in range(0, size - _SPAN_BYTES + 1, _SPAN_BYTES)]
+        places += [(path, at) for at in range(0, size - _SPAN_BYTES + 1, _SPAN_BYTES)]
+    if len(places) < _LEAST_SPANS:
+        return []
     count = min(len(places), _MOST_READ_BYTES // _SPAN_BYTES)
     # Multiples of the golden ratio, by rank: no two alike, and evenly spread however many.
     ranks = sorted(range(len(places)), key=lambda i: i * 0.6180339887498949 % 1)
     chosen = sorted(range(len(places)), key=ranks.__getitem__)[:count]
     return [
-        Span(path, at, direct != "on" and _cached(path, at)) for path, at in map(places.__getitem__, chosen)
+        Span(path, at, direct != "on" and _cached(path, at))
+        for path, at in map(places.__getitem__, chosen)
     ]
 
 
@@ -269,7 +272,7 @@ class _Readers:
 class Compute:
     """Seconds that a forward computes: each layer, and what lies outside them by unit name.
 
-    `rest_s` is what no unit accounts for. `tokens`: as many were run, then scaled to what was asked.
+    `rest_s` is what no unit accounts for. `tokens`: as many were run, then the layer's time scaled.
     """
 
     layer_s: float
@@ -286,56 +289,71 @@ def measure_layer(module: nn.Module, device: torch.device, batch: int, tokens: i
 
     Raises NotMeasuredError where the model cannot be cut to two layers, or has no room.
     """
-    model = _two_layers(module, device)
-    units = [unit for unit in find_units(model, "layer") if not unit.exclusive]
-    if not any(unit.layer is not None for unit in units):
-        raise NotMeasuredError("its layers are not found")
-    vocabulary = model.config.get_text_config().vocab_size
-    inputs = {"use_cache": False, "logits_to_keep": 1}
-    known = inspect.signature(model.forward).parameters
-    inputs = {key: value for key, value in inputs.items() if key in known}
-
-    def run(count: int) -> _Times:
-        ids = torch.randint(0, min(vocabulary, _SMALL_VOCABULARY), (batch, count), device=device)
-        with torch.inference_mode(), _Stopwatch(units, device) as watch:
-            model(input_ids=ids, **inputs)
-        return watch.times()
-
     try:
-        return _compute_of(run, units, tokens)
+        return _measure_two_layers(_two_layers(module, device), device, batch, tokens)
     except NotMeasuredError:
         raise
     except torch.cuda.OutOfMemoryError as error:
         raise NotMeasuredError("the device has not enough memory for two layers") from error
-    except Exception as error:  # any model's forward
-        raise NotMeasuredError(f"its forward failed: {type(error).__name__}: {error}") from error
+    except Exception as error:  # any model's constructor and forward
+        raise NotMeasuredError(
+            f"two of its layers cannot be run: {type(error).__name__}: {error}"
+        ) from error
     finally:
-        del model, units, run
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _measure_two_layers(model: Any, device: torch.device, batch: int, tokens: int) -> Compute:
+    units = [unit for unit in find_units(model, "layer") if not unit.exclusive]
+    if not any(unit.layer is not None for unit in units):
+        raise NotMeasuredError("its layers are not found")
+    known = inspect.signature(model.forward).parameters
+    inputs = {"use_cache": False, "logits_to_keep": 1}
+    inputs = {key: value for key, value in inputs.items() if key in known}
+    vocabulary = min(model.config.get_text_config().vocab_size, _SMALL_VOCABULARY)
+
+    def run(count: int) -> _Times:
+        ids = torch.randint(0, vocabulary, (batch, count), device=device)
+        with torch.inference_mode(), _Stopwatch(units, device) as watch:
+            model(input_ids=ids, **inputs)
+        return watch.times()
+
+    return _compute_of(run, units, tokens)
 
 
 _Times = tuple[float, dict[str, float]]  # of the whole forward, and of units by name
 
 
 def _compute_of(run: Callable[[int], _Times], units: list[Unit], tokens: int) -> Compute:
+    layers = [unit.name for unit in units if unit.layer is not None]
     count = min(tokens, _PROBE_TOKENS)
     run(count)  # warm-up
-    total, _ = times = run(count)
-    afford = int(count * _COMPUTE_SECONDS / 3 / max(total, 1e-9))
-    samples = [times]
+    samples = [run(count)]
+    afford = int(count * _COMPUTE_SECONDS / 3 / max(samples[0][0], 1e-9))
     if count < tokens and afford > count:
         count = min(tokens, afford)
         samples = [run(count)]
-    while len(samples) < 3 and len(samples) * samples[0][0] < _COMPUTE_SECONDS:
+    while len(samples) < 5 and len(samples) * samples[0][0] < _COMPUTE_SECONDS:
         samples.append(run(count))
     total, by_unit = sorted(samples, key=lambda sample: sample[0])[(len(samples) - 1) // 2]
-    scale = tokens / count
-    layers = [by_unit[unit.name] for unit in units if unit.layer is not None]
-    others = {unit.name: by_unit[unit.name] for unit in units if unit.layer is None}
-    rest = max(0.0, total - sum(layers) - sum(others.values()))
-    # The head sees one token of each sequence, however many there are.
-    return Compute(scale * statistics.mean(layers), others, rest, count)
+    layer = statistics.mean(by_unit[name] for name in layers)
+    others = {name: seconds for name, seconds in by_unit.items() if name not in layers}
+    rest = max(0.0, total - sum(by_unit.values()))
+    if count < tokens:
+        fewer = max(1, count // 4)
+        _, at_fewer = run(fewer)
+        layer_at_fewer = statistics.mean(at_fewer[name] for name in layers)
+        layer = _extrapolated((fewer, layer_at_fewer), (count, layer), tokens)
+    # What lies outside the layers hardly grows: the head sees one token of each sequence.
+    return Compute(layer, others, rest, count)
+
+
+def _extrapolated(fewer: tuple[int, float], more: tuple[int, float], tokens: int) -> float:
+    """A part of the time is the weights' and does not grow; the rest grows with the tokens."""
+    count, seconds = more
+    slope = 0.0 if count == fewer[0] else (seconds - fewer[1]) / (count - fewer[0])
+    return seconds + min(max(slope, 0.0), seconds / count) * (tokens - count)
 
 
 class _Stopwatch:
@@ -405,14 +423,13 @@ def _two_layers(module: nn.Module, device: torch.device) -> Any:
         room = min(room, 4 << 30)  # more takes longer to write than all else to measure
     for vocabulary in (None, _SMALL_VOCABULARY):
         config = _cut(module.config, vocabulary)
-        try:
-            model = _build(config, type(module), module.dtype)
-        except Exception as error:  # any model's constructor
-            raise NotMeasuredError(f"two of its layers cannot be made: {error}") from error
+        model = _build(config, type(module), module.dtype)
         needed = sum(p.numel() * p.element_size() for p in model.parameters())
         if needed <= room:
             return _fill(model, device)
-    raise NotMeasuredError(f"two of its layers need {format_bytes(needed)}, more than there is room")
+    raise NotMeasuredError(
+        f"two of its layers need {format_bytes(needed)}, more than there is room"
+    )
 
 
 def _cut(config: Any, vocabulary: int | None) -> Any:

@@ -114,7 +114,9 @@ class Measurements:
         try:
             content = json.loads(self._path.read_text())
             entries = content["entries"] if content["format"] == _FORMAT else {}
-            return {key: {"value": e["value"], "time": float(e["time"])} for key, e in entries.items()}
+            return {
+                key: {"value": e["value"], "time": float(e["time"])} for key, e in entries.items()
+            }
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ from . import _engine, sources
 from .budgets import device_available, host_available
 from .checkpoint import Checkpoint
 from .config import Config, choose_units, make_limits
+from .rates import Rates
 from .residency import unit_tensors
 from .sizes import format_bytes, parse_bytes
 from .sources import Source
@@ -65,6 +66,7 @@ def plan_module(
     units: str | Sequence[str],
     budgets: Budgets,
     config: Config,
+    rates: Rates | None = None,
 ) -> tuple[list[Unit], Source, _engine.PlannedModel, list[str]]:
     """Plans with the units asked for; "auto" takes finer ones where the coarser do not fit."""
     chosen, unheeded = choose_units(config, units)
@@ -80,7 +82,7 @@ def plan_module(
         else:
             source = sources.from_module(found)
         try:
-            planned, warned = _plan_units(module, found, source, budgets, config)
+            planned, warned = plan_units(found, source, budgets, config, rates)
             return found, source, planned, unheeded + warned
         except ValueError as error:
             refused = refused or error
@@ -88,9 +90,14 @@ def plan_module(
     raise refused
 
 
-def _plan_units(
-    module: nn.Module, units: list[Unit], source: Source, budgets: Budgets, config: Config
+def plan_units(
+    units: list[Unit],
+    source: Source,
+    budgets: Budgets,
+    config: Config,
+    rates: Rates | None = None,
 ) -> tuple[_engine.PlannedModel, list[str]]:
+    """The plan for these units and warnings; with rates, the one whose pass should be shortest."""
     members = [unit_tensors(unit, source) for unit in units]
     sizes = [sum(source.tensors[tensor][1] for tensor in tensors) for tensors in members]
     layers: dict[tuple[str | None, int], int] = {}
@@ -117,7 +124,8 @@ def _plan_units(
         for unit, tensors in zip(units, members, strict=True)
     ]
     try:
-        return _engine.plan_model(source.shards, source.tensors, specs, limits), warned
+        known = None if rates is None else rates.for_units(units, source)
+        return _engine.plan_model(source.shards, source.tensors, specs, limits, known), warned
     except ValueError as error:
         raise ValueError(_in_terms_of_arguments(str(error))) from None
 

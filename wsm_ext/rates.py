@@ -1,9 +1,10 @@
-"""How fast each link is, and where that is known from: measured now, measured before, or assumed."""
+"""How fast each link is, and where that is known from: measured now, before, or assumed."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,21 @@ _CPU = torch.device("cpu")
 Workload = tuple[int, int]  # sequences, and tokens of each
 
 
+def check_workload(workload: Any) -> Workload | None:
+    """Raises ValueError unless it is None, or two whole numbers above 0."""
+    if workload is None:
+        return None
+    try:
+        batch, tokens = (operator.index(count) for count in workload)
+    except (TypeError, ValueError):
+        batch = tokens = 0
+    if min(batch, tokens) < 1:
+        raise ValueError(
+            f"workload must be (sequences, tokens of each), both at least 1, not {workload!r}"
+        )
+    return batch, tokens
+
+
 @dataclass(frozen=True)
 class Rate:
     """Bytes per second. `source`: "measured", "cached" (measured before) or "default" (assumed)."""
@@ -40,11 +56,12 @@ class Rate:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the planner predicts with. `compute` is None where it is not known, `compute_note` why."""
+    """What is predicted from. `compute` is None where it is not known; `compute_note` says why."""
 
     disk: Rate
     h2d: Rate
-    copy_overhead_s: float = 0.0
+    copy_overhead_s: float
+    host_computes: bool  # the host device: a forward holds up the thread that calls it
     compute: Compute | None = None
     compute_source: str = "default"
     compute_note: str = "not measured"
@@ -56,6 +73,7 @@ class Rates:
         rates.disk_bytes_per_s = self.disk.bytes_per_s
         rates.h2d_bytes_per_s = self.h2d.bytes_per_s
         rates.copy_overhead_s = self.copy_overhead_s
+        rates.host_computes = self.host_computes
         rates.compute_s = [] if self.compute is None else _by_unit(self.compute, units, source)
         return rates
 
@@ -81,13 +99,14 @@ def _by_unit(compute: Compute, units: Sequence[Unit], source: Source) -> list[fl
     return seconds
 
 
-def default_rates() -> Rates:
+def default_rates(device: torch.device) -> Rates:
     """Assumed, not measured: the engine's own defaults."""
     rates = _engine.Rates()
     return Rates(
         Rate(rates.disk_bytes_per_s, "default"),
         Rate(rates.h2d_bytes_per_s, "default"),
         rates.copy_overhead_s,
+        device.type == "cpu",
     )
 
 
@@ -104,9 +123,9 @@ def gather(
     measured at; None leaves it out. What cannot be measured is assumed, and its note says why.
     """
     if config.measure is False:
-        return default_rates()
+        return default_rates(device)
     known = Measurements()
-    assumed = default_rates()
+    assumed = default_rates(device)
     h2d, overhead_s = assumed.h2d, assumed.copy_overhead_s
     try:
         link, source = _link(known, device)
@@ -118,7 +137,7 @@ def gather(
     except NotMeasuredError as error:
         disk = Rate(assumed.disk.bytes_per_s, "default", str(error))
     compute, source, note = compute_at(module, device, workload)
-    rates = Rates(disk, h2d, overhead_s, compute, source, note, workload)
+    rates = Rates(disk, h2d, overhead_s, device.type == "cpu", compute, source, note, workload)
     _log.info(
         "disk %.2f GB/s (%s), link %.2f GB/s (%s), compute %s",
         disk.bytes_per_s / 1e9,
@@ -153,9 +172,10 @@ def compute_at(
 
 def _shape_of(module: nn.Module) -> str:
     """What decides a transformers model's compute, but the number of its layers."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.to_json_string() if hasattr(config, "to_json_string") else ""
-    return f"{type(module).__name__} {getattr(module, 'dtype', None)} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{type(module).__name__} {getattr(module, 'dtype', None)} {digest}"
 
 
 def _remembered(
@@ -203,9 +223,7 @@ def _disk(known: Measurements, paths: Sequence[Path], direct: str) -> Rate:
             sources.append(source)
     share = sum(span.cached for span in spans) / len(spans)
     note = f"{share:.0%} in the page cache" if share else ""
-    return Rate(
-        1 / seconds_per_byte, "measured" if "measured" in sources else "cached", note
-    )
+    return Rate(1 / seconds_per_byte, "measured" if "measured" in sources else "cached", note)
 
 
 def _disk_part(known: Measurements, spans: Sequence[Span], direct: str) -> tuple[float, str]:

@@ -24,7 +24,7 @@ from rich.table import Table
 from .monitor import Monitor
 from .sizes import format_bytes
 
-_PLAN_KEYS = (
+PLAN_KEYS = (
     "model_bytes",
     "device_home_bytes",
     "host_home_bytes",
@@ -184,7 +184,7 @@ def document(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(device),
-        "plan": {key: getattr(model.plan, key) for key in _PLAN_KEYS},
+        "plan": {key: getattr(model.plan, key) for key in PLAN_KEYS},
         "stats": model.stats(),
         **results,
     }

@@ -15,7 +15,9 @@ from . import _engine, sources
 from .checkpoint import Checkpoint
 from .config import Config
 from .plan import Plan
-from .planning import Budgets, plan_module
+from .planning import Budgets
+from .predict import plan_measured
+from .rates import check_workload
 from .residency import Residency, allocate, stream_getter
 from .units import Unit
 
@@ -34,6 +36,7 @@ def stream(
     device_memory: int | str = "auto",
     host_memory: int | str = "auto",
     units: str | Sequence[str] = "auto",
+    workload: tuple[int, int] | None = None,
     config: Config | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> StreamedModule:
@@ -50,6 +53,8 @@ def stream(
         host_memory: the same for pinned host memory: the host cache and the staging ring.
         units: what is loaded at once: "auto", "layer", "group" (attention, MLP), "leaf", or the
             names of modules.
+        workload: (sequences, tokens of each) of a usual forward: what computing is measured at, for
+            a transformers model. None: the plan is made for the links alone.
         config: settings beyond these; they win over environment variables.
         progress: called with (bytes done, bytes in all) while weights that stay are loaded.
 
@@ -59,7 +64,7 @@ def stream(
         OSError, TimeoutError: the storage failed. EngineError: the device did.
     """
     return StreamedModule(
-        module, checkpoint, device, device_memory, host_memory, units, config, progress
+        module, checkpoint, device, device_memory, host_memory, units, workload, config, progress
     )
 
 
@@ -78,6 +83,7 @@ class StreamedModule(nn.Module):
         device_memory: int | str,
         host_memory: int | str,
         units: str | Sequence[str],
+        workload: tuple[int, int] | None,
         config: Config | Mapping[str, Any] | None,
         progress: Progress | None,
     ) -> None:
@@ -93,10 +99,10 @@ class StreamedModule(nn.Module):
         opened = _open(checkpoint)
         if opened is not None:
             sources.check_surplus(module, opened)
-        self._units, self._source, self._planned, warned = plan_module(
-            module, opened, units, budgets, self._config
+        self._units, self._source, self._planned, warned, predicted = plan_measured(
+            module, opened, units, self._device, budgets, self._config, check_workload(workload)
         )
-        self._plan = Plan(self._planned, self._units, self._source)
+        self._plan = Plan(self._planned, self._units, self._source, predicted)
         self._plan.warnings[:0] = warned
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=3)
@@ -234,7 +240,9 @@ class StreamedModule(nn.Module):
 
     @property
     def plan(self) -> Plan:
-        """Where every byte lives and what a pass moves."""
+        """Where every byte lives, what a pass should take, and what the passes until now took."""
+        if not self._closed:
+            self._plan.update(self._engine.steady_passes())
         return self._plan
 
     def stats(self) -> dict[str, Any]:
@@ -246,6 +254,7 @@ class StreamedModule(nn.Module):
         """
         if self._closed:
             return dict(self._final_stats)
+        self._plan.update(self._engine.steady_passes())
         host_bytes, pinned_bytes = self._engine.memory()
         device_bytes = _engine.device_block_bytes(
             self._planned.arena_bytes

@@ -42,6 +42,7 @@ def from_pretrained(
     device_memory: int | str = "auto",
     host_memory: int | str = "auto",
     units: Any = "auto",
+    workload: tuple[int, int] | None = None,
     config: Config | Mapping[str, Any] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -62,6 +63,7 @@ def from_pretrained(
         device_memory=device_memory,
         host_memory=host_memory,
         units=units,
+        workload=workload,
         config=config,
         progress=progress,
     )
