@@ -165,7 +165,8 @@ def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
         "--revision": "v1",
     }  # fmt: skip
     flat = [part for pair in options.items() for part in pair]
-    failure(["prefill", "owner/name", "--device", "cpu", *flat, "--local-files-only"], capsys)
+    switches = ["--local-files-only", "--no-measure", "--batch", "3", "--tokens", "7"]
+    failure(["prefill", "owner/name", "--device", "cpu", *flat, *switches], capsys)
     del seen["progress"]
     assert seen == {
         "path": "owner/name",
@@ -173,7 +174,8 @@ def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
         "device_memory": "1GiB",
         "host_memory": "2GiB",
         "units": ["model.norm", "lm_head"],
-        "config": {"lookahead_units": 5, "reader": "uring", "direct": "off"},
+        "workload": (3, 7),
+        "config": {"lookahead_units": 5, "reader": "uring", "direct": "off", "measure": False},
         "dtype": "bfloat16",
         "revision": "v1",
         "local_files_only": True,

@@ -62,9 +62,15 @@ def measure_link(device: torch.device) -> Link:
 
     Raises NotMeasuredError where the memory for that is refused.
     """
-    time_copies = _cuda_copies if device.type == "cuda" else _host_copies
-    large, small = time_copies(device, (16 * _MIB, _MIB))
-    return _link_of(large, small)
+    if device.type != "cuda":
+        return _link_of(*_host_copies((16 * _MIB, _MIB)))
+    try:
+        with torch.cuda.device(device):
+            return _link_of(*_cuda_copies(device, (16 * _MIB, _MIB)))
+    except torch.cuda.OutOfMemoryError as error:
+        raise NotMeasuredError("the device has no memory left for a copy") from error
+    finally:
+        torch.cuda.empty_cache()  # what was taken here counts in no budget
 
 
 def _link_of(large_s: float, small_s: float) -> Link:
@@ -78,7 +84,7 @@ def _link_of(large_s: float, small_s: float) -> Link:
     return Link(rate, overhead)
 
 
-def _host_copies(device: torch.device, sizes: Sequence[int]) -> list[float]:
+def _host_copies(sizes: Sequence[int]) -> list[float]:
     """Median seconds of a copy of each size. 64 MiB: more than most caches hold."""
     block = 64 * _MIB
     source, target = (torch.full((block,), fill, dtype=torch.uint8) for fill in (1, 0))
@@ -106,11 +112,9 @@ def _cuda_copies(device: torch.device, sizes: Sequence[int]) -> list[float]:
     if failed:
         raise NotMeasuredError(f"{format_bytes(block)} could not be pinned (error {failed})")
     try:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        with torch.cuda.stream(torch.cuda.Stream(device)):
             target = torch.empty(max(sizes), dtype=torch.uint8, device=device)
             return [_cuda_copy_seconds(source, target, size) for size in sizes]
-    except torch.cuda.OutOfMemoryError as error:
-        raise NotMeasuredError("the device has no memory left for a copy") from error
     finally:
         torch.cuda.synchronize(device)
         runtime.cudaHostUnregister(source.data_ptr())

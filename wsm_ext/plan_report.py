@@ -17,7 +17,7 @@ from . import sources
 from .checkpoint import Checkpoint
 from .config import Config
 from .plan import Plan
-from .planning import Budgets, plan_module
+from .planning import Budgets, plan_module, plan_units
 from .predict import (
     LIMITS,
     Achieved,
@@ -54,13 +54,14 @@ class Preview:
     decode: Prediction
 
     @property
-    def prefill_tokens_per_second(self) -> float:
-        batch, tokens = self.workload
-        return batch * tokens / max(self.prefill.seconds, 1e-9)
+    def prefill_tokens_per_second(self) -> float | None:
+        """None where nothing streams and computing is not known."""
+        return _per_second(self.workload[0] * self.workload[1], self.prefill)
 
     @property
-    def decode_tokens_per_second(self) -> float:
-        return self.workload[0] / max(self.decode.seconds, 1e-9)
+    def decode_tokens_per_second(self) -> float | None:
+        """The same."""
+        return _per_second(self.workload[0], self.decode)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -79,6 +80,10 @@ class Preview:
             "prefill": self.prefill.as_dict() | {"tokens_per_s": self.prefill_tokens_per_second},
             "decode": self.decode.as_dict() | {"tokens_per_s": self.decode_tokens_per_second},
         }
+
+
+def _per_second(tokens: int, prediction: Prediction) -> float | None:
+    return tokens / prediction.seconds if prediction.seconds > 0 else None
 
 
 def _compute_dict(prediction: Prediction) -> dict[str, Any]:
@@ -110,9 +115,7 @@ def preview(
     found, source, planned, warned = plan_module(module, checkpoint, units, budgets, resolved)
     rates = gather(module, files_of(checkpoint, source), device, resolved, workload)
     if measuring_matters(planned, resolved):
-        found, source, planned, warned = plan_module(
-            module, checkpoint, units, budgets, resolved, rates
-        )
+        planned, _ = plan_units(found, source, budgets, resolved, rates)
     prefill = predict(planned, found, source, budgets, resolved, rates)
     decode_rates = replace(rates, workload=(workload[0], 1))
     if rates.compute is not None:
@@ -170,11 +173,15 @@ def print_preview(console: Console, name: str, shown: Preview) -> None:
     )
     console.print(_value_table(shown))
     console.print(_home_table(plan, console))
-    console.print(_link_table(shown, console))
-    lines = [
-        f"limited by {LIMITS[prefill.limit]}; the first pass takes"
-        f" {prefill.first_pass_seconds:.3f} s",
-        *_gain_lines(prefill),
+    lines = ["everything fits on the device: nothing streams"]
+    if plan.streams:
+        console.print(_link_table(shown, console))
+        lines = [
+            f"limited by {LIMITS[prefill.limit]}; the first pass takes"
+            f" {prefill.first_pass_seconds:.3f} s",
+            *_gain_lines(prefill),
+        ]
+    lines += [
         f"prefill of {batch} x {tokens}: {_speed(shown.prefill_tokens_per_second, prefill)};"
         f" decode: {_speed(shown.decode_tokens_per_second, shown.decode)}",
         *(f"warning: {text}" for text in plan.warnings),
@@ -267,7 +274,9 @@ def _gain_lines(prefill: Prediction) -> list[str]:
     return lines
 
 
-def _speed(tokens_per_second: float, prediction: Prediction) -> str:
+def _speed(tokens_per_second: float | None, prediction: Prediction) -> str:
+    if tokens_per_second is None:
+        return "not known"
     most = "at most " if prediction.compute_seconds is None else ""
     return f"{most}{tokens_per_second:,.2f} tokens/s"
 

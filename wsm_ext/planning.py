@@ -66,7 +66,6 @@ def plan_module(
     units: str | Sequence[str],
     budgets: Budgets,
     config: Config,
-    rates: Rates | None = None,
 ) -> tuple[list[Unit], Source, _engine.PlannedModel, list[str]]:
     """Plans with the units asked for; "auto" takes finer ones where the coarser do not fit."""
     chosen, unheeded = choose_units(config, units)
@@ -82,7 +81,7 @@ def plan_module(
         else:
             source = sources.from_module(found)
         try:
-            planned, warned = plan_units(found, source, budgets, config, rates)
+            planned, warned = plan_units(found, source, budgets, config)
             return found, source, planned, unheeded + warned
         except ValueError as error:
             refused = refused or error

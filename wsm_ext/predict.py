@@ -87,7 +87,7 @@ def predict(
         compute_seconds=found.compute_seconds if rates.compute is not None else None,
         disk_bytes=found.disk_bytes,
         h2d_bytes=found.h2d_bytes,
-        limit=found.limit,
+        limit=found.limit if found.h2d_bytes else "compute",
         gain_device_per_gib=gain(_GIB, 0),
         gain_host_per_gib=gain(0, _GIB),
         rates=rates,
@@ -122,7 +122,7 @@ def plan_measured(
     if not measuring_matters(planned, config):
         return found, source, planned, warned, None
     rates = gather(module, files_of(checkpoint, source), device, config, workload)
-    found, source, planned, warned = plan_module(module, checkpoint, units, budgets, config, rates)
+    planned, _ = plan_units(found, source, budgets, config, rates)  # the same warnings
     prediction = predict(planned, found, source, budgets, config, rates)
     return found, source, planned, warned, prediction
 

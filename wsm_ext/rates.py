@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -163,7 +164,7 @@ def compute_at(
             known,
             key,
             lambda: asdict(measure.measure_layer(module, device, *workload)),
-            lambda value: Compute(**value),
+            _as_compute,
         )
     except NotMeasuredError as error:
         return None, "default", str(error)
@@ -185,7 +186,7 @@ def _remembered(
     if value is not None:
         try:
             return read(value), "cached"
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, KeyError, AttributeError):
             _log.warning("the entry %r of the measurements is damaged: measured anew", key)
     value = take()
     known.put(key, value)
@@ -194,9 +195,7 @@ def _remembered(
 
 def _link(known: Measurements, device: torch.device) -> tuple[Link, str]:
     key = key_of("link", device_name(device))
-    return _remembered(
-        known, key, lambda: asdict(measure.measure_link(device)), lambda value: Link(**value)
-    )
+    return _remembered(known, key, lambda: asdict(measure.measure_link(device)), _as_link)
 
 
 def _memory(known: Measurements) -> Rate:
@@ -239,6 +238,24 @@ def _disk_part(known: Measurements, spans: Sequence[Span], direct: str) -> tuple
 
 def _positive(value: Any) -> float:
     rate = float(value)
-    if not rate > 0:
+    if not 0 < rate < math.inf:
         raise ValueError
     return rate
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not 0 <= seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
+def _as_link(value: Any) -> Link:
+    return Link(_positive(value["bytes_per_s"]), _seconds(value["copy_overhead_s"]))
+
+
+def _as_compute(value: Any) -> Compute:
+    others = {str(name): _seconds(seconds) for name, seconds in value["others"].items()}
+    return Compute(
+        _seconds(value["layer_s"]), others, _seconds(value["rest_s"]), int(value["tokens"])
+    )

@@ -277,6 +277,10 @@ TEST(Engine, PassesReportWhatTheyMoved) {
   EXPECT_GT(report.seconds, 0);
   EXPECT_GT(report.counts.h2d_bytes, 0u);
   EXPECT_LE(report.counts.h2d_bytes, plan.disk_home_bytes + plan.arena_bytes);
+  const PassSums steady = engine.steady_passes();
+  EXPECT_EQ(steady.passes, 2u);  // not the first
+  EXPECT_GT(steady.seconds, report.seconds);
+  EXPECT_EQ(steady.counts.h2d_bytes, 2 * report.counts.h2d_bytes);
   const auto shards = engine.shards();
   ASSERT_EQ(shards.size(), 2u);
   for (const ShardReport& shard : shards) {
