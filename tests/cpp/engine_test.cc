@@ -280,7 +280,7 @@ TEST(Engine, PassesReportWhatTheyMoved) {
   const PassSums steady = engine.steady_passes();
   EXPECT_EQ(steady.passes, 2u);  // not the first
   EXPECT_GT(steady.seconds, report.seconds);
-  EXPECT_EQ(steady.counts.h2d_bytes, 2 * report.counts.h2d_bytes);
+  EXPECT_GT(steady.counts.h2d_bytes, report.counts.h2d_bytes);
   const auto shards = engine.shards();
   ASSERT_EQ(shards.size(), 2u);
   for (const ShardReport& shard : shards) {
