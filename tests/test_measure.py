@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from wsm_ext import measure, measurements, rates, transformers_loader
+from wsm_ext import _engine, measure, measurements, rates, transformers_loader
 from wsm_ext.config import Config
 from wsm_ext.measure import Compute, Link, NotMeasuredError, Span
 from wsm_ext.measurements import Measurements, file_system
@@ -44,18 +44,30 @@ def test_noise_in_small_copies_gives_no_overhead(small):
     assert measure._link_of(large, small) == Link(16 * MIB / large, 0.0)
 
 
-def test_the_host_device_copies_both_sizes(monkeypatch):
-    sizes, copy = [], measure.ctypes.memmove
+def test_the_engine_copies_both_sizes(monkeypatch):
+    asked, time_copies = [], _engine.time_copies
 
-    def counted(target, source, size):
-        sizes.append(size)
-        copy(target, source, size)
+    def seen(*arguments):
+        asked.append(arguments)
+        return time_copies(*arguments)
 
-    monkeypatch.setattr(measure.ctypes, "memmove", counted)
+    monkeypatch.setattr(_engine, "time_copies", seen)
     link = measure.measure_link(CPU)
-    assert set(sizes) == {16 * MIB, MIB}
+    ((index, _, target, source, sizes),) = asked
+    assert (index, sizes) == (-1, [16 * MIB, MIB])
+    assert source > target >= 16 * MIB
     assert link.bytes_per_s > 0
     assert link.copy_overhead_s >= 0
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), _engine.EngineError("gone")])
+def test_copies_that_cannot_be_made_are_no_measurement(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(_engine, "time_copies", fail)
+    with pytest.raises(NotMeasuredError, match=str(error)):
+        measure.measure_link(CPU)
 
 
 # -- the disk --------------------------------------------------------------------------------------

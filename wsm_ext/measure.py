@@ -5,7 +5,6 @@ one layer computes. Each takes about half a second; `rates` decides what is meas
 from __future__ import annotations
 
 import copy
-import ctypes
 import errno
 import inspect
 import mmap
@@ -23,10 +22,14 @@ from torch import nn
 
 from . import _engine
 from .budgets import device_available
+from .residency import allocate
 from .sizes import format_bytes
 from .units import Unit, find_units
 
 _MIB = 1 << 20
+# More than most caches hold: a pass copies other bytes each time.
+_SOURCE_BYTES = 256 * _MIB
+_TARGET_BYTES = 64 * _MIB
 _SPAN_BYTES = 16 * _MIB  # the largest chunk that the planner makes: what is read at once
 _LEAST_SPANS = 4  # fewer are read too soon to tell anything
 _MOST_READ_BYTES = 2048 * _MIB
@@ -57,20 +60,27 @@ class Link:
 
 
 def measure_link(device: torch.device) -> Link:
-    """Copies of 16 MiB and of 1 MiB, as the engine makes them: out of pinned memory on the copy
-    stream of a GPU, by one thread from memory to memory on the host device.
+    """Copies of 16 MiB and of 1 MiB as the engine makes them: out of pinned memory on the copy
+    stream of a GPU, from memory to memory on the host device.
 
-    Raises NotMeasuredError where the memory for that is refused.
+    Raises NotMeasuredError where the memory for that is refused, or the device fails.
     """
-    if device.type != "cuda":
-        return _link_of(*_host_copies((16 * _MIB, _MIB)))
     try:
-        with torch.cuda.device(device):
-            return _link_of(*_cuda_copies(device, (16 * _MIB, _MIB)))
-    except torch.cuda.OutOfMemoryError as error:
-        raise NotMeasuredError("the device has no memory left for a copy") from error
+        return _link_of(*_time_copies(device, [16 * _MIB, _MIB]))
+    except (MemoryError, torch.cuda.OutOfMemoryError, _engine.EngineError) as error:
+        raise NotMeasuredError(f"copies could not be made: {error}") from error
     finally:
-        torch.cuda.empty_cache()  # what was taken here counts in no budget
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what was taken here counts in no budget
+
+
+def _time_copies(device: torch.device, sizes: list[int]) -> list[float]:
+    target = allocate(_TARGET_BYTES, device)
+    index = -1
+    if device.type == "cuda":
+        index = device.index
+        torch.cuda.synchronize(device)  # work under way may still use what the target was before
+    return _engine.time_copies(index, target.data_ptr(), _TARGET_BYTES, _SOURCE_BYTES, sizes)
 
 
 def _link_of(large_s: float, small_s: float) -> Link:
@@ -82,55 +92,6 @@ def _link_of(large_s: float, small_s: float) -> Link:
     if overhead < 0:
         return Link(16 * _MIB / large_s, 0.0)
     return Link(rate, overhead)
-
-
-def _host_copies(sizes: Sequence[int]) -> list[float]:
-    """Median seconds of a copy of each size. 64 MiB: more than most caches hold."""
-    block = 64 * _MIB
-    source, target = (torch.full((block,), fill, dtype=torch.uint8) for fill in (1, 0))
-    found = []
-    for size in sizes:
-        taken = []
-        for offset in [*range(0, block, size)][: 4 if size > _MIB else 16] * 2:
-            begin = time.perf_counter()
-            ctypes.memmove(target.data_ptr() + offset, source.data_ptr() + offset, size)
-            taken.append(time.perf_counter() - begin)
-        found.append(statistics.median(taken))
-    return found
-
-
-def _cuda_copies(device: torch.device, sizes: Sequence[int]) -> list[float]:
-    """Mean seconds of a copy of each size, copies back to back in a stream of their own.
-
-    The source is larger than what a processor's cache holds of it for long, and is pinned as the
-    engine pins: torch's own pinned memory would stay taken.
-    """
-    block = 256 * _MIB
-    source = torch.zeros(block, dtype=torch.uint8)
-    runtime: Any = torch.cuda.cudart()
-    failed = int(runtime.cudaHostRegister(source.data_ptr(), block, 0))
-    if failed:
-        raise NotMeasuredError(f"{format_bytes(block)} could not be pinned (error {failed})")
-    try:
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            target = torch.empty(max(sizes), dtype=torch.uint8, device=device)
-            return [_cuda_copy_seconds(source, target, size) for size in sizes]
-    finally:
-        torch.cuda.synchronize(device)
-        runtime.cudaHostUnregister(source.data_ptr())
-
-
-def _cuda_copy_seconds(source: torch.Tensor, target: torch.Tensor, size: int) -> float:
-    parts = source.split(size)[:64]
-    for part in parts[:4]:
-        target[:size].copy_(part, non_blocking=True)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for part in parts:
-        target[:size].copy_(part, non_blocking=True)
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1000 / len(parts)
 
 
 # -- the disk --------------------------------------------------------------------------------------

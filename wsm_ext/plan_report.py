@@ -109,6 +109,8 @@ def preview(
     Raises as `stream` does.
     """
     check_workload(workload)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     resolved = Config.resolve(config)
     budgets = Budgets(device, device_memory, host_memory, resolved)
     sources.check_surplus(module, checkpoint)

@@ -15,6 +15,7 @@
 
 #include "device/device.h"
 #include "engine/engine.h"
+#include "memory/time_copies.h"
 #include "plan/best_plan.h"
 #include "plan/planner.h"
 #include "plan/simulate.h"
@@ -240,6 +241,16 @@ void bind_plan(py::module_& m) {
         py::arg("limits"), py::arg("rates") = py::none());
   m.def("device_block_bytes", &device_block_bytes, py::arg("bytes"));
   m.def("direct_alignment", &direct_alignment, py::arg("path"));
+  m.def(
+      "time_copies",
+      [](int cuda_index, uintptr_t target, uint64_t target_bytes, uint64_t source_bytes,
+         const std::vector<uint64_t>& sizes) {
+        const auto device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
+        return time_copies(*device, reinterpret_cast<std::byte*>(target), target_bytes,
+                           source_bytes, sizes);
+      },
+      py::arg("cuda_index"), py::arg("target"), py::arg("target_bytes"), py::arg("source_bytes"),
+      py::arg("sizes"), py::call_guard<py::gil_scoped_release>());
   m.def("in_page_cache", &cached_whole, py::arg("fd"), py::arg("offset"), py::arg("bytes"));
 }
 
