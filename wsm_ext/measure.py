@@ -37,7 +37,7 @@ _READ_SECONDS = 0.6
 _PATIENCE_S = 10
 _READS_IN_FLIGHT = 16
 _SMALL_VOCABULARY = 1024
-_COMPUTE_SECONDS = 0.6
+_COMPUTE_SECONDS = 1.0
 _PROBE_TOKENS = 16
 
 
@@ -295,7 +295,7 @@ def _compute_of(run: Callable[[int], _Times], units: list[Unit], tokens: int) ->
     count = min(tokens, _PROBE_TOKENS)
     run(count)  # warm-up
     samples = [run(count)]
-    afford = int(count * _COMPUTE_SECONDS / 3 / max(samples[0][0], 1e-9))
+    afford = int(count * _COMPUTE_SECONDS / 2 / max(samples[0][0], 1e-9))
     if count < tokens and afford > count:
         count = min(tokens, afford)
         samples = [run(count)]
