@@ -144,16 +144,29 @@ struct DeleteWithoutGil {
 };
 using EngineHolder = std::unique_ptr<Engine, DeleteWithoutGil>;
 
+// A home block as Python gives it: its address, and whether its bytes are there.
+using HomeTuple = std::pair<uintptr_t, bool>;
+
+// `before`: a closed or open engine of the same shards, whose device and cache are taken over.
 EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t arena,
-                         uintptr_t homes, const std::vector<uintptr_t>& memory, StreamHandle stream,
-                         const EngineOptions& options) {
+                         const std::vector<HomeTuple>& blocks, const std::vector<uintptr_t>& memory,
+                         StreamHandle stream, const EngineOptions& options, Engine* before) {
   py::gil_scoped_release nogil;
   std::vector<const void*> sources;
   for (const uintptr_t address : memory) sources.push_back(reinterpret_cast<const void*>(address));
-  auto device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
-  return EngineHolder(
-      new Engine(planned.spec, planned.plan, std::move(device), reinterpret_cast<std::byte*>(arena),
-                 reinterpret_cast<std::byte*>(homes), std::move(sources), stream, options));
+  std::vector<HomeMemory> homes;
+  for (const auto& [address, loaded] : blocks) {
+    homes.push_back({reinterpret_cast<std::byte*>(address), loaded});
+  }
+  Estate estate;
+  if (before) {
+    estate = before->hand_over();
+  } else {
+    estate.device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
+  }
+  return EngineHolder(new Engine(planned.spec, planned.plan, std::move(estate),
+                                 reinterpret_cast<std::byte*>(arena), std::move(homes),
+                                 std::move(sources), stream, options));
 }
 
 void register_errors(py::module_& m) {
@@ -177,6 +190,7 @@ void register_errors(py::module_& m) {
 }
 
 void bind_plan(py::module_& m) {
+  py::class_<KeptCache>(m, "KeptCache");
   py::class_<Limits>(m, "Limits")
       .def(py::init<>())
       .def_readwrite("device_bytes", &Limits::device_bytes)
@@ -188,7 +202,8 @@ void bind_plan(py::module_& m) {
       .def_readwrite("chunk_bytes", &Limits::chunk_bytes)
       .def_readwrite("lookahead_units", &Limits::lookahead_units)
       .def_readwrite("seam_units", &Limits::seam_units)
-      .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes);
+      .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes)
+      .def_readwrite("kept_cache", &Limits::kept_cache);
 
   py::class_<PlannedModel> planned(m, "PlannedModel");
   const auto value = [&planned](const char* name, auto Plan::* field) {
@@ -229,11 +244,34 @@ void bind_plan(py::module_& m) {
              }
              return shards;
            })
-      // (resident, offset) of each of the unit's tensors.
+      // (bytes, tensors) of each block of the homes.
+      .def_property_readonly("home_blocks",
+                             [](const PlannedModel& p) {
+                               py::list blocks;
+                               for (const HomeBlock& block : p.plan.home_blocks) {
+                                 blocks.append(py::make_tuple(block.bytes, block.tensors));
+                               }
+                               return blocks;
+                             })
+      // Device memory as the allocator takes it.
+      .def_property_readonly("device_bytes",
+                             [](const PlannedModel& p) {
+                               uint64_t bytes = device_block_bytes(p.plan.arena_bytes);
+                               for (const HomeBlock& block : p.plan.home_blocks) {
+                                 bytes += device_block_bytes(block.bytes);
+                               }
+                               return bytes;
+                             })
+      // (home block, offset in it) of each of the unit's tensors; the arena is None.
       .def("tensor_places", [](const PlannedModel& p, uint32_t unit) {
         py::list places;
         for (const TensorPlace& place : p.plan.units.at(unit).tensors) {
-          places.append(py::make_tuple(place.resident, place.offset));
+          if (place.resident) {
+            const size_t block = p.plan.block_at(place.offset);
+            places.append(py::make_tuple(block, place.offset - p.plan.home_blocks[block].offset));
+          } else {
+            places.append(py::make_tuple(py::none(), place.offset));
+          }
         }
         return places;
       });
@@ -318,7 +356,8 @@ void bind_engine(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
-           py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"))
+           py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"),
+           py::arg("before") = nullptr)
       .def(
           "load_resident",
           [](Engine& engine, StreamHandle stream, const py::object& progress) {
@@ -344,6 +383,7 @@ void bind_engine(py::module_& m) {
           },
           py::arg("unit"), py::arg("tensor"), py::arg("target"), nogil)
       .def("close", &Engine::close, nogil)
+      .def("kept_cache", &Engine::kept_cache, nogil)
       .def_property_readonly("closed", &Engine::closed)
       .def_property_readonly("passes", &Engine::passes)
       .def_property_readonly("warnings", &Engine::warnings)

@@ -75,16 +75,24 @@ struct PassSums {
   Counts counts;
 };
 
+// What an engine works with and may take over from the one before it.
+struct Estate {
+  std::unique_ptr<Device> device{};
+  std::unique_ptr<HostCache> cache{};  // null: a new one
+  KeptCache kept{};                    // what it holds
+  std::vector<ShardSpec> shards{};     // that it holds it of
+};
+
 class Engine {
  public:
   // Called now and then while a caller waits, without locks; may throw to give up waiting.
   using Interrupt = std::function<void()>;
 
-  // `memory[i]`: the bytes of shard i where it lies in RAM, else null. `allocated_on`: the stream
-  // on which the arena and the homes were allocated. Takes the device.
-  Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::byte* arena,
-         std::byte* homes, std::vector<const void*> memory, StreamHandle allocated_on,
-         EngineOptions options);
+  // `homes`: one for each of the plan's home blocks. `memory[i]`: the bytes of shard i where it
+  // lies in RAM, else null. `allocated_on`: the stream on which the arena and the homes were
+  // allocated.
+  Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena, std::vector<HomeMemory> homes,
+         std::vector<const void*> memory, StreamHandle allocated_on, EngineOptions options);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -103,6 +111,11 @@ class Engine {
   void fetch(uint32_t unit, uint32_t tensor, std::byte* target) const;
 
   void close();
+  // What the host cache holds, for `Limits::kept_cache` of the plan that comes after this one.
+  KeptCache kept_cache() const;
+  // Closes, and gives the device and the host cache to an engine of the same shards. Throws Error
+  // where a read has not ended, or the process was forked.
+  Estate hand_over();
   // In a forked child too: the threads are not there, and their locks may be held for good.
   bool closed() const { return closed_ || ::getpid() != process_; }
 
@@ -141,6 +154,7 @@ class Engine {
   Plan plan_;
   EngineOptions options_;
   std::unique_ptr<Device> device_;
+  std::unique_ptr<HostCache> inherited_;  // until the conductor has it
   mutable Board board_;
   std::vector<std::unique_ptr<Shard>> shards_;
   std::unique_ptr<StallProbes> probes_;

@@ -94,10 +94,10 @@ PassSums Engine::steady_passes() {
 MemoryUse Engine::memory() const {
   MemoryUse use;
   if (closed()) return use;
-  for (const PinnedBuffer* buffer : {&conductor_->ring().buffer(), &conductor_->cache().buffer()}) {
-    use.host_bytes += buffer->mapped_bytes();
-    use.host_pinned_bytes += buffer->pinned_bytes();
-  }
+  const PinnedBuffer& ring = conductor_->ring().buffer();
+  const HostCache& cache = conductor_->cache();
+  use.host_bytes = ring.mapped_bytes() + cache.mapped_bytes();
+  use.host_pinned_bytes = ring.pinned_bytes() + cache.pinned_bytes();
   return use;
 }
 
@@ -119,8 +119,8 @@ std::vector<ShardReport> Engine::shards() const {
 std::vector<std::string> Engine::warnings() const {
   std::vector<std::string> all = plan_.warnings;
   if (closed()) return all;
-  for (const PinnedBuffer* buffer : {&conductor_->ring().buffer(), &conductor_->cache().buffer()}) {
-    const std::vector<std::string> some = buffer->warnings();
+  for (const auto& some :
+       {conductor_->ring().buffer().warnings(), conductor_->cache().warnings()}) {
     all.insert(all.end(), some.begin(), some.end());
   }
   return all;

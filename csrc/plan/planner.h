@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "plan/kept_cache.h"
 #include "plan/model_spec.h"
 #include "plan/plan.h"
 
@@ -22,6 +23,8 @@ struct Limits {
   std::optional<uint32_t> lookahead_units{};   // 0: load on demand
   std::optional<uint32_t> seam_units{};        // the same between the last units and the first
   std::optional<uint64_t> read_ahead_bytes{};  // how far reads from the disk may run ahead
+
+  KeptCache kept_cache{};  // of the plan before this one: what it holds is cached first
 };
 
 // Validates `spec`, then plans. Throws InvalidArgument naming the least that would work when a

@@ -297,9 +297,9 @@ TEST(Engine, WrongArgumentsAreErrors) {
   std::byte byte{};
   EXPECT_THROW(engine.fetch(8, 0, &byte), InvalidArgument);
   EXPECT_THROW(engine.fetch(0, 3, &byte), InvalidArgument);
-  EXPECT_THROW(
-      Engine(model.spec(), plan, make_host_device(), nullptr, nullptr, {nullptr, nullptr}, 0, {}),
-      InvalidArgument);
+  EXPECT_THROW(Engine(model.spec(), plan, Estate{make_host_device()}, nullptr, {},
+                      {nullptr, nullptr}, 0, {}),
+               InvalidArgument);
 }
 
 }  // namespace
