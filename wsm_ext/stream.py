@@ -134,6 +134,7 @@ class StreamedModule(nn.Module):
         """Plans and starts; with less, where the device has less memory than it said."""
         kept = None if before is None else before.kept_cache()
         planned = self._planner.plan(budgets, self._rates_of, kept)
+        asked = budgets.device_bytes
         for _ in range(_MOST_TRIES):
             try:
                 memory = DeviceMemory.allocate(
@@ -141,8 +142,7 @@ class StreamedModule(nn.Module):
                 )
                 break
             except torch.OutOfMemoryError as error:
-                asked = budgets.device_bytes
-                budgets.device_bytes = int(asked * _LESS)
+                budgets.device_bytes = int(budgets.device_bytes * _LESS)
                 planned = self._planner.plan(budgets, self._rates_of, kept)
                 planned.warnings.append(
                     f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
