@@ -167,7 +167,7 @@ def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
         "--revision": "v1",
     }  # fmt: skip
     flat = [part for pair in options.items() for part in pair]
-    switches = ["--local-files-only", "--no-measure", "--batch", "3", "--tokens", "7"]
+    switches = ["--local-files-only", "--no-measure"]
     failure(["prefill", "owner/name", "--device", "cpu", *flat, *switches], capsys)
     del seen["progress"]
     assert seen == {
@@ -176,7 +176,6 @@ def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
         "device_memory": "1GiB",
         "host_memory": "2GiB",
         "units": ["model.norm", "lm_head"],
-        "workload": (3, 7),
         "config": {"lookahead_units": 5, "reader": "uring", "direct": "off", "measure": False},
         "dtype": "bfloat16",
         "revision": "v1",
@@ -243,7 +242,7 @@ def test_plan_says_what_it_would_do_and_loads_nothing(
     values = {name: (entry["value"], entry["source"]) for name, entry in content["values"].items()}
     assert values["device memory"] == (2 << 20, "argument")
     assert values["host memory"] == (1 << 20, "argument")
-    assert values["units"] == ("auto", "default")
+    assert values["units"][1] == "planner"
     assert values["lookahead_units"] == (1, "variable")
     assert values["reader"] == ("pread", "argument")
     assert values["staging_mb"][1] == values["chunk_mb"][1] == "planner"

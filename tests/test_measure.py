@@ -521,11 +521,3 @@ def test_a_damaged_entry_is_measured_anew(machine, value):
     assert (found.disk.bytes_per_s, found.h2d.bytes_per_s) == (pytest.approx(2e9), 20e9)
     assert found.compute == Compute(0.25, {"lm_head": 0.5}, 0.125, 8)
     assert machine.counts == {"link": 2, "disk": 2, "layer": 2}
-
-
-def test_a_workload_is_two_counts():
-    assert rates.check_workload([2, 3]) == (2, 3)
-    assert rates.check_workload(None) is None
-    for wrong in (3, (1,), (1, 0), (1.5, 2), "ab", (1, 2, 3)):
-        with pytest.raises(ValueError, match="workload"):
-            rates.check_workload(wrong)

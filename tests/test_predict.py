@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def test_one_more_gib_makes_it_all_fit(stream):
 
 def test_compute_is_part_of_the_pass(stream, machine):
     machine["compute"] = Compute(0.5, {"head": 2.0}, 0.25, 12)
-    with stream(workload=(2, 12)) as streamed:
+    with stream() as streamed:
+        streamed.expect(2, 12)
         predicted = streamed.plan.predicted
     assert predicted.compute_seconds == pytest.approx(8 * 0.5 + 2.0 + 0.25)
     assert predicted.limit == "compute"
@@ -141,7 +143,7 @@ def test_nothing_is_measured_where_it_cannot_matter(net, folder, monkeypatch):
     def never(*_: Any) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(predict, "gather", never)
+    monkeypatch.setattr(sys.modules["wsm_ext.stream"], "gather", never)
     for changes in (
         {"config": {}},  # a small model
         {"config": {"measure": False}},
@@ -166,13 +168,51 @@ def test_the_planner_uses_what_was_measured(stream, machine, monkeypatch):
     with stream():
         pass
     assert seen[0] is None
-    assert seen[1].disk_bytes_per_s == pytest.approx(1e9)
-    assert seen[1].host_computes
+    assert seen[-1].disk_bytes_per_s == pytest.approx(1e9)
+    assert seen[-1].host_computes
 
 
-def test_a_wrong_workload_is_an_error(stream):
-    with pytest.raises(ValueError, match=r"workload must be .* not \(0, 3\)"):
-        stream(workload=(0, 3))
+def test_another_workload_is_predicted_beside_what_streams(stream, machine):
+    with stream() as streamed:
+        before = streamed.plan.predicted
+        machine["compute"] = Compute(0.5, {}, 0.0, 12)
+        streamed.expect(2, 12)
+        after = streamed.plan.predicted
+        run(streamed, 1)
+    assert (before.compute_seconds, after.compute_seconds) == (None, pytest.approx(4.0))
+    assert after.rates.workload == (2, 12)
+    assert (after.disk_bytes, after.h2d_bytes) == (before.disk_bytes, before.h2d_bytes)
+    assert after.seconds > before.seconds
+
+
+def test_nothing_is_expected_where_nothing_was_measured(stream):
+    with stream(config={"measure": False}) as streamed:
+        streamed.expect(1, 1)
+        assert streamed.plan.predicted is None
+    with pytest.raises(RuntimeError, match="closed"):
+        streamed.expect(1, 1)
+
+
+def test_other_budgets_are_predicted_anew(stream):
+    with stream() as streamed:
+        run(streamed, 4)
+        before = streamed.plan
+        streamed.resize(host_memory=30 * MIB)
+        after = streamed.plan
+        assert after.predicted.disk_bytes < before.predicted.disk_bytes
+        assert after.predicted.seconds < before.predicted.seconds
+        assert after.achieved is None
+        streamed.resize(device_memory=200 * MIB)
+        assert streamed.plan.predicted is None
+        streamed.resize(device_memory=30 * MIB)
+        assert streamed.plan.predicted is not None
+
+
+def test_what_streams_only_later_is_measured_then(stream):
+    with stream(device_memory=200 * MIB) as streamed:
+        assert streamed.plan.predicted is None
+        streamed.resize(device_memory=30 * MIB)
+        assert streamed.plan.predicted.disk_seconds > 0
 
 
 # -- achieved --------------------------------------------------------------------------------------
@@ -274,7 +314,8 @@ def test_a_large_difference_is_said_with_its_cause(predicted, achieved, said):
 
 def test_a_difference_is_said_once_and_after_some_passes(stream, machine, caplog):
     machine.update(compute=Compute(10.0, {}, 0.0, 12))
-    with caplog.at_level(logging.WARNING, "wsm_ext"), stream(workload=(2, 12)) as streamed:
+    with caplog.at_level(logging.WARNING, "wsm_ext"), stream() as streamed:
+        streamed.expect(2, 12)
         run(streamed, 3)
         streamed.stats()
         assert "predicted" not in caplog.text  # two steady passes

@@ -191,8 +191,8 @@ def _plan(options: argparse.Namespace) -> int:
 def _prefill(options: argparse.Namespace) -> int:
     console = Console()
     device = report.resolve_device(options.device)
-    workload = (options.batch, options.tokens)
-    with _load(options, options.model, device, workload) as (model, load_seconds):
+    with _load(options, options.model, device) as (model, load_seconds):
+        model.expect(options.batch, options.tokens)
         report.print_plan(console, model)
         result = report.run_prefills(
             model,
@@ -286,10 +286,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def _load(
-    options: argparse.Namespace,
-    path: Any,
-    device: torch.device,
-    workload: tuple[int, int] | None = None,
+    options: argparse.Namespace, path: Any, device: torch.device
 ) -> Iterator[tuple[Any, float]]:
     from .transformers_loader import from_pretrained
 
@@ -302,7 +299,6 @@ def _load(
             device_memory=options.device_memory,
             host_memory=options.host_memory,
             units=_units(options),
-            workload=workload,
             config=_settings(options),
             revision=options.revision,
             local_files_only=options.local_files_only,

@@ -22,7 +22,7 @@ from torch import nn
 
 from . import _engine
 from .budgets import device_available
-from .residency import allocate
+from .device_memory import allocate
 from .sizes import format_bytes
 from .units import Unit, find_units
 

@@ -64,6 +64,8 @@ class Plan:
         self.read_ahead_bytes: int = planned.read_ahead_bytes
         self.device_budget_bytes: int = planned.device_budget_bytes
         self.host_budget_bytes: int = planned.host_budget_bytes
+        # What a forward of the workload allocates beside the weights; None: nobody said.
+        self.activation_bytes: int | None = None
         self.warnings: list[str] = list(planned.warnings)
         self.units: list[UnitPlan] = [
             UnitPlan(

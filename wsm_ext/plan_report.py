@@ -4,7 +4,7 @@ against achieved, for models that ran."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from . import sources
 from .checkpoint import Checkpoint
 from .config import Config
 from .plan import Plan
-from .planning import Budgets, plan_module, plan_units
+from .planning import Budgets, Planner
 from .predict import (
     LIMITS,
     Achieved,
@@ -27,7 +27,7 @@ from .predict import (
     measuring_matters,
     predict,
 )
-from .rates import Rate, Workload, check_workload, compute_at, gather
+from .rates import Rate, Sizes, gather
 from .report import PLAN_KEYS
 from .sizes import format_bytes
 
@@ -47,7 +47,7 @@ class Preview:
     """What would be done for a model and a workload. `decode` is the pass for one further token."""
 
     device: torch.device
-    workload: Workload
+    workload: Sizes
     values: dict[str, Value]
     plan: Plan
     prefill: Prediction
@@ -101,38 +101,40 @@ def preview(
     host_memory: int | str,
     units: str | Sequence[str],
     config: Config | Mapping[str, Any] | None,
-    workload: Workload,
+    workload: Sizes,
 ) -> Preview:
     """The plan that `stream` would make with these arguments, and the pass that it should give.
 
     Measures whatever the size of the model, unless settings say not to; nothing is loaded.
     Raises as `stream` does.
     """
-    check_workload(workload)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     resolved = Config.resolve(config)
     budgets = Budgets(device, device_memory, host_memory, resolved)
     sources.check_surplus(module, checkpoint)
-    found, source, planned, warned = plan_module(module, checkpoint, units, budgets, resolved)
-    rates = gather(module, files_of(checkpoint, source), device, resolved, workload)
-    if measuring_matters(planned, resolved):
-        planned, _ = plan_units(found, source, budgets, resolved, rates)
-    prefill = predict(planned, found, source, budgets, resolved, rates)
-    decode_rates = replace(rates, workload=(workload[0], 1))
+    planner = Planner(module, checkpoint, units, resolved)
+    planned = planner.plan(budgets)
+    rates = gather(module, files_of(planned.source), device, resolved, workload)
+    if measuring_matters(planned.plan, resolved):
+        planned = planner.plan(budgets, rates.for_units)
+    prefill = predict(planned, planner, budgets, rates)
+    decode_rates = rates
     if rates.compute is not None:
-        compute, origin, note = compute_at(module, device, decode_rates.workload)
-        decode_rates = replace(
-            decode_rates, compute=compute, compute_source=origin, compute_note=note
-        )
-    decode = predict(planned, found, source, budgets, resolved, decode_rates, gains=False)
-    plan = Plan(planned, found, source, prefill)
-    plan.warnings[:0] = warned
-    return Preview(device, workload, _values(budgets, resolved, units, plan), plan, prefill, decode)
+        decode_rates = rates.at(module, device, (workload[0], 1))
+    decode = predict(planned, planner, budgets, decode_rates, gains=False)
+    plan = Plan(planned.plan, planned.units, planned.source, prefill)
+    plan.warnings[:0] = planned.warnings
+    values = _values(budgets, resolved, planned.mode, units, plan)
+    return Preview(device, workload, values, plan, prefill, decode)
 
 
 def _values(
-    budgets: Budgets, config: Config, units: str | Sequence[str], plan: Plan
+    budgets: Budgets,
+    config: Config,
+    mode: str | Sequence[str],
+    units: str | Sequence[str],
+    plan: Plan,
 ) -> dict[str, Value]:
     """Budgets and what was decided within them; other settings where they were given."""
 
@@ -147,8 +149,8 @@ def _values(
             plan.host_budget_bytes, "argument" if budgets.explicit_host else "measured"
         ),
         "units": Value(
-            units if isinstance(units, str) else ", ".join(units),
-            "default" if units == "auto" else "argument",
+            mode if isinstance(mode, str) else ", ".join(mode),
+            "planner" if units == "auto" else "argument",
         ),
         "lookahead_units": Value(plan.lookahead_units, source("lookahead_units")),
         "staging_mb": Value(plan.staging_bytes / (1 << 20), source("staging_mb")),

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from . import _engine
-from .checkpoint import Checkpoint
 from .config import Config
-from .planning import Budgets, plan_module, plan_units
-from .rates import Rates, Workload, gather
+from .planning import Budgets, Planned, Planner, streams
+from .rates import Rates
 from .sizes import format_bytes
 from .sources import Source
-from .units import Unit
 
 _GIB = 1 << 30
 _LEAST_MODEL_BYTES = _GIB  # below, passes are short whatever the plan
@@ -55,17 +50,14 @@ class Prediction:
 
 
 def predict(
-    planned: _engine.PlannedModel,
-    units: list[Unit],
-    source: Source,
-    budgets: Budgets,
-    config: Config,
-    rates: Rates,
-    gains: bool = True,
+    planned: Planned, planner: Planner, budgets: Budgets, rates: Rates, gains: bool = True
 ) -> Prediction:
-    """The simulator's answer for a plan that was made with the same arguments."""
-    engine_rates = rates.for_units(units, source)
-    found = _engine.simulate(planned, engine_rates)
+    """The simulator's answer for what `planner` planned for these budgets and rates."""
+
+    def simulated(some: Planned) -> _engine.Simulated:
+        return _engine.simulate(some.plan, rates.for_units(some.units, some.source))
+
+    found = simulated(planned)
 
     def gain(device_bytes: int, host_bytes: int) -> float | None:
         if not gains:
@@ -74,10 +66,9 @@ def predict(
         more.device_bytes += device_bytes
         more.host_bytes += host_bytes
         try:
-            larger, _ = plan_units(units, source, more, config, rates)
+            return found.pass_seconds - simulated(planner.plan(more, rates.for_units)).pass_seconds
         except ValueError:
             return None
-        return found.pass_seconds - float(_engine.simulate(larger, engine_rates).pass_seconds)
 
     return Prediction(
         seconds=found.pass_seconds,
@@ -87,44 +78,26 @@ def predict(
         compute_seconds=found.compute_seconds if rates.compute is not None else None,
         disk_bytes=found.disk_bytes,
         h2d_bytes=found.h2d_bytes,
-        limit=found.limit if found.h2d_bytes else "compute",
+        limit=found.limit if streams(planned.plan) else "compute",
         gain_device_per_gib=gain(_GIB, 0),
         gain_host_per_gib=gain(0, _GIB),
         rates=rates,
     )
 
 
-def measuring_matters(planned: _engine.PlannedModel, config: Config) -> bool:
+def measuring_matters(plan: _engine.PlannedModel, config: Config) -> bool:
     """Where something streams, and the model is larger than 1 GiB or `config.measure` says so."""
-    if planned.device_home_bytes == planned.model_bytes:
+    if not streams(plan):
         return False
     if config.measure is None:
-        return planned.model_bytes > _LEAST_MODEL_BYTES
+        return plan.model_bytes > _LEAST_MODEL_BYTES
     return config.measure
 
 
-def files_of(checkpoint: Checkpoint | None, source: Source) -> Sequence[Path]:
+def files_of(source: Source) -> list[Path]:
     """What is read; nothing where the weights lie in RAM."""
-    return [] if source.in_ram or checkpoint is None else checkpoint.shards
-
-
-def plan_measured(
-    module: nn.Module,
-    checkpoint: Checkpoint | None,
-    units: str | Sequence[str],
-    device: torch.device,
-    budgets: Budgets,
-    config: Config,
-    workload: Workload | None = None,
-) -> tuple[list[Unit], Source, _engine.PlannedModel, list[str], Prediction | None]:
-    """`plan_module`, by measured rates where that can matter, and then with a prediction."""
-    found, source, planned, warned = plan_module(module, checkpoint, units, budgets, config)
-    if not measuring_matters(planned, config):
-        return found, source, planned, warned, None
-    rates = gather(module, files_of(checkpoint, source), device, config, workload)
-    planned, _ = plan_units(found, source, budgets, config, rates)  # the same warnings
-    prediction = predict(planned, found, source, budgets, config, rates)
-    return found, source, planned, warned, prediction
+    shards = zip(source.shards, source.memory, strict=True)
+    return [Path(path) for (path, _, _), address in shards if address == 0]
 
 
 # -- what it took ----------------------------------------------------------------------------------

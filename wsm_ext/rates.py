@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,7 @@ from .units import Unit
 _log = logging.getLogger("wsm_ext")
 
 _CPU = torch.device("cpu")
-Workload = tuple[int, int]  # sequences, and tokens of each
-
-
-def check_workload(workload: Any) -> Workload | None:
-    """Raises ValueError unless it is None, or two whole numbers above 0."""
-    if workload is None:
-        return None
-    try:
-        batch, tokens = (operator.index(count) for count in workload)
-    except (TypeError, ValueError):
-        batch = tokens = 0
-    if min(batch, tokens) < 1:
-        raise ValueError(
-            f"workload must be (sequences, tokens of each), both at least 1, not {workload!r}"
-        )
-    return batch, tokens
+Sizes = tuple[int, int]  # of a workload: sequences, and tokens of each
 
 
 @dataclass(frozen=True)
@@ -66,7 +50,7 @@ class Rates:
     compute: Compute | None = None
     compute_source: str = "default"
     compute_note: str = "not measured"
-    workload: Workload | None = None
+    workload: Sizes | None = None
 
     def for_units(self, units: Sequence[Unit], source: Source) -> _engine.Rates:
         """As the engine takes them, with the compute of each unit."""
@@ -77,6 +61,13 @@ class Rates:
         rates.host_computes = self.host_computes
         rates.compute_s = [] if self.compute is None else _by_unit(self.compute, units, source)
         return rates
+
+    def at(self, module: nn.Module, device: torch.device, workload: Sizes) -> Rates:
+        """The same links, and the compute of another workload."""
+        compute, source, note = compute_at(module, device, workload)
+        return replace(
+            self, compute=compute, compute_source=source, compute_note=note, workload=workload
+        )
 
 
 def _by_unit(compute: Compute, units: Sequence[Unit], source: Source) -> list[float]:
@@ -116,7 +107,7 @@ def gather(
     paths: Sequence[Path],
     device: torch.device,
     config: Config,
-    workload: Workload | None,
+    workload: Sizes | None,
 ) -> Rates:
     """Measure, or take what was measured in the last 30 days on this machine.
 
@@ -151,11 +142,11 @@ def gather(
 
 
 def compute_at(
-    module: nn.Module, device: torch.device, workload: Workload | None
+    module: nn.Module, device: torch.device, workload: Sizes | None
 ) -> tuple[Compute | None, str, str]:
     """The compute at a workload, its source, and why it is None."""
     if workload is None:
-        return None, "default", "no workload=(batch, tokens) was given"
+        return None, "default", "no workload=(sequences, tokens) was given"
     known = Measurements()
     shape = _shape_of(module)
     key = key_of("compute", device_name(device), f"torch {torch.__version__}", str(workload), shape)

@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint, CheckpointError
 from .config import Config
 from .stream import StreamedModule, stream
 from .transformers_names import meta_parameter, place
+from .trial import Workload
 
 _log = logging.getLogger("wsm_ext")
 
@@ -42,7 +43,7 @@ def from_pretrained(
     device_memory: int | str = "auto",
     host_memory: int | str = "auto",
     units: Any = "auto",
-    workload: tuple[int, int] | None = None,
+    workload: Workload | None = None,
     config: Config | Mapping[str, Any] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
