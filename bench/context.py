@@ -81,7 +81,9 @@ class Context:
         import wsm_ext as wsm
 
         begin = time.perf_counter()
-        written = shapes.ensure_checkpoint(folder, self.arguments.preset, layers)
+        written = shapes.ensure_checkpoint(
+            folder, self.arguments.preset, layers, self.arguments.shards
+        )
         sizes = shapes.measure_checkpoint(wsm.Checkpoint.open(folder))
         done = f"written in {time.perf_counter() - begin:.1f} s" if written else "reused"
         print(f"checkpoint {done}: {sizes.layers} layers, {sizes.layers_bytes / GB:.2f} GB in them")

@@ -62,6 +62,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--disk-folder", type=Path, help="the same for the cases from disk (--folder)")
     add("--preset", default="70b")
     add("--layers", type=int, default=12)
+    add("--shards", type=int, help="files of a checkpoint that is written (one a layer)")
     add("--disk-layers", type=int, help="of the checkpoint on the disk (--layers)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--shapes", type=parse_shapes, default="1x2048,1x1", help="BATCHxTOKENS, comma-separated")

@@ -252,7 +252,7 @@ def format_orders(found: dict[str, float]) -> str:
     return ", ".join(f"{order:.2f} ({sizes})" for sizes, order in found.items())
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -260,7 +260,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--traced", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.child:
         print(json.dumps(construct_child(arguments.child, arguments.folder, arguments.traced)))
         return 0

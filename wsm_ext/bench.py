@@ -377,6 +377,6 @@ def _cells(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _bar(share: float, width: int = 12) -> str:
+def _bar(share: float, width: int = 10) -> str:
     full = round(share * width)
     return "█" * full + "░" * (width - full)

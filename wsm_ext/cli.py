@@ -311,7 +311,9 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task("")
 
     def update(done: int, total: int) -> None:
-        bar.start()  # where nothing is loaded first, nothing is shown
+        if total == 0:  # nothing is loaded first: nothing is shown
+            return
+        bar.start()
         bar.update(task, completed=done, total=total)
 
     try:
