@@ -114,7 +114,8 @@ def test_cases_on_a_small_model_leave_records_with_verdicts(tmp_path: Path) -> N
     assert 0 < records["swap"]["figure"] < 10_000
     leaf = records["leaf"]
     assert leaf["plan"]["arena_bytes"] <= 1 << 20
-    assert leaf["runs"]["1x1"]["bytes_per_pass"] == pytest.approx(leaf["plan"]["model_bytes"])
+    moved, model = leaf["runs"]["1x1"]["bytes_per_pass"], leaf["plan"]["model_bytes"]
+    assert moved == pytest.approx(model, rel=0.4)  # the next pass is prefetched in this one
     assert "needs --device cuda" in records["pinning"]["skipped"]
     for name, results in records.items():
         assert ("verdict" in results) == (name != "resident")
