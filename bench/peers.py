@@ -340,7 +340,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--shapes", type=parse_shapes, default="1x1,1x2048,8x2048")
     add("--passes", type=int, default=5)
-    add("--limit-s", type=float, default=120, help="for each peer")
+    add("--limit-s", type=float, default=150, help="for each peer")
     add("--json", type=Path)
     add("--plot", type=Path, help="draw the table here (SVG; needs matplotlib)")
     add("--child", help=argparse.SUPPRESS)
