@@ -87,6 +87,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
 
+    bench = commands.add_parser(
+        "bench",
+        parents=[streaming, common],
+        help="measure this machine's links, and how close passes come to them",
+        description="Measure the link to the device and the disk under the model's files, then "
+        "passes of the streamed model: by the budgets given, from RAM, and from a cold disk. Says "
+        "which link limits each, and how close it comes.",
+    )
+    bench.add_argument("--batch", type=_count, default=1, metavar="B", help="sequences (1)")
+    bench.add_argument("--tokens", type=_count, default=128, metavar="T", help="of each (128)")
+    bench.add_argument("--passes", type=_count, default=3, metavar="N", help="of each run (3)")
+    bench.set_defaults(run=_bench)
+
     demo = commands.add_parser(
         "demo",
         parents=[common],
@@ -260,6 +273,37 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from . import bench
+    from .transformers_loader import resolve_folder
+
+    device = report.resolve_device(options.device)
+    folder = resolve_folder(
+        options.model, revision=options.revision, local_files_only=options.local_files_only
+    )
+    options.revision = None  # the folder is that revision
+
+    @contextmanager
+    def open_model(**replaced: Any) -> Iterator[Any]:
+        with _load(options, folder, device, **replaced) as (model, _):
+            yield model
+
+    result = bench.run_bench(
+        folder,
+        device=device,
+        open_model=open_model,
+        batch=options.batch,
+        tokens=options.tokens,
+        passes=options.passes,
+        step=lambda what: print(f"measuring {what}", file=sys.stderr, flush=True),
+    )
+    bench.print_bench(Console(), result)
+    if options.json:
+        content = report.setting(options.command_line, device)
+        report.write_json(options.json, {**content, "model": options.model, "bench": result})
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     device = report.resolve_device(options.device)
     content = run_demo(Console(), device=device, keep=options.keep, size=SIZES[options.size])
@@ -286,20 +330,22 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def _load(
-    options: argparse.Namespace, path: Any, device: torch.device
+    options: argparse.Namespace, path: Any, device: torch.device, **replaced: Any
 ) -> Iterator[tuple[Any, float]]:
+    """The model as the options say; `replaced`: budgets, and settings added to theirs."""
     from .transformers_loader import from_pretrained
 
+    settings = _settings(options) | replaced.pop("config", {})
+    budgets = {"device_memory": options.device_memory, "host_memory": options.host_memory}
     begin = time.perf_counter()
     with _progress() as progress:
         model = from_pretrained(
             path,
             dtype=options.dtype,
             device=device,
-            device_memory=options.device_memory,
-            host_memory=options.host_memory,
+            **{**budgets, **replaced},
             units=_units(options),
-            config=_settings(options),
+            config={key: value for key, value in settings.items() if value is not None},
             revision=options.revision,
             local_files_only=options.local_files_only,
             progress=progress,
@@ -320,7 +366,9 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task("")
 
     def update(done: int, total: int) -> None:
-        bar.start()  # where nothing is loaded first, nothing is shown
+        if total == 0:  # nothing is loaded first: nothing is shown
+            return
+        bar.start()
         bar.update(task, completed=done, total=total)
 
     try:

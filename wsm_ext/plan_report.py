@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from . import sources
+from .buffers import Buffers
 from .checkpoint import Checkpoint
 from .config import Config
 from .plan import Plan
@@ -30,6 +31,7 @@ from .predict import (
 from .rates import Rate, Sizes, gather
 from .report import PLAN_KEYS
 from .sizes import format_bytes
+from .trial import activation_bytes, usual_workload
 
 _BAR_WIDTH = 26
 
@@ -111,9 +113,11 @@ def preview(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     resolved = Config.resolve(config)
-    budgets = Budgets(device, device_memory, host_memory, resolved)
     sources.check_surplus(module, checkpoint)
     planner = Planner(module, checkpoint, units, resolved)
+    planner.check()
+    room = _room_for_activations(module, checkpoint, planner, device, device_memory)
+    budgets = Budgets(device, device_memory, host_memory, resolved, room)
     planned = planner.plan(budgets)
     rates = gather(module, files_of(planned.source), device, resolved, workload)
     if measuring_matters(planned.plan, resolved):
@@ -127,6 +131,25 @@ def preview(
     plan.warnings[:0] = planned.warnings
     values = _values(budgets, resolved, planned.mode, units, plan)
     return Preview(device, workload, values, plan, prefill, decode)
+
+
+def _room_for_activations(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    planner: Planner,
+    device: torch.device,
+    device_memory: int | str,
+) -> int | None:
+    """What `from_pretrained` leaves free on a GPU when the budget is "auto"."""
+    if device.type != "cuda" or device_memory != "auto":
+        return None
+    buffers = Buffers(module, checkpoint, device)
+    try:
+        return activation_bytes(module, planner.plan_least(), device, usual_workload(module))
+    except (ValueError, torch.OutOfMemoryError):
+        return None
+    finally:
+        buffers.restore()
 
 
 def _values(

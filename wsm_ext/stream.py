@@ -19,10 +19,10 @@ from .device_memory import DeviceMemory
 from .plan import Plan
 from .planning import Budgets, Planned, Planner, RatesOf, streams
 from .predict import files_of, measuring_matters, predict
-from .rates import Rates, gather
+from .rates import Rates, Sizes, gather
 from .residency import Residency, stream_getter
 from .sizes import format_bytes, parse_bytes
-from .trial import Workload, activation_bytes
+from .trial import Usual, Workload, activation_bytes
 from .units import Unit
 
 CheckpointLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Checkpoint
@@ -101,13 +101,14 @@ class StreamedModule(nn.Module):
         self._closed = True  # until everything stands
         self._final_stats: dict[str, Any] = {}
         self.module = module
-        self._device = _resolve_device(device)
+        self._device = resolve_device(device)
         self._config = Config.resolve(config)
         self._asked: tuple[int | str, int | str] = (device_memory, host_memory)
         self._activation_bytes: int | None = None
         self._rates: Rates | None = None  # None: nothing was measured
-        # Of which compute is measured; a function's forward is not.
-        self._sizes = None if workload is None or callable(workload) else workload
+        # What computing is measured at: sizes that the user stated.
+        stated = not (workload is None or callable(workload) or isinstance(workload, Usual))
+        self._sizes: Sizes | None = workload if stated else None  # type: ignore[assignment]
         self._memory: DeviceMemory | None = None
         self._carried_passes = 0  # of the engines before this one
         self._carried: dict[str, Any] = {}
@@ -119,9 +120,7 @@ class StreamedModule(nn.Module):
         self._moved_buffers = Buffers(module, opened, self._device)
         try:
             if workload is not None:
-                self._activation_bytes = activation_bytes(
-                    module, self._planner.plan_least(), self._device, workload
-                )
+                self._activation_bytes = self._try_out(workload)
             budgets = Budgets(self._device, *self._asked, self._config, self._activation_bytes)
             self._start_within(budgets, progress)
         except BaseException:
@@ -129,6 +128,15 @@ class StreamedModule(nn.Module):
             raise
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=3)
+
+    def _try_out(self, workload: Workload) -> int | None:
+        try:
+            least = self._planner.plan_least()
+            return activation_bytes(self.module, least, self._device, workload)
+        except (ValueError, torch.OutOfMemoryError):
+            if not isinstance(workload, Usual):
+                raise
+            return None
 
     # -- starting, and starting again with other budgets -------------------------------------------
 
@@ -486,7 +494,7 @@ class StreamedModule(nn.Module):
         )
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() and _engine.built_with_cuda else "cpu"
     resolved = torch.device(device)

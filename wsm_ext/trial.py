@@ -23,6 +23,20 @@ from .residency import Residency
 # (sequences, tokens of each), or a function that runs the module as it will be run.
 Workload = tuple[int, int] | Callable[[nn.Module], Any]
 
+_USUAL_TOKENS = 4096
+
+
+class Usual(tuple[int, int]):
+    """A workload that nobody stated: where the trial fails, nothing is said."""
+
+
+def usual_workload(module: nn.Module) -> Usual:
+    """One sequence of 4096 tokens, or as long as the transformers model takes."""
+    config = module.config.get_text_config()  # type: ignore[operator, union-attr]
+    longest = getattr(config, "max_position_embeddings", None) or _USUAL_TOKENS
+    return Usual((1, min(_USUAL_TOKENS, int(longest))))
+
+
 # Beyond what was in use at once: the allocator cannot fill every hole.
 _FRAGMENTATION = 1.05
 _WAIT_S = 60.0
@@ -106,7 +120,7 @@ def _cuda_peak(run: Callable[[], Any], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = int(torch.cuda.memory_allocated(device))
     result = run()
     torch.cuda.synchronize(device)
     peak = int(torch.cuda.max_memory_allocated(device)) - before

@@ -318,6 +318,15 @@ bool better(const DeviceHomes& a, const DeviceHomes& b) {
   return streamed_bytes(a) < streamed_bytes(b);
 }
 
+ResidencyOrder asked_order(const ModelSpec& spec, const Limits& limits) {
+  ResidencyOrder order = residency_order(spec);
+  for (const uint32_t u : limits.first_units) {
+    check(u < spec.units.size(), "first_units: there is no unit ", u);
+    order = with_first(order, spec.units[u].tensors);
+  }
+  return order;
+}
+
 // The unit that streams least, of those in the cycle.
 std::optional<uint32_t> smallest_in_cycle(const DeviceHomes& homes) {
   std::optional<uint32_t> smallest;
@@ -334,7 +343,7 @@ std::optional<uint32_t> smallest_in_cycle(const DeviceHomes& homes) {
 // An odd number of units cannot alternate between two places, the seam takes a third. Keeping one
 // unit whole costs no more than that, and makes the number even.
 DeviceHomes choose_device_homes(const ModelSpec& spec, const Limits& limits) {
-  const ResidencyOrder order = residency_order(spec);
+  const ResidencyOrder order = asked_order(spec, limits);
   DeviceHomes homes = choose_in_order(spec, limits, order);
   const bool ideal = homes.ahead.seam == limits.seam_units.value_or(homes.ahead.units) &&
                      homes.arena.bytes == least_arena_bytes(homes.places, homes.ahead);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "plan/kept_cache.h"
 #include "plan/model_spec.h"
@@ -23,6 +24,8 @@ struct Limits {
   std::optional<uint32_t> lookahead_units{};   // 0: load on demand
   std::optional<uint32_t> seam_units{};        // the same between the last units and the first
   std::optional<uint64_t> read_ahead_bytes{};  // how far reads from the disk may run ahead
+
+  std::vector<uint32_t> first_units{};  // whose tensors become resident before all others
 
   KeptCache kept_cache{};  // of the plan before this one: what it holds is cached first
 };
