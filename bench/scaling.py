@@ -98,7 +98,7 @@ def llama_405b(folder: Path) -> dict[str, Any]:
 
     from wsm_ext.checkpoint import Checkpoint, Extent, TensorImage
     from wsm_ext.config import Config
-    from wsm_ext.planning import Budgets, plan_module
+    from wsm_ext.planning import Budgets, Planner
     from wsm_ext.units import find_units
 
     with torch.device("meta"):
@@ -118,7 +118,7 @@ def llama_405b(folder: Path) -> dict[str, Any]:
     for mode in ("layer", "group", "leaf"):
         budgets = Budgets(torch.device("cpu"), 64 * GIB, 256 * GIB, Config())
         units_s = best_s(lambda m=mode: find_units(module, m))
-        whole_s = best_s(lambda m=mode, b=budgets: plan_module(module, checkpoint, m, b, Config()))
+        whole_s = best_s(lambda m=mode, b=budgets: Planner(module, checkpoint, m, Config()).plan(b))
         units = len(find_units(module, mode))
         out[mode] = {"units": units, "find_units_s": units_s, "plan_module_s": whole_s}
         rows.append((mode, units, f"{units_s:.3f}", f"{whole_s:.3f}"))

@@ -133,7 +133,7 @@ def _tracked_peak(run: Callable[[], Any]) -> int:
     with _Tracker() as tracker:
         result = run()
     del result
-    return tracker.peak
+    return int(tracker.peak)
 
 
 class _Tracker(TorchDispatchMode):
