@@ -14,7 +14,7 @@ from torch import nn
 from . import _engine, sources
 from .buffers import Buffers
 from .checkpoint import Checkpoint
-from .config import Config
+from .config import Config, engine_options
 from .device_memory import DeviceMemory
 from .plan import Plan
 from .planning import Budgets, Planned, Planner, RatesOf, streams
@@ -202,7 +202,7 @@ class StreamedModule(nn.Module):
             homes,
             self._source.memory,
             current_stream(),
-            _engine_options(self._config),
+            engine_options(self._config),
             before,
         )
         # Before torch and the driver are torn down, should nobody close it.
@@ -534,14 +534,3 @@ def _open(checkpoint: CheckpointLike | None) -> Checkpoint | None:
     if checkpoint is None or isinstance(checkpoint, Checkpoint):
         return checkpoint
     return Checkpoint.open(checkpoint)
-
-
-def _engine_options(config: Config) -> _engine.EngineOptions:
-    options = _engine.EngineOptions()
-    options.reader = getattr(_engine.ReaderChoice, config.reader)
-    options.direct = getattr(_engine.DirectMode, config.direct)
-    options.read_threads = config.read_threads or 0
-    options.read_timeout_s = config.read_timeout_s
-    options.poison = config.poison
-    options.verbose = config.verbose
-    return options
