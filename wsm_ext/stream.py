@@ -109,6 +109,7 @@ class StreamedModule(nn.Module):
         # What computing is measured at: sizes that the user stated.
         stated = not (workload is None or callable(workload) or isinstance(workload, Usual))
         self._sizes: Sizes | None = workload if stated else None  # type: ignore[assignment]
+        self._made: Planned | None = None
         self._memory: DeviceMemory | None = None
         self._carried_passes = 0  # of the engines before this one
         self._carried: dict[str, Any] = {}
@@ -146,7 +147,7 @@ class StreamedModule(nn.Module):
         """Plans and starts; with less, where the device has less memory than it said."""
         kept = None if before is None else before.kept_cache()
         self._measure(budgets)
-        planned = self._planner.plan(budgets, self._rates_of, kept)
+        planned = self._plan_within(budgets, kept)
         asked = budgets.device_bytes
         for _ in range(_MOST_TRIES):
             try:
@@ -156,7 +157,7 @@ class StreamedModule(nn.Module):
                 break
             except torch.OutOfMemoryError as error:
                 budgets.device_bytes = int(budgets.device_bytes * _LESS)
-                planned = self._planner.plan(budgets, self._rates_of, kept)
+                planned = self._plan_within(budgets, kept)
                 planned.warnings.append(
                     f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
                     f" planned again with {format_bytes(budgets.device_bytes)}"
@@ -166,6 +167,10 @@ class StreamedModule(nn.Module):
         self._memory = memory
         self._set_plan(planned, budgets)
         self._start(progress, before)
+
+    def _plan_within(self, budgets: Budgets, kept: _engine.KeptCache | None) -> Planned:
+        before = self._made if self._made is not None and streams(self._made.plan) else None
+        return self._planner.plan(budgets, self._rates_of, kept, before)
 
     @property
     def _rates_of(self) -> RatesOf | None:
@@ -181,6 +186,7 @@ class StreamedModule(nn.Module):
             self._rates = gather(self.module, files, self._device, self._config, self._sizes)
 
     def _set_plan(self, planned: Planned, budgets: Budgets) -> None:
+        self._made = planned
         self._units, self._source, self._planned = planned.units, planned.source, planned.plan
         predicted = None
         if self._rates is not None and streams(planned.plan):
@@ -260,7 +266,7 @@ class StreamedModule(nn.Module):
         with self._residency.passes.between():
             held = self._memory_held()
             budgets = Budgets(self._device, *asked, self._config, self._activation_bytes, held)
-            self._planner.plan(budgets, self._rates_of, self._engine.kept_cache())  # may refuse
+            self._plan_within(budgets, self._engine.kept_cache())  # may refuse
             self._carry_counters()
             if self._source.in_ram:
                 self._restart_from_ram(budgets, progress)
