@@ -143,6 +143,8 @@ class Backward:
 
     def resume(self, active: Sequence[int]) -> None:
         """Takes again what nodes need, beside the units whose forwards run."""
+        if not self._chains:
+            return
         wanted = self._wanted()
         for unit in reversed(wanted):
             if unit in self._held or self._any_overlaps(unit, active):

@@ -259,9 +259,9 @@ class Residency:
                         if absent.requires_grad:
                             _refuse_training(absent.wsm_name)
                     known = backward.nodes_of((args, kwargs))
-                if self._lingering is not None:
-                    self._end_lingering()
-                if backward.under_way:
+                self._end_lingering()
+                if current_task() >= 0:  # a forward that runs inside a backward
+                    backward.join()
                     backward.before_forward(index)
                 stream = current_stream()
                 streamed.take(stream)
@@ -276,8 +276,7 @@ class Residency:
                     if backward.under_way:
                         backward.keep(index)
                     streamed.give(stream)
-                    if backward.under_way:
-                        backward.resume(active)
+                    backward.resume(active)
             finally:
                 self._leave()
             return result
