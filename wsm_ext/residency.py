@@ -90,6 +90,7 @@ class Residency:
                     holders.add(id(unit.module))
             if holders:
                 self._wrap_ancestors(module, holders)
+                self._guard_conversions(module)
         except BaseException:
             self.undo()
             raise
@@ -304,6 +305,27 @@ class Residency:
             if any(id(inner) in holders for inner in outer.modules()):
                 self._wrap(outer, within_pass(outer.forward))
 
+    def _guard_conversions(self, module: nn.Module) -> None:
+        """`to`, `half`, `cuda` and the like go through `_apply`: all or nothing."""
+
+        def guarded(inner: nn.Module) -> Callable[..., nn.Module]:
+            def apply(fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+                for name, parameter in inner.named_parameters(recurse=recurse):
+                    if isinstance(parameter, StreamedParameter) and not _same(fn, parameter):
+                        raise RuntimeError(
+                            f"{name!r} is streamed: its dtype and device were settled by stream()"
+                            " and cannot be changed by to(), half(), cuda() and the like. close()"
+                            " the streamed module first, and stream it again as you want it"
+                        )
+                return type(inner)._apply(inner, fn, recurse)
+
+            return apply
+
+        for inner in module.modules():
+            if any(isinstance(p, StreamedParameter) for p in inner.parameters()):
+                inner.__dict__["_apply"] = guarded(inner)
+                self._undo.append(functools.partial(inner.__dict__.pop, "_apply", None))
+
 
 def unit_tensors(unit: Unit, source: Source) -> list[int]:
     """The unit's tensors, each once, in the order of its slots."""
@@ -316,6 +338,14 @@ def stream_getter(device: torch.device) -> Callable[[], int]:
         return lambda: 0
     current = torch.cuda.current_stream
     return lambda: current(device).cuda_stream
+
+
+def _same(fn: Callable[..., Any], parameter: StreamedParameter) -> bool:
+    """Whether a conversion leaves the parameter as it is: without its bytes it can do no more."""
+    try:
+        return fn(parameter) is parameter
+    except RuntimeError:
+        return False
 
 
 def _refuse_training(name: str) -> NoReturn:
