@@ -198,7 +198,9 @@ class Residency:
 
         if not any(map(in_arena, tensors_in(values))):
             return values
-        return map_tensors(lambda t: t.clone() if in_arena(t) else t, values)
+        # Autograd sees a view of a placeholder, which must not be an inference tensor.
+        with torch.inference_mode(False):
+            return map_tensors(lambda t: t.clone() if in_arena(t) else t, values)
 
     def _end_lingering(self) -> None:
         if self._lingering is not None:
@@ -250,7 +252,7 @@ class Residency:
 
         def loaded(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_dynamo_compiling():
-                torch._dynamo.graph_break(_GRAPH_BREAK)
+                torch._dynamo.graph_break(msg=_GRAPH_BREAK)
             known: dict[Any, None] = {}
             passes.enter()
             try:
@@ -290,7 +292,7 @@ class Residency:
         def within_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
             def entered(*args: Any, **kwargs: Any) -> Any:
                 if torch.compiler.is_dynamo_compiling():
-                    torch._dynamo.graph_break(_GRAPH_BREAK)
+                    torch._dynamo.graph_break(msg=_GRAPH_BREAK)
                 passes.enter()
                 try:
                     return forward(*args, **kwargs)
@@ -306,25 +308,39 @@ class Residency:
                 self._wrap(outer, within_pass(outer.forward))
 
     def _guard_conversions(self, module: nn.Module) -> None:
-        """`to`, `half`, `cuda` and the like go through `_apply`: all or nothing."""
+        """`to`, `half`, `cuda` and the like go through `_apply`: all or nothing. No copies."""
 
         def guarded(inner: nn.Module) -> Callable[..., nn.Module]:
             def apply(fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
                 for name, parameter in inner.named_parameters(recurse=recurse):
-                    if isinstance(parameter, StreamedParameter) and not _same(fn, parameter):
+                    if id(parameter) in ours and not _same(fn, parameter):
                         raise RuntimeError(
-                            f"{name!r} is streamed: its dtype and device were settled by stream()"
-                            " and cannot be changed by to(), half(), cuda() and the like. close()"
-                            " the streamed module first, and stream it again as you want it"
+                            f"{name!r} is part of a streamed module: its dtype and device were"
+                            " settled by stream() and cannot be changed by to(), half(), cuda() and"
+                            " the like. close() the streamed module, and stream it as you want it"
                         )
-                return type(inner)._apply(inner, fn, recurse)
+                converted: nn.Module = type(inner)._apply(inner, fn, recurse)
+                return converted
 
             return apply
 
+        def refuse_copy(protocol: object) -> NoReturn:
+            raise TypeError(
+                "a module that is streamed cannot be copied or pickled: do it before stream(), or"
+                " after close()"
+            )
+
+        placed = {id(parameter) for _, _, _, parameter in self._placed.values()}
+        ours = {
+            id(parameter)
+            for parameter in module.parameters()
+            if isinstance(parameter, StreamedParameter) or id(parameter) in placed
+        }
         for inner in module.modules():
-            if any(isinstance(p, StreamedParameter) for p in inner.parameters()):
-                inner.__dict__["_apply"] = guarded(inner)
-                self._undo.append(functools.partial(inner.__dict__.pop, "_apply", None))
+            if any(id(parameter) in ours for parameter in inner.parameters()):
+                for name, method in (("_apply", guarded(inner)), ("__reduce_ex__", refuse_copy)):
+                    inner.__dict__[name] = method
+                    self._undo.append(functools.partial(inner.__dict__.pop, name, None))
 
 
 def unit_tensors(unit: Unit, source: Source) -> list[int]:
@@ -340,8 +356,8 @@ def stream_getter(device: torch.device) -> Callable[[], int]:
     return lambda: current(device).cuda_stream
 
 
-def _same(fn: Callable[..., Any], parameter: StreamedParameter) -> bool:
-    """Whether a conversion leaves the parameter as it is: without its bytes it can do no more."""
+def _same(fn: Callable[..., Any], parameter: torch.Tensor) -> bool:
+    """Whether a conversion leaves the parameter as it is."""
     try:
         return fn(parameter) is parameter
     except RuntimeError:

@@ -14,7 +14,7 @@ from .placeholder import StreamedParameter
 # A module's parameters, the key in them, what is there while the unit is taken, and what else.
 Swap = tuple[dict[str, Any], str, nn.Parameter, StreamedParameter]
 
-_PRESENT, _ABSENT = 0, 1
+_ABSENT = 0x7FFFFFFF  # a version that nothing is ever saved at
 
 
 class StreamedUnit:
@@ -39,6 +39,7 @@ class StreamedUnit:
         self._engine = engine
         self._memory = memory  # the parameters are views of it, and share its version
         self._begin, self._end = place[0], place[0] + place[1]
+        self._version = memory._version  # while the unit is there
         self._taken = 0
         _set_version(memory, _ABSENT)
 
@@ -50,13 +51,14 @@ class StreamedUnit:
         self._engine.acquire(self.index, stream)
         self._taken += 1
         if self._taken == 1:
-            _set_version(self._memory, _PRESENT)
+            _set_version(self._memory, self._version)
         for parameters, key, placed, _ in self.swaps:
             parameters[key] = placed
 
     def give(self, stream: int) -> None:
         self._taken -= 1
         if self._taken == 0:
+            self._version = self._memory._version
             _set_version(self._memory, _ABSENT)
             for parameters, key, _, absent in self.swaps:
                 parameters[key] = absent
