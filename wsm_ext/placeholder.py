@@ -40,9 +40,10 @@ class StreamedParameter(torch.Tensor):
         name: str,
         lender: Lender,
     ) -> StreamedParameter:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=device, requires_grad=False
-        )
+        with torch.inference_mode(False):  # made by a detach inside of it, say
+            made = torch.Tensor._make_wrapper_subclass(
+                cls, shape, dtype=dtype, device=device, requires_grad=False
+            )
         made._is_param = True  # isinstance(_, nn.Parameter)
         made.wsm_name = name
         made._lender = lender

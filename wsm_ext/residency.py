@@ -311,6 +311,7 @@ class Residency:
         """`to`, `half`, `cuda` and the like go through `_apply`: all or nothing. No copies."""
 
         def guarded(inner: nn.Module) -> Callable[..., nn.Module]:
+            @torch.inference_mode(False)  # inside it, even to() where it changes nothing asks
             def apply(fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
                 for name, parameter in inner.named_parameters(recurse=recurse):
                     if id(parameter) in ours and not _same(fn, parameter):
