@@ -22,7 +22,7 @@ help:
 	@echo "make build     the module, installed in .venv so that edits of wsm_ext take effect"
 	@echo "make test-cpp | test-py | lint | format"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
-	@echo "make bench     the C++ benchmarks, into build/release/bench"
+	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
 
 $(READY): requirements-dev.txt requirements-dev-nodeps.txt scripts/setup.sh
 	scripts/setup.sh
@@ -55,9 +55,10 @@ test-gpu: export WSM_REQUIRE_GPU := 1
 test-gpu: build test-cpp-debug
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(READY)
+bench: build
 	cmake --preset release
 	cmake --build --preset release
+	$(BIN)/python bench/local.py --programs build/release/bench --out build/bench
 
 lint: $(READY)
 	ruff check .

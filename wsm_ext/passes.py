@@ -69,6 +69,20 @@ class Passes:
         finally:
             self._give_turn()
 
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """The outermost forward says what can be done when device memory runs out."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self.depth > 1:
+                raise
+            raise torch.OutOfMemoryError(
+                f"{error}\nThe streamed weights keep what they were given: shrink('1GiB') of the"
+                " streamed module gives device memory back, and workload=(batch, tokens) makes"
+                " stream() leave room for a forward of that size"
+            ) from error
+
     def inside(self) -> bool:
         """Whether this thread is in the middle of a pass."""
         return self.depth > 0 and self._mine()

@@ -18,24 +18,13 @@ from torch import nn
 
 from . import _engine
 from .backward import Backward
+from .device_memory import DeviceMemory
 from .passes import Passes, current_task
 from .placeholder import StreamedParameter
 from .sources import Source, live
 from .streamed_unit import StreamedUnit, Swap
 from .tensors import map_tensors, tensors_in
 from .units import Unit
-
-PLACE_ALIGNMENT = 256
-
-
-def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
-    """`nbytes` of device memory that begin at a multiple of 256 bytes."""
-    with torch.inference_mode(False):
-        if device.type != "cpu":
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        block = torch.empty(nbytes + PLACE_ALIGNMENT, dtype=torch.uint8)
-        start = -block.data_ptr() % PLACE_ALIGNMENT
-        return block[start : start + nbytes]
 
 
 class Residency:
@@ -49,8 +38,7 @@ class Residency:
         planned: _engine.PlannedModel,
         engine: _engine.Engine,
         device: torch.device,
-        arena: torch.Tensor,
-        homes: torch.Tensor,
+        memory: DeviceMemory,
         turn_limit_s: float,
     ) -> None:
         self._planned = planned
@@ -74,17 +62,15 @@ class Residency:
             self._check_frozen,
             self._end_lingering,
         )
-        self._arena = arena
-        self._arena_storage = arena.untyped_storage().data_ptr()
+        self._arena_storage = memory.arena.untyped_storage().data_ptr()
         try:
             holders: set[int] = set()
             for index, unit in enumerate(units):
-                # A version of its own for each unit's parameters, not the arena's.
-                memory = arena.data
-                swaps = self._place(index, unit, source, memory, homes)
+                arena = memory.arena.data  # a version of its own for each unit's parameters
+                swaps = self._place(index, unit, source, memory, arena)
                 if planned.streamed_bytes(index):
                     place = planned.place(index)
-                    streamed = StreamedUnit(engine, index, unit.name, swaps, memory, place)
+                    streamed = StreamedUnit(engine, index, unit.name, swaps, arena, place)
                     self._streamed[index] = streamed
                     self._wrap(unit.module, self._streamed_forward(unit, streamed))
                     holders.add(id(unit.module))
@@ -122,11 +108,12 @@ class Residency:
             streamed.dissolve()
         while self._undo:
             self._undo.pop()()
+        self._placed.clear()  # they view memory that may be freed now
 
     # -- parameters --------------------------------------------------------------------------------
 
     def _place(
-        self, index: int, unit: Unit, source: Source, arena: torch.Tensor, homes: torch.Tensor
+        self, index: int, unit: Unit, source: Source, memory: DeviceMemory, arena: torch.Tensor
     ) -> list[Swap]:
         """Builds the unit's parameters over device memory; what streams gets a placeholder."""
         members = unit_tensors(unit, source)
@@ -134,12 +121,13 @@ class Residency:
         swaps: list[Swap] = []
         for slot in unit.slots:
             tensor = members.index(source.index_of[slot.name])
-            resident, offset = places[tensor]
+            block, offset = places[tensor]
+            resident = block is not None
             found = live(slot)
             nbytes = found.numel() * found.element_size()
-            memory = (homes if resident else arena)[offset : offset + nbytes]
+            held = arena if block is None else memory.homes[block]
             with torch.inference_mode(False):
-                view = memory.view(found.dtype).view(found.shape)
+                view = held[offset : offset + nbytes].view(found.dtype).view(found.shape)
                 placed = nn.Parameter(view, requires_grad=False)
             parameters: dict[str, Any] = slot.owner._parameters
             self._undo.append(functools.partial(parameters.__setitem__, slot.key, found))
@@ -159,9 +147,9 @@ class Residency:
         So the order of use learns it, and from the next pass on it is there in time. The unit stays
         until another one is used.
         """
-        index, _, _, parameter = self._placed[name]
         if self._undone:
-            raise RuntimeError(f"parameter {name!r}: its streamed module was closed")
+            raise RuntimeError(f"parameter {name!r}: its streamed module was closed or resized")
+        index, _, _, parameter = self._placed[name]
         if current_task() >= 0:
             self._backward.join()
         elif not self.passes.inside():
@@ -295,7 +283,8 @@ class Residency:
                     torch._dynamo.graph_break(msg=_GRAPH_BREAK)
                 passes.enter()
                 try:
-                    return forward(*args, **kwargs)
+                    with passes.explained():
+                        return forward(*args, **kwargs)
                 finally:
                     self._leave()
 

@@ -67,6 +67,7 @@ class StreamedUnit:
     def dissolve(self) -> None:
         """The module gets its own parameters back: leave it alone from now on."""
         self.swaps = []
+        self._memory = torch.empty(0)
 
 
 def _version_setter() -> Callable[[torch.Tensor, int], None]:

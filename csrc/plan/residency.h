@@ -12,10 +12,10 @@ namespace wsm {
 // Bytes that a tensor takes in device memory.
 uint64_t device_tensor_bytes(const TensorSpec& tensor);
 
-// The order in which tensors become resident, each used one once: small ones first, then in rounds,
-// each of which takes the largest tensor that is left of every unit. A round visits the units in an
-// order of which every beginning is spread evenly over the pass, so that every stretch of the pass
-// streams about the same.
+// The order in which tensors become resident, each used one once: those of exclusive units first,
+// then small ones, then rounds, each of which takes the largest tensor that is left of every unit.
+// A round visits the units in an order of which every beginning is spread evenly over the pass, so
+// that every stretch of the pass streams about the same.
 struct ResidencyOrder {
   std::vector<uint32_t> tensors;
   std::vector<size_t> round_ends;  // into `tensors`

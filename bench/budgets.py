@@ -1,0 +1,219 @@
+"""How the time of a pass follows the host budget, where a part of the model lies in RAM.
+
+    python bench/budgets.py --folder DISK/llama-4 --layers 4 --bench-read BUILD/bench/bench_read \
+        --json budgets.json
+    python bench/budgets.py --device cpu --layers 2 --folder DISK/llama-2 --shape 1x16 ...
+
+For each share of the model in RAM: an arena of two layers, no device homes, the files proved cold.
+After passes that fill the cache, --passes forwards back to back are timed. Compared with it is the
+largest of three times: the disk's, for the bytes that the plan leaves on it, at the best rate of
+bench_read on the same file; the link's, for the bytes that stream, at the rate of 16 MiB pinned
+copies; the resident model's. What is read is counted between two moments at which nothing moves,
+and must be the plan's bytes to the byte. Memory is watched from another process. Beside it: what
+LRU would give, by the simulator, with the same rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import coldness
+import harness
+import shapes
+import torch
+from context import Context, open_streamed
+from forward import parse_shapes
+from harness import GB, GIB, MIB
+from passes import forwards, timed_passes
+from watch import Watcher
+
+FILLING = 2  # passes before the clock starts
+MEMORY_SLACK = 256 * MIB  # activations and what libraries take as they go
+SHARES = (0, 10, 25, 50, 75, 90, 100)
+
+
+def settle(model: Any) -> int:
+    """Waits until nothing moves, and returns the bytes read from the disk until then."""
+    last, since = -1, time.perf_counter()
+    while time.perf_counter() - since < 0.3:
+        now = model.stats()["totals"]["disk_bytes"]
+        if now != last:
+            last, since = now, time.perf_counter()
+        time.sleep(0.02)
+    return last
+
+
+def seconds_resident(context: Context, ids: torch.Tensor) -> float:
+    source = context.disk_source
+    room = shapes.blocks(int(source.sizes.model_bytes * 1.02) + GIB // 8)
+    with open_streamed(context, source, device_memory=room, host_memory=512 * MIB) as model:
+        timed_passes(model, ids, 2)
+        return timed_passes(model, ids, 5) / 5
+
+
+def rates_of(context: Context, units: list[Any], compute_s: float) -> Any:
+    """What the simulator is told: the ceilings of the whole run."""
+    from wsm_ext import _engine
+
+    rates = _engine.Rates()
+    rates.disk_bytes_per_s = context.disk_ceiling().best["GB_per_s"] * GB
+    rates.h2d_bytes_per_s = context.link_ceiling().median * GB
+    rates.host_computes = context.device.type == "cpu"
+    layers = [shapes.is_layer(unit.name) for unit in units]
+    rates.compute_s = [compute_s / sum(layers) if layer else 0.0 for layer in layers]
+    return rates
+
+
+def run_share(
+    context: Context, share: int, ids: torch.Tensor, watcher: Watcher
+) -> tuple[dict[str, Any], Any, list[Any]]:
+    """What was measured, the plan as the simulator takes it, and its units."""
+    arguments, source = context.arguments, context.disk_source
+    arena = int(2 * source.sizes.layer_place_bytes)
+    staging = arguments.staging
+    # A little more than the model, so that every chunk's last page finds its place.
+    cache = source.sizes.model_bytes * share // 100
+    if share == 100:
+        cache = shapes.host_bytes(source.sizes, 0)
+    config: dict[str, Any] = {"arena_bytes": arena, "home_bytes": 0, "staging_mb": staging // MIB}
+    if not cache:
+        config["cpu_cache_cap_layers"] = 0
+    coldness.make_cold(source.shards())
+    before = watcher.peak()
+    with open_streamed(
+        context,
+        source,
+        device_memory=shapes.blocks(arena),
+        host_memory=staging + cache,
+        config=config,
+    ) as model:
+        plan = model.plan
+        forwards(model, ids, FILLING)
+        begin_bytes = settle(model)
+        # From the end of a pass on, so that what was prefetched meanwhile gains nothing.
+        forwards(model, ids, 1)
+        seconds = timed_passes(model, ids, arguments.passes) / arguments.passes
+        read = (settle(model) - begin_bytes) / (arguments.passes + 1)
+        peak = watcher.peak()
+        budget = {"host_bytes": plan.host_budget_bytes, "device_bytes": plan.device_budget_bytes}
+        if context.device.type == "cpu":  # both are RAM
+            budget = {"host_bytes": sum(budget.values())}
+        taken = {key: peak[key] - before[key] for key in budget}
+        run = {
+            "share": share,
+            "seconds_per_pass": seconds,
+            "plan_disk_bytes": plan.disk_home_bytes,
+            "plan_streamed_bytes": plan.host_home_bytes + plan.disk_home_bytes,
+            "read_bytes_per_pass": read,
+            "to_the_byte": read == plan.disk_home_bytes,
+            "memory_taken": taken,
+            "memory_budget": budget,
+            "within_budget": all(taken[key] <= budget[key] + MEMORY_SLACK for key in budget),
+        }
+        return run, model._planned, plan.units
+
+
+def judge(run: dict[str, Any], planned: Any, rates: Any, compute_s: float) -> dict[str, Any]:
+    """The run beside the largest of its floors, and beside what the simulator says."""
+    from wsm_ext import _engine
+
+    floors = {
+        "disk_s": run["plan_disk_bytes"] / rates.disk_bytes_per_s,
+        "h2d_s": run["plan_streamed_bytes"] / rates.h2d_bytes_per_s,
+        "compute_s": compute_s,
+    }
+    lru = _engine.simulate(planned, rates, policy="lru")
+    return {
+        **run,
+        "floors": floors,
+        "ratio": run["seconds_per_pass"] / max(floors.values()),
+        "simulated_s": _engine.simulate(planned, rates).pass_seconds,
+        "simulated_lru_s": lru.pass_seconds,
+        "simulated_lru_disk_bytes": lru.disk_bytes,
+    }
+
+
+def print_runs(runs: list[dict[str, Any]]) -> None:
+    header = ("in RAM", "s/pass", "disk", "link", "compute", "ratio", "simulated", "LRU", "bytes")
+    rows = []
+    for run in runs:
+        floors = run["floors"]
+        rows.append(
+            (
+                f"{run['share']} %",
+                f"{run['seconds_per_pass']:.3f}",
+                *(f"{floors[key]:.3f}" for key in ("disk_s", "h2d_s", "compute_s")),
+                f"{run['ratio']:.3f}",
+                f"{run['simulated_s']:.3f}",
+                f"{run['simulated_lru_s']:.3f}",
+                "the plan's" if run["to_the_byte"] else f"{run['read_bytes_per_pass']:.0f} !",
+            )
+        )
+    harness.print_table("time of a pass (s) by the share of the model in RAM", header, rows)
+    for run in runs:
+        if not run["within_budget"]:
+            print(f"  {run['share']} %: memory {run['memory_taken']} of {run['memory_budget']}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="the checkpoint, on a disk")
+    parser.add_argument("--preset", default="70b")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--shards", type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", default="1x2048", help="BATCHxTOKENS")
+    parser.add_argument("--passes", type=int, default=10)
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="percent in RAM")
+    parser.add_argument("--staging", type=int, default=512 * MIB, help="bytes")
+    parser.add_argument("--bench-read", type=Path, default=Path("build/release/bench/bench_read"))
+    parser.add_argument("--bytes-per-cell", type=int, default=GIB)
+    parser.add_argument("--read-grid", default="small", choices=("small", "full"))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    # What the shared context asks for, and is not varied here.
+    arguments.reader, arguments.direct, arguments.units = "auto", "auto", "layer"
+    arguments.lookahead = arguments.chunk_mb = None
+    arguments.disk_folder = arguments.disk_layers = None
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(argv)
+    context = Context(arguments)
+    ids = context.ids(*parse_shapes(arguments.shape)[0])
+    compute_s = seconds_resident(context, ids)
+    link = context.link_ceiling()
+    measured = []
+    with Watcher(context.device) as watcher:
+        for share in map(int, arguments.shares.split(",")):
+            context.disk_ceiling().sample()
+            link.sample(1)
+            measured.append(run_share(context, share, ids, watcher))
+            seconds = measured[-1][0]["seconds_per_pass"]
+            print(f"  {share} % in RAM: {seconds:.3f} s a pass", flush=True)
+        context.disk_ceiling().sample()
+    runs = [
+        judge(run, planned, rates_of(context, units, compute_s), compute_s)
+        for run, planned, units in measured
+    ]
+    print_runs(runs)
+    if arguments.json:
+        results = {
+            "runs": runs,
+            "disk": context.disk_ceiling().best,
+            "link": harness.summary(link.gb_per_s),
+            "compute_s": compute_s,
+        }
+        record = harness.result("budgets", arguments.shape, context.device, results)
+        record["checkpoint"] = {"preset": arguments.preset, "layers": arguments.layers}
+        harness.write_results(arguments.json, [record])
+    return 0 if all(run["to_the_byte"] and run["within_budget"] for run in runs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
