@@ -345,6 +345,10 @@ def test_what_a_backward_cannot_use_is_an_error(
     with pytest.raises(RuntimeError, match="version"):
         inner[0].sum().backward()
     loss = streamed.module.layers[0](x).sum()
+    streamed.resize(device_memory=LAYER * 4)
+    with pytest.raises(RuntimeError, match="closed or resized"):
+        loss.backward()
+    loss = streamed.module.layers[0](x).sum()
     streamed.close()
     with pytest.raises(RuntimeError, match="closed or resized"):
         loss.backward()

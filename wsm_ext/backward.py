@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .compiling import never_compiled
 from .passes import Passes, current_task
 from .streamed_unit import StreamedUnit
 from .tensors import tensors_in
@@ -52,6 +53,7 @@ class Backward:
     # -- in the forward ----------------------------------------------------------------------------
 
     @staticmethod
+    @never_compiled
     def nodes_of(values: Any) -> dict[Any, None]:
         """The nodes that made these tensors, and those that they are views of."""
         nodes: dict[Any, None] = {}
@@ -64,6 +66,7 @@ class Backward:
                     nodes[node] = None
         return nodes
 
+    @never_compiled
     def expect(self, nodes: Iterable[Any], chain: tuple[int, ...]) -> None:
         """Before any of the nodes runs, take the last unit of the chain, and those it lies in."""
         for node in nodes:
@@ -74,6 +77,7 @@ class Backward:
 
     # -- in the backward ---------------------------------------------------------------------------
 
+    @never_compiled
     def _before_nodes(self, chain: tuple[int, ...], *_: Any) -> None:
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -129,10 +133,12 @@ class Backward:
     def under_way(self) -> bool:
         return bool(self._chains)
 
+    @never_compiled
     def before_forward(self, unit: int) -> None:
         """Gives back what cannot be there beside the unit."""
         self._make_way(unit)
 
+    @never_compiled
     def keep(self, unit: int) -> None:
         """Holds the unit of a forward that ends now, for nodes that were not announced: those of a
         checkpoint whose values left it by another way than its outputs."""
@@ -141,6 +147,7 @@ class Backward:
         if unit not in wanted and not self._any_overlaps(unit, wanted):
             self._hold(unit)
 
+    @never_compiled
     def resume(self, active: Sequence[int]) -> None:
         """Takes again what nodes need, beside the units whose forwards run."""
         if not self._chains:

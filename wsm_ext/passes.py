@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from . import _engine
+from .compiling import never_compiled
 
 
 def current_task() -> int:
@@ -46,6 +47,7 @@ class Passes:
         finally:
             self._give_turn()
 
+    @never_compiled
     def enter(self, task: int | None = None) -> None:
         """`task`: the backward that begins; it stays inside until it leaves."""
         self._take_turn()
@@ -59,6 +61,7 @@ class Passes:
         if task is not None:
             self._tasks.add(task)
 
+    @never_compiled
     def leave(self, task: int | None = None) -> None:
         if task is not None:
             self._tasks.discard(task)
@@ -69,14 +72,9 @@ class Passes:
         finally:
             self._give_turn()
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """The outermost forward says what can be done when device memory runs out."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            if self.depth > 1:
-                raise
+    def explain(self, error: torch.OutOfMemoryError) -> None:
+        """Out of the outermost forward: says what can be done when device memory runs out."""
+        if self.depth == 1:
             raise torch.OutOfMemoryError(
                 f"{error}\nThe streamed weights keep what they were given: shrink('1GiB') of the"
                 " streamed module gives device memory back, and workload=(batch, tokens) makes"

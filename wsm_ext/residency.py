@@ -18,6 +18,7 @@ from torch import nn
 
 from . import _engine
 from .backward import Backward
+from .compiling import between_graphs, break_graph, never_compiled
 from .device_memory import DeviceMemory
 from .passes import Passes, current_task
 from .placeholder import StreamedParameter
@@ -176,6 +177,7 @@ class Residency:
             self._end_lingering()
             self._lingering = (index, stream)
 
+    @never_compiled
     def own(self, values: Any) -> Any:
         """The values, with copies of those that lie in the arena."""
 
@@ -190,11 +192,13 @@ class Residency:
         with torch.inference_mode(False):
             return map_tensors(lambda t: t.clone() if in_arena(t) else t, values)
 
+    @never_compiled
     def _end_lingering(self) -> None:
         if self._lingering is not None:
             (index, stream), self._lingering = self._lingering, None
             self._streamed[index].give(stream)
 
+    @never_compiled
     def _leave(self) -> None:
         try:
             self._end_lingering()
@@ -211,6 +215,7 @@ class Residency:
                 stacklevel=6,
             )
 
+    @never_compiled
     def _check_frozen(self, names: Iterable[str] | None = None) -> None:
         """Raise where a parameter of the base is to be trained: its changes would be lost."""
         for name in self._placed if names is None else names:
@@ -239,8 +244,7 @@ class Residency:
         active = self._active
 
         def loaded(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_dynamo_compiling():
-                torch._dynamo.graph_break(msg=_GRAPH_BREAK)
+            break_graph()
             known: dict[Any, None] = {}
             passes.enter()
             try:
@@ -272,23 +276,24 @@ class Residency:
                 self._leave()
             return result
 
-        return _outside_graphs(loaded)
+        return between_graphs(loaded)
 
     def _wrap_ancestors(self, module: nn.Module, holders: set[int]) -> None:
         passes = self.passes
 
         def within_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
             def entered(*args: Any, **kwargs: Any) -> Any:
-                if torch.compiler.is_dynamo_compiling():
-                    torch._dynamo.graph_break(msg=_GRAPH_BREAK)
+                break_graph()
                 passes.enter()
                 try:
-                    with passes.explained():
-                        return forward(*args, **kwargs)
+                    return forward(*args, **kwargs)
+                except torch.OutOfMemoryError as error:
+                    passes.explain(error)
+                    raise
                 finally:
                     self._leave()
 
-            return _outside_graphs(entered)
+            return between_graphs(entered)
 
         for outer in module.modules():
             if id(outer) in holders or isinstance(outer, (nn.ModuleList, nn.ModuleDict)):
@@ -360,23 +365,3 @@ def _refuse_training(name: str) -> NoReturn:
         f" an optimizer changes in it would be lost. Call requires_grad_(False) on it, and train"
         " parameters of your own (adapters, say), added after stream()"
     )
-
-
-# Dynamo must not trace what loads weights: it may only compile what runs between. The mark lies on
-# the code, so it needs no import of torch._dynamo, which takes seconds.
-_GRAPH_BREAK = (
-    "wsm_ext loads and releases weights around this forward, which no graph can contain; compile"
-    " without fullgraph=True"
-)
-
-
-def _outside_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
-    frames = torch._C._dynamo.eval_frame
-    try:
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-        frames.set_code_exec_strategy(forward.__code__, skip)
-    except AttributeError:  # another torch
-        from torch._dynamo.eval_frame import skip_code
-
-        skip_code(forward.__code__)
-    return forward

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import _engine
+from .compiling import never_compiled
 from .placeholder import StreamedParameter
 
 # A module's parameters, the key in them, what is there while the unit is taken, and what else.
@@ -47,6 +48,7 @@ class StreamedUnit:
         """Whether the two can never be there at once."""
         return self is not other and self._begin < other._end and other._begin < self._end
 
+    @never_compiled
     def take(self, stream: int) -> None:
         self._engine.acquire(self.index, stream)
         self._taken += 1
@@ -55,6 +57,7 @@ class StreamedUnit:
         for parameters, key, placed, _ in self.swaps:
             parameters[key] = placed
 
+    @never_compiled
     def give(self, stream: int) -> None:
         self._taken -= 1
         if self._taken == 0:
