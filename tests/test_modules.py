@@ -71,6 +71,18 @@ class Nested(nn.Module):
         return x if self.inner is None else self.inner(x) + x * self.scale
 
 
+class Direct(nn.Module):
+    """What the outer one gives is what the inner one gave."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+        self.inner = Direct(depth - 1) if depth else linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x * self.scale)
+
+
 class ReadsChild(nn.Module):
     """Uses its children's weights without calling them, as Mamba does, and one both ways."""
 
@@ -170,6 +182,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "shared": Shared,
     "conditional": Conditional,
     "nested": Nested,
+    "direct": Direct,
     "reads_child": ReadsChild,
     "gives_its_weight": GivesItsWeight,
     "odd": Odd,
