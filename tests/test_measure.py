@@ -1,10 +1,7 @@
 """What is measured, and what is remembered of it. Nothing here depends on how fast anything is."""
 
-import errno
 import json
 import logging
-import os
-import threading
 import time
 
 import pytest
@@ -88,7 +85,7 @@ def test_spans_are_at_most_2_gib_and_none_of_little(tmp_path):
     little = [sparse(tmp_path / f"{i}", 31 * MIB) for i in range(3)]
     assert measure.find_spans(little) == []
     with pytest.raises(NotMeasuredError, match="less than 64"):
-        measure.measure_disk([])
+        measure.measure_disk([], Config())
 
 
 def test_spans_know_what_is_in_the_page_cache_unless_that_is_not_used(tmp_path):
@@ -98,94 +95,45 @@ def test_spans_know_what_is_in_the_page_cache_unless_that_is_not_used(tmp_path):
     assert [span.cached for span in measure.find_spans([path], "on")] == [False] * 4
 
 
-@pytest.fixture
-def disk(tmp_path, monkeypatch):
-    """Spans of a file; records how it is opened, read, and dropped from the page cache."""
-
-    class Disk:
-        path = sparse(tmp_path / "file", 96 * MIB)
-        flags, reads, dropped, refuses, error = [], [], [], None, None
-
-        def spans(self, cached=False):
-            return [Span(self.path, at * 16 * MIB, cached) for at in range(6)]
-
-    disk = Disk()
-    open_, preadv, advise = os.open, os.preadv, os.posix_fadvise
-
-    def opened(path, flags, *rest):
-        if path == disk.path:
-            if disk.refuses and flags & os.O_DIRECT:
-                raise OSError(disk.refuses, os.strerror(disk.refuses))
-            disk.flags.append(flags)
-            flags &= ~os.O_DIRECT  # wherever the tests run
-        return open_(path, flags, *rest)
-
-    def read(fd, buffers, offset):
-        if disk.error:
-            raise OSError(disk.error, os.strerror(disk.error))
-        count = preadv(fd, buffers, offset)
-        disk.reads.append((offset, count))
-        return count
-
-    def advised(fd, offset, size, advice):
-        disk.dropped.append(offset)
-        advise(fd, offset, size, advice)
-
-    monkeypatch.setattr(measure.os, "open", opened)
-    monkeypatch.setattr(measure.os, "preadv", read)
-    monkeypatch.setattr(measure.os, "posix_fadvise", advised)
-    return disk
+@pytest.mark.parametrize("direct", ["auto", "off"])
+def test_the_engines_reader_reads_the_spans(tmp_path, direct):
+    path = sparse(tmp_path / "file", 64 * MIB)
+    assert measure.measure_disk(measure.find_spans([path]), Config(direct=direct)) > 0
 
 
-def test_cold_spans_are_read_past_the_page_cache_each_block_once(disk):
-    assert measure.measure_disk(disk.spans()) > 0
-    assert [flags & os.O_DIRECT for flags in disk.flags] == [os.O_DIRECT]
-    assert disk.dropped == []
-    offsets = sorted(offset for offset, _ in disk.reads)
-    assert len(set(offsets)) == len(offsets)
-    assert offsets[0] == 0
-    assert sum(count for _, count in disk.reads) <= 96 * MIB
+def test_all_spans_are_asked_for_with_the_settings_that_the_engine_gets(tmp_path, monkeypatch):
+    files = [sparse(tmp_path / f"{i}", 48 * MIB) for i in range(2)]
+    spans, asked = measure.find_spans(files), []
+
+    def seen(paths, pieces, options, seconds):
+        asked.append((paths, pieces, options))
+        return 5e9
+
+    monkeypatch.setattr(_engine, "time_reads", seen)
+    assert measure.measure_disk(spans, Config(direct="on", reader="pread", read_threads=3)) == 5e9
+    ((paths, pieces, options),) = asked
+    assert [(paths[file], offset) for file, offset, _ in pieces] == [
+        (str(span.path), span.offset) for span in spans
+    ]
+    assert {size for _, _, size in pieces} == {16 * MIB}
+    assert (options.direct, options.reader) == (_engine.DirectMode.on, _engine.ReaderChoice.pread)
+    assert (options.read_threads, options.read_timeout_s) == (3, 10)
 
 
-@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_where_direct_reads_are_refused_reads_are_buffered_and_leave_nothing(disk, error):
-    disk.refuses = error
-    assert measure.measure_disk(disk.spans()) > 0
-    assert [flags & os.O_DIRECT for flags in disk.flags] == [0]
-    assert sorted(disk.dropped) == sorted(offset for offset, _ in disk.reads) != []
+@pytest.mark.parametrize("error", [OSError(5, "gone"), TimeoutError("silent"), MemoryError("full")])
+def test_reads_that_fail_are_no_measurement(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(_engine, "time_reads", fail)
+    spans = [Span(tmp_path / "file", 0, False)]
+    with pytest.raises(NotMeasuredError, match=r"reading failed: .*(gone|silent|full)"):
+        measure.measure_disk(spans, Config())
 
 
-def test_what_is_in_the_page_cache_is_read_there_and_stays(disk):
-    measure.measure_disk(disk.spans(cached=True))
-    assert [flags & os.O_DIRECT for flags in disk.flags] == [0]
-    assert disk.reads
-    assert disk.dropped == []
-
-
-def test_direct_off_is_obeyed_and_direct_on_is_not_replaced(disk):
-    measure.measure_disk(disk.spans(), "off")
-    assert [flags & os.O_DIRECT for flags in disk.flags] == [0]
-    disk.refuses = errno.EINVAL
-    with pytest.raises(NotMeasuredError, match="reading failed"):
-        measure.measure_disk(disk.spans(), "on")
-
-
-def test_a_read_that_fails_is_no_measurement(disk):
-    disk.error = errno.EIO
-    with pytest.raises(NotMeasuredError, match=r"reading failed.*Input/output"):
-        measure.measure_disk(disk.spans())
-
-
-def test_a_drive_that_does_not_answer_is_not_waited_for(disk, monkeypatch):
-    answer = threading.Event()
-    monkeypatch.setattr(measure, "_READ_SECONDS", 0.01)
-    monkeypatch.setattr(measure, "_PATIENCE_S", 0.05)
-    monkeypatch.setattr(measure.os, "preadv", lambda *_: answer.wait(60) and 0)
-    try:
-        with pytest.raises(NotMeasuredError, match="have not ended"):
-            measure.measure_disk(disk.spans())
-    finally:
-        answer.set()
+def test_a_file_that_is_gone_is_no_measurement(tmp_path):
+    with pytest.raises(NotMeasuredError, match=r"reading failed.*gone"):
+        measure.measure_disk([Span(tmp_path / "gone", 0, False)], Config())
 
 
 # -- one layer -------------------------------------------------------------------------------------
@@ -422,7 +370,7 @@ class Machine:
         self.counts["link"] += 1
         return Link(20e9, 1e-6)
 
-    def disk(self, spans, direct):
+    def disk(self, spans, config):
         self.counts["disk"] += 1
         return 8e9 if spans[0].cached else 2e9
 
@@ -459,7 +407,9 @@ def test_another_file_system_or_workload_or_model_is_measured(machine):
     assert machine.gather(workload=(1, 9)).compute_source == "measured"
     assert machine.gather(nn.Identity()).compute_source == "measured"
     assert machine.gather(direct="off").disk.source == "measured"
-    assert machine.counts == {"link": 1, "disk": 3, "layer": 3}
+    assert machine.gather(reader="pread").disk.source == "measured"
+    assert machine.gather(read_threads=3).disk.source == "measured"
+    assert machine.counts == {"link": 1, "disk": 5, "layer": 3}
 
 
 def test_another_machine_or_version_is_measured(machine, monkeypatch):

@@ -131,3 +131,9 @@ def in_page_cache(fd: int, offset: int, bytes: int) -> bool: ...
 def time_copies(
     cuda_index: int, target: int, target_bytes: int, source_bytes: int, sizes: Sequence[int]
 ) -> list[float]: ...
+def time_reads(
+    paths: Sequence[str],
+    spans: Sequence[tuple[int, int, int]],
+    options: EngineOptions,
+    seconds: float,
+) -> float: ...

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from . import _engine
 from .sizes import format_bytes, parse_bytes
 
 _MIB = 1 << 20
@@ -207,6 +208,18 @@ def make_limits(
         "lookahead_units": lookahead,
         "read_ahead_bytes": limits.read_ahead(lookahead),
     }, limits.warnings
+
+
+def engine_options(config: Config) -> _engine.EngineOptions:
+    """The settings that the engine itself takes."""
+    options = _engine.EngineOptions()
+    options.reader = getattr(_engine.ReaderChoice, config.reader)
+    options.direct = getattr(_engine.DirectMode, config.direct)
+    options.read_threads = config.read_threads or 0
+    options.read_timeout_s = config.read_timeout_s
+    options.poison = config.poison
+    options.verbose = config.verbose
+    return options
 
 
 @dataclass

@@ -5,14 +5,11 @@ one layer computes. Each takes about half a second; `rates` decides what is meas
 from __future__ import annotations
 
 import copy
-import errno
 import inspect
-import mmap
 import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from torch import nn
 
 from . import _engine
 from .budgets import device_available
+from .config import Config, engine_options
 from .device_memory import allocate
 from .sizes import format_bytes
 from .units import Unit, find_units
@@ -35,7 +33,6 @@ _LEAST_SPANS = 4  # fewer are read too soon to tell anything
 _MOST_READ_BYTES = 2048 * _MIB
 _READ_SECONDS = 0.6
 _PATIENCE_S = 10
-_READS_IN_FLIGHT = 16
 _SMALL_VOCABULARY = 1024
 _COMPUTE_SECONDS = 1.0
 _PROBE_TOKENS = 16
@@ -136,98 +133,22 @@ def _cached(path: Path, offset: int) -> bool:
         os.close(fd)
 
 
-def measure_disk(spans: Sequence[Span], direct: str = "auto") -> float:
-    """Bytes per second at which the spans are read: past the page cache (O_DIRECT) where they are
-    not in it and the files allow it, else through it. At most about 0.6 s.
+def measure_disk(spans: Sequence[Span], config: Config) -> float:
+    """Bytes per second at which the spans are read, by the readers that the engine would take: past
+    the page cache where they are not in it, else through it. About 0.6 s at most.
 
     Raises NotMeasuredError where a read fails, or there is nothing to read.
     """
     if not spans:
         raise NotMeasuredError(NOTHING_TO_READ)
-    buffered = direct == "off" or all(span.cached for span in spans)
+    paths = list(dict.fromkeys(span.path for span in spans))
+    options = engine_options(config)
+    options.read_timeout_s = min(options.read_timeout_s, _PATIENCE_S)
+    pieces = [(paths.index(span.path), span.offset, _SPAN_BYTES) for span in spans]
     try:
-        if not buffered:
-            try:
-                return _Readers(spans, direct=True).run()
-            except OSError as error:
-                if direct == "on" or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
-        return _Readers(spans, direct=False).run()
-    except OSError as error:
+        return _engine.time_reads([str(path) for path in paths], pieces, options, _READ_SECONDS)
+    except (OSError, MemoryError, _engine.EngineError) as error:  # a TimeoutError is an OSError
         raise NotMeasuredError(f"reading failed: {error}") from error
-
-
-class _Readers:
-    """Threads that read blocks in turn, as the engine's readers do, until the time is over."""
-
-    def __init__(self, spans: Sequence[Span], direct: bool) -> None:
-        cores = os.cpu_count() or 1
-        self._direct = direct
-        self._block = 256 << 10 if direct and cores >= 8 else _MIB
-        self._threads = _READS_IN_FLIGHT if direct else min(cores, _READS_IN_FLIGHT)
-        self._spans = spans
-        self._lock = threading.Lock()
-        self._read_bytes = 0
-        self._error: OSError | None = None
-        self._deadline = 0.0
-
-    def run(self) -> float:
-        flags = os.O_RDONLY | (os.O_DIRECT if self._direct else 0)
-        files: dict[Path, int] = {}
-        try:
-            for span in self._spans:
-                if span.path not in files:
-                    files[span.path] = os.open(span.path, flags)
-            rate = self._read(files)
-        except NotMeasuredError:
-            files.clear()  # a thread still reads: its files stay open
-            raise
-        finally:
-            for fd in files.values():
-                os.close(fd)
-        return rate
-
-    def _read(self, files: dict[Path, int]) -> float:
-        blocks = self._blocks(files)
-        begin = time.perf_counter()
-        self._deadline = begin + _READ_SECONDS
-        # Daemons: a drive that does not answer must not hold up the end of the process.
-        threads = [
-            threading.Thread(target=self._work, args=(blocks,), daemon=True)
-            for _ in range(self._threads)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, self._deadline + _PATIENCE_S - time.perf_counter()))
-            if thread.is_alive():
-                raise NotMeasuredError(f"reads have not ended in {_PATIENCE_S} s")
-        seconds = time.perf_counter() - begin
-        if self._error is not None:
-            raise self._error
-        return self._read_bytes / seconds
-
-    def _blocks(self, files: dict[Path, int]) -> Iterator[tuple[int, int, bool]]:
-        for span in self._spans:
-            for offset in range(span.offset, span.offset + _SPAN_BYTES, self._block):
-                yield files[span.path], offset, span.cached
-
-    def _work(self, blocks: Iterator[tuple[int, int, bool]]) -> None:
-        with mmap.mmap(-1, self._block) as buffer:
-            while time.perf_counter() < self._deadline and self._error is None:
-                with self._lock:
-                    fd, offset, cached = next(blocks, (-1, 0, False))
-                if fd < 0:
-                    return
-                try:
-                    count = os.preadv(fd, [buffer], offset)
-                    if not self._direct and not cached:  # evict nothing that others use
-                        os.posix_fadvise(fd, offset, self._block, os.POSIX_FADV_DONTNEED)
-                except OSError as error:
-                    self._error = error
-                    return
-                with self._lock:
-                    self._read_bytes += count
 
 
 # -- one layer's compute ---------------------------------------------------------------------------

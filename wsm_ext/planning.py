@@ -24,7 +24,10 @@ _CPU_DEVICE_SHARE = 0.85
 # Where nobody says what activations and the KV cache need, they get the rest.
 _CUDA_DEVICE_SHARE = 0.85
 # Finer units mean more hooks and log lines: they must shorten the pass to this at least.
-_FINER_IS_WORTH = 0.95
+_FINER_IS_WORTH = 0.98
+# Of the time that a unit's bytes take over the link: what its forward is taken to compute, where
+# nobody knows. Without any, nothing would speak for loading ahead.
+_ASSUMED_COMPUTE = 0.2
 
 # What the machine gives, for the units of a plan.
 RatesOf = Callable[[list[Unit], Source], _engine.Rates]
@@ -126,9 +129,11 @@ class Planner:
         budgets: Budgets,
         rates_of: RatesOf | None = None,
         kept_cache: _engine.KeptCache | None = None,
+        before: Planned | None = None,
     ) -> Planned:
         """The plan with the shortest pass; "auto" takes finer units where they pay.
 
+        The units stay those of `before` where they can: of others, the host cache holds little.
         Raises ValueError naming the least budget, where none of the units fits.
         """
         best: tuple[float, Planned] | None = None
@@ -136,16 +141,16 @@ class Planner:
         for index in range(len(self._modes)):
             try:
                 units, source = self._units(index)
-                rates = None if rates_of is None else rates_of(units, source)
+                rates = _rates(units, source, rates_of)
                 planned = self._plan_units(index, budgets, rates, kept_cache)
             except ValueError as error:
                 refused = refused or error
                 continue
-            seconds = _engine.simulate(planned.plan, rates or _engine.Rates()).pass_seconds
+            seconds = _engine.simulate(planned.plan, rates).pass_seconds
             if best is None or seconds < best[0] * _FINER_IS_WORTH:
                 best = (seconds, planned)
-            if seconds == 0 or not streams(planned.plan):
-                break
+            if not streams(planned.plan) or (before is not None and before.mode == planned.mode):
+                return planned
         if best is None:
             assert refused is not None
             raise refused
@@ -187,7 +192,7 @@ class Planner:
         self,
         index: int,
         budgets: Budgets,
-        rates: _engine.Rates | None,
+        rates: _engine.Rates,
         kept_cache: _engine.KeptCache | None,
     ) -> Planned:
         units, source = self._units(index)
@@ -232,6 +237,15 @@ class Planner:
 def streams(plan: _engine.PlannedModel) -> bool:
     """Whether anything passes through the arena."""
     return plan.host_home_bytes + plan.disk_home_bytes > 0
+
+
+def _rates(units: list[Unit], source: Source, rates_of: RatesOf | None) -> _engine.Rates:
+    """What plans are compared by."""
+    rates = _engine.Rates() if rates_of is None else rates_of(units, source)
+    if not rates.compute_s:
+        sizes = [sum(source.tensors[t][1] for t in unit_tensors(unit, source)) for unit in units]
+        rates.compute_s = [_ASSUMED_COMPUTE * size / rates.h2d_bytes_per_s for size in sizes]
+    return rates
 
 
 def _unit_specs(units: list[Unit], source: Source) -> list[tuple[str, str, list[int], bool]]:

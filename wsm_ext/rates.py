@@ -125,7 +125,7 @@ def gather(
     except NotMeasuredError as error:
         h2d = Rate(h2d.bytes_per_s, h2d.source, str(error))
     try:
-        disk = _disk(known, paths, config.direct) if paths else _memory(known)
+        disk = _disk(known, paths, config) if paths else _memory(known)
     except NotMeasuredError as error:
         disk = Rate(assumed.disk.bytes_per_s, "default", str(error))
     compute, source, note = compute_at(module, device, workload)
@@ -195,10 +195,10 @@ def _memory(known: Measurements) -> Rate:
     return Rate(link.bytes_per_s, source, "the weights lie in RAM")
 
 
-def _disk(known: Measurements, paths: Sequence[Path], direct: str) -> Rate:
+def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> Rate:
     """Of what is in the page cache and what is not, each by its own rate, as the bytes divide."""
     try:
-        spans = measure.find_spans(paths, direct)
+        spans = measure.find_spans(paths, config.direct)
     except OSError as error:
         raise NotMeasuredError(str(error)) from error
     if not spans:
@@ -208,7 +208,7 @@ def _disk(known: Measurements, paths: Sequence[Path], direct: str) -> Rate:
     for cached in (False, True):
         part = [span for span in spans if span.cached == cached]
         if part:
-            rate, source = _disk_part(known, part, direct)
+            rate, source = _disk_part(known, part, config)
             seconds_per_byte += len(part) / len(spans) / rate
             sources.append(source)
     share = sum(span.cached for span in spans) / len(spans)
@@ -216,15 +216,20 @@ def _disk(known: Measurements, paths: Sequence[Path], direct: str) -> Rate:
     return Rate(1 / seconds_per_byte, "measured" if "measured" in sources else "cached", note)
 
 
-def _disk_part(known: Measurements, spans: Sequence[Span], direct: str) -> tuple[float, str]:
-    kind = "page cache" if spans[0].cached else f"disk (direct {direct})"
+def _disk_part(known: Measurements, spans: Sequence[Span], config: Config) -> tuple[float, str]:
+    kind = "page cache" if spans[0].cached else _how(config)
     mounts = sorted({file_system(span.path) for span in spans})
     return _remembered(
         known,
         key_of(kind, *mounts),
-        lambda: measure.measure_disk(spans, direct),
+        lambda: measure.measure_disk(spans, config),
         _positive,
     )
+
+
+def _how(config: Config) -> str:
+    threads = "" if config.read_threads is None else f", {config.read_threads} threads"
+    return f"disk (direct {config.direct}, reader {config.reader}{threads})"
 
 
 def _positive(value: Any) -> float:

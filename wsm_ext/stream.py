@@ -14,7 +14,7 @@ from torch import nn
 from . import _engine, sources
 from .buffers import Buffers
 from .checkpoint import Checkpoint
-from .config import Config
+from .config import Config, engine_options
 from .device_memory import DeviceMemory
 from .plan import Plan
 from .planning import Budgets, Planned, Planner, RatesOf, streams
@@ -114,6 +114,7 @@ class StreamedModule(nn.Module):
         # What computing is measured at: sizes that the user stated.
         stated = not (workload is None or callable(workload) or isinstance(workload, Usual))
         self._sizes: Sizes | None = workload if stated else None  # type: ignore[assignment]
+        self._made: Planned | None = None
         self._memory: DeviceMemory | None = None
         self._carried_passes = 0  # of the engines before this one
         self._carried: dict[str, Any] = {}
@@ -151,7 +152,7 @@ class StreamedModule(nn.Module):
         """Plans and starts; with less, where the device has less memory than it said."""
         kept = None if before is None else before.kept_cache()
         self._measure(budgets)
-        planned = self._planner.plan(budgets, self._rates_of, kept)
+        planned = self._plan_within(budgets, kept)
         asked = budgets.device_bytes
         for _ in range(_MOST_TRIES):
             try:
@@ -161,7 +162,7 @@ class StreamedModule(nn.Module):
                 break
             except torch.OutOfMemoryError as error:
                 budgets.device_bytes = int(budgets.device_bytes * _LESS)
-                planned = self._planner.plan(budgets, self._rates_of, kept)
+                planned = self._plan_within(budgets, kept)
                 planned.warnings.append(
                     f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
                     f" planned again with {format_bytes(budgets.device_bytes)}"
@@ -171,6 +172,10 @@ class StreamedModule(nn.Module):
         self._memory = memory
         self._set_plan(planned, budgets)
         self._start(progress, before)
+
+    def _plan_within(self, budgets: Budgets, kept: _engine.KeptCache | None) -> Planned:
+        before = self._made if self._made is not None and streams(self._made.plan) else None
+        return self._planner.plan(budgets, self._rates_of, kept, before)
 
     @property
     def _rates_of(self) -> RatesOf | None:
@@ -186,6 +191,7 @@ class StreamedModule(nn.Module):
             self._rates = gather(self.module, files, self._device, self._config, self._sizes)
 
     def _set_plan(self, planned: Planned, budgets: Budgets) -> None:
+        self._made = planned
         self._units, self._source, self._planned = planned.units, planned.source, planned.plan
         predicted = None
         if self._rates is not None and streams(planned.plan):
@@ -207,7 +213,7 @@ class StreamedModule(nn.Module):
             homes,
             self._source.memory,
             current_stream(),
-            _engine_options(self._config),
+            engine_options(self._config),
             before,
         )
         # Before torch and the driver are torn down, should nobody close it.
@@ -265,7 +271,7 @@ class StreamedModule(nn.Module):
         with self._residency.passes.between():
             held = self._memory_held()
             budgets = Budgets(self._device, *asked, self._config, self._activation_bytes, held)
-            self._planner.plan(budgets, self._rates_of, self._engine.kept_cache())  # may refuse
+            self._plan_within(budgets, self._engine.kept_cache())  # may refuse
             self._carry_counters()
             if self._source.in_ram:
                 self._restart_from_ram(budgets, progress)
@@ -554,14 +560,3 @@ def _open(checkpoint: CheckpointLike | None) -> Checkpoint | None:
     if checkpoint is None or isinstance(checkpoint, Checkpoint):
         return checkpoint
     return Checkpoint.open(checkpoint)
-
-
-def _engine_options(config: Config) -> _engine.EngineOptions:
-    options = _engine.EngineOptions()
-    options.reader = getattr(_engine.ReaderChoice, config.reader)
-    options.direct = getattr(_engine.DirectMode, config.direct)
-    options.read_threads = config.read_threads or 0
-    options.read_timeout_s = config.read_timeout_s
-    options.poison = config.poison
-    options.verbose = config.verbose
-    return options

@@ -15,6 +15,7 @@
 
 #include "device/device.h"
 #include "engine/engine.h"
+#include "engine/time_reads.h"
 #include "memory/time_copies.h"
 #include "plan/best_plan.h"
 #include "plan/planner.h"
@@ -354,6 +355,16 @@ void bind_engine(py::module_& m) {
       .def_readwrite("verbose", &EngineOptions::verbose);
 
   const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "time_reads",
+      [](const std::vector<std::string>& paths,
+         const std::vector<std::tuple<uint32_t, uint64_t, uint32_t>>& pieces,
+         const EngineOptions& options, double seconds) {
+        std::vector<ReadSpan> spans;
+        for (const auto& [file, offset, bytes] : pieces) spans.push_back({file, offset, bytes});
+        return time_reads(paths, spans, options, seconds);
+      },
+      py::arg("paths"), py::arg("spans"), py::arg("options"), py::arg("seconds"), nogil);
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
            py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"),

@@ -79,7 +79,7 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
   device_->record(*records_[0].begin, allocated_on);
   device_->wait(device_->copy_stream(), *records_[0].begin);
   conductor_ = std::make_unique<Conductor>(
-      spec_, plan_, *device_, board_, shards_, make_readers(), arena, std::move(homes),
+      spec_, plan_, *device_, board_, shards_, make_readers(options_), arena, std::move(homes),
       std::move(inherited_), estate.kept,
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
@@ -108,16 +108,16 @@ void Engine::open_shards(const std::vector<const void*>& memory) {
 // Which reader is the faster for direct reads is the machine's business. On virtual disks a read is
 // submitted at a cost, one after another where one ring submits: threads submit side by side, and
 // win where there are cores for them (docs/performance.md has the figures).
-Readers Engine::make_readers() const {
-  if (options_.make_readers) return options_.make_readers();
-  check(options_.reader != ReaderChoice::kUring || options_.direct != DirectMode::kOff,
+Readers make_readers(const EngineOptions& options) {
+  if (options.make_readers) return options.make_readers();
+  check(options.reader != ReaderChoice::kUring || options.direct != DirectMode::kOff,
         "reader 'uring' does direct reads, and direct reads are off; ask for one of the two");
   const uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
   Readers readers;
   std::string uring_refused;  // why, where it was tried
-  readers.always_direct = options_.direct == DirectMode::kOn;
-  const bool asked = options_.reader != ReaderChoice::kAuto;
-  if (options_.reader == ReaderChoice::kUring || (!asked && cores < kCoresForThreads)) {
+  readers.always_direct = options.direct == DirectMode::kOn;
+  const bool asked = options.reader != ReaderChoice::kAuto;
+  if (options.reader == ReaderChoice::kUring || (!asked && cores < kCoresForThreads)) {
     readers.direct = make_uring_reader({}, &uring_refused);
     check<Error>(readers.direct || !asked,
                  "io_uring was asked for and cannot be used: ", uring_refused);
@@ -126,7 +126,7 @@ Readers Engine::make_readers() const {
   if (!readers.direct) {
     ReaderOptions threads;
     threads.block_bytes = kThreadBlockBytes;
-    if (options_.read_threads > 0) threads.depth = options_.read_threads;
+    if (options.read_threads > 0) threads.depth = options.read_threads;
     readers.direct = make_pread_reader(threads);
   }
   readers.why_direct = asked                      ? "the reader was asked for"
@@ -134,8 +134,7 @@ Readers Engine::make_readers() const {
                        : cores < kCoresForThreads ? "few cores: one ring"
                                                   : "many cores: threads submit side by side";
   ReaderOptions pool;
-  pool.depth =
-      options_.read_threads > 0 ? options_.read_threads : std::min(cores, kMostReadThreads);
+  pool.depth = options.read_threads > 0 ? options.read_threads : std::min(cores, kMostReadThreads);
   readers.pool = make_pread_reader(pool);
   return readers;
 }

@@ -49,6 +49,9 @@ struct EngineOptions {
   std::function<Readers()> make_readers;  // tests: instead of the real ones
 };
 
+// The readers that these options ask for; throws where they cannot be had.
+Readers make_readers(const EngineOptions& options);
+
 // Memory as really taken, now; nothing is freed before `close`, so now is the peak too.
 struct MemoryUse {
   uint64_t host_bytes = 0;         // host cache and staging ring, as mapped
@@ -142,7 +145,6 @@ class Engine {
   void sum_ended_passes();
 
   void open_shards(const std::vector<const void*>& memory);
-  Readers make_readers() const;
   void check_usable() const;
   void throw_kept_error();
   void wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit, const Interrupt& interrupt);

@@ -1,0 +1,26 @@
+// How fast files are read: by the readers that the engine would take, each piece as the conductor
+// would route it. Blocks until the reads are done; nothing is kept.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+
+namespace wsm {
+
+// Part of a file: as large as a chunk, its ends aligned as direct reads need.
+struct ReadSpan {
+  uint32_t file = 0;  // into the paths
+  uint64_t offset = 0;
+  uint32_t bytes = 0;
+};
+
+// Bytes per second over the spans, in this order, as many as are begun within `seconds`. Throws
+// IoError where a file cannot be read, TimeoutError where nothing moves for
+// `options.read_timeout_s`, InvalidArgument for no spans or one without a file.
+double time_reads(const std::vector<std::string>& paths, const std::vector<ReadSpan>& spans,
+                  const EngineOptions& options, double seconds);
+
+}  // namespace wsm

@@ -1,0 +1,77 @@
+#include "engine/time_reads.h"
+
+#include <gtest/gtest.h>
+
+#include "support/temp_file.h"
+#include "util/check.h"
+
+namespace wsm {
+namespace {
+
+using testing::TempFolder;
+using testing::write_pattern_file;
+
+constexpr uint32_t kSpan = 1 << 20;
+
+std::vector<ReadSpan> spans_of(uint32_t file, uint32_t count) {
+  std::vector<ReadSpan> spans;
+  for (uint32_t i = 0; i < count; ++i) spans.push_back({file, uint64_t{i} * kSpan, kSpan});
+  return spans;
+}
+
+TEST(TimeReads, EveryReaderReadsTheSpans) {
+  TempFolder folder;
+  const std::string path = folder / "file";
+  write_pattern_file(path, 20 * kSpan);
+  for (const DirectMode direct : {DirectMode::kAuto, DirectMode::kOff}) {
+    EngineOptions options;
+    options.direct = direct;
+    EXPECT_GT(time_reads({path}, spans_of(0, 20), options, 60), 0);
+  }
+}
+
+TEST(TimeReads, OnlyWhatIsBegunInTimeIsRead) {
+  TempFolder folder;
+  const std::string path = folder / "file";
+  write_pattern_file(path, kSpan);
+  // All but the first lie past the end: reading them would fail.
+  EXPECT_EQ(time_reads({path}, spans_of(0, 3), {}, 0), 0);
+  EXPECT_THROW(time_reads({path}, spans_of(0, 3), {}, 60), IoError);
+}
+
+TEST(TimeReads, WhatCannotBeReadIsAnError) {
+  TempFolder folder;
+  const std::string path = folder / "file";
+  write_pattern_file(path, kSpan);
+  EXPECT_THROW(time_reads({path}, {}, {}, 1), InvalidArgument);
+  EXPECT_THROW(time_reads({path}, spans_of(1, 1), {}, 1), InvalidArgument);
+  EXPECT_THROW(time_reads({folder / "gone"}, spans_of(0, 1), {}, 1), IoError);
+}
+
+// Takes requests and never answers.
+class SilentReader final : public Reader {
+ public:
+  bool submit(const ReadRequest&) override { return true; }
+  size_t poll(std::span<ReadCompletion>) override { return 0; }
+  int ready_fd() const override { return -1; }
+  uint32_t capacity() const override { return 64; }
+  const char* name() const override { return "silent"; }
+};
+
+TEST(TimeReads, ADriveThatDoesNotAnswerIsATimeout) {
+  TempFolder folder;
+  const std::string path = folder / "file";
+  write_pattern_file(path, kSpan);
+  EngineOptions options;
+  options.read_timeout_s = 0.05;
+  options.make_readers = [] {
+    Readers readers;
+    readers.direct = std::make_unique<SilentReader>();
+    readers.pool = std::make_unique<SilentReader>();
+    return readers;
+  };
+  EXPECT_THROW(time_reads({path}, spans_of(0, 1), options, 1), TimeoutError);
+}
+
+}  // namespace
+}  // namespace wsm
