@@ -370,6 +370,7 @@ class TestConversions:
             device="cpu",
             device_memory=14 * MIB,
             host_memory=8 * MIB,
+            units="layer",
             config=config,
         ) as made:
             assert made.plan.device_home_bytes > 0
