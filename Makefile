@@ -24,7 +24,7 @@ help:
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
 	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
 
-$(READY): requirements-dev.txt scripts/setup.sh
+$(READY): requirements-dev.txt requirements-dev-nodeps.txt scripts/setup.sh
 	scripts/setup.sh
 	@touch $@
 

@@ -142,8 +142,9 @@ class Pipeline {
         plan_(make_plan(spec_,
                         with_arena(settings.limits, settings.unit_bytes, settings.arena_units))),
         target_(settings.on_cuda, plan_.arena_bytes),
-        engine_(spec_, plan_, settings.on_cuda ? make_cuda_device(0) : make_host_device(),
-                target_.data(), nullptr, {nullptr}, target_.stream(), settings.options) {}
+        engine_(spec_, plan_,
+                Estate{.device = settings.on_cuda ? make_cuda_device(0) : make_host_device()},
+                target_.data(), {}, {nullptr}, target_.stream(), settings.options) {}
 
   // Acquire and release of every unit, `passes` times; seconds until the device has ended.
   double run(uint64_t passes) {

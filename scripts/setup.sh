@@ -67,5 +67,6 @@ python_has 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   fail "Python 3.10 or newer is needed, and $python is $("$python" -V 2>&1); name another by PYTHON="
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-dev-nodeps.txt
 install_cuda_runtime
 echo "setup: .venv is ready"

@@ -199,7 +199,7 @@ def interrupted_while_waiting(_: Path) -> None:
     threading.Thread(target=press_ctrl_c).start()
     with pytest.raises(KeyboardInterrupt) as stopped:
         result(streamed)
-    assert stopped.traceback[-1].path.name == "residency.py"  # in the wait itself
+    assert stopped.traceback[-1].path.name == "streamed_unit.py"  # in the wait itself
     pages.bring_back()
     for seed in (3, 4):
         assert torch.equal(result(streamed, seed), result(resident(), seed))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -285,12 +287,13 @@ def test_a_parameter_touched_outside_its_forward_raises(net: Net, folder: Path) 
         for touch in (
             lambda: weight + 1,
             lambda: weight.sum(),
-            lambda: weight.data,
+            lambda: weight.data + 1,
             lambda: weight.numpy(),
             lambda: weight.data_ptr(),
             lambda: weight[0],
             lambda: streamed.state_dict(),
-            lambda: streamed.module.state_dict(),
+            lambda: streamed.module.state_dict()["layers.2.mlp.0.bias"].sum(),
+            lambda: weight.untyped_storage(),
             lambda: torch.nn.functional.linear(torch.ones(1, 384), weight),
         ):
             with pytest.raises(RuntimeError, match="fetch"):
@@ -300,36 +303,6 @@ def test_a_parameter_touched_outside_its_forward_raises(net: Net, folder: Path) 
         )
         with pytest.raises(KeyError, match="nothing"):
             streamed.fetch("nothing")
-
-
-def test_a_parameter_read_by_an_enclosing_module_is_loaded_on_demand(
-    device: torch.device, net: Net, folder: Path
-) -> None:
-    class Reads(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x) + self.inner.layers[6].self_attn.weight.sum()
-
-    empty = Reads(on_meta(net))
-    save(Reads(net), folder.parent / "reads")
-    with (
-        wsm.stream(empty, folder.parent / "reads", device=device, **options("disk")) as streamed,
-        pytest.warns(UserWarning, match=r"layers\.6\.self_attn\.weight"),
-    ):
-        check(streamed, Reads(net), device, passes=1)
-
-
-def test_inputs_that_require_grad_raise(net: Net, folder: Path) -> None:
-    with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
-        x = torch.ones(1, 3, 384, requires_grad=True)
-        with pytest.raises(RuntimeError, match="requires grad"):
-            streamed.module.layers[0]({"x": x}["x"])
-        with torch.no_grad():
-            streamed.module.layers[0](x)
-        streamed.module.layers[0](x.detach())
 
 
 def test_an_exception_in_forward_leaves_nothing_acquired(
@@ -380,14 +353,18 @@ def test_two_models_at_once(net: Net, folder: Path, device: torch.device) -> Non
 
 
 def test_deletion_without_close(net: Net, folder: Path) -> None:
-    threads = len(list(Path("/proc/self/task").iterdir()))
+    threads = len(os.listdir("/proc/self/task"))
     module = wsm.stream(on_meta(net), folder, device="cpu", **options("disk")).module
     check(module, net, torch.device("cpu"), passes=1)  # it keeps what it needs
     gone = weakref.ref(module)
     del module
     gc.collect()
     assert gone() is None
-    assert len(list(Path("/proc/self/task").iterdir())) == threads
+    # A thread that was joined may still be listed for a moment.
+    deadline = time.monotonic() + 20
+    while len(os.listdir("/proc/self/task")) > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(os.listdir("/proc/self/task")) <= threads
 
 
 def test_a_stream_of_a_stream_is_an_error(net: Net, folder: Path) -> None:
@@ -489,9 +466,10 @@ def test_close_while_another_thread_is_in_a_pass(
     def run() -> None:
         try:
             with torch.inference_mode():
-                while True:
-                    streamed.module(tokens().to(device))
+                # Between two passes it may be closed too: then the module is on meta again.
+                while not streamed.module(tokens().to(device)).is_meta:
                     started.set()
+                failed.append("closed between two passes")
         except RuntimeError as error:
             failed.append(str(error))
 
@@ -524,20 +502,6 @@ def test_a_failure_half_way_leaves_the_module_as_it_was(net: Net, folder: Path) 
     assert all("forward" not in inner.__dict__ for inner in module.modules())
     assert all(buffer.device.type == "cpu" for buffer in module.buffers())
     assert not hasattr(module, "_wsm_streamed")
-
-
-def test_trainable_parameters_raise_instead_of_wrong_gradients(net: Net, folder: Path) -> None:
-    with wsm.stream(on_meta(net), folder, device="cpu", **options("mixture")) as streamed:
-        resident = [
-            parameter
-            for parameter in streamed.module.layers.parameters()
-            if type(parameter) is nn.Parameter
-        ]
-        assert resident
-        for parameter in resident:
-            parameter.requires_grad_(True)
-        with pytest.raises(RuntimeError, match="requires grad"):
-            streamed(tokens())
 
 
 def test_settings_reach_the_wrapped_module(net: Net, folder: Path) -> None:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 
+class Lender(Protocol):
+    """Who has the bytes."""
+
+    def lend(self, name: str) -> AbstractContextManager[torch.Tensor]:
+        """The parameter, for as long as the context lasts. Raises outside a pass."""
+
+    def own(self, values: Any) -> Any:
+        """The values, with copies of what would be overwritten after the context."""
+
+
 class StreamedParameter(torch.Tensor):
     """A parameter's true shape, dtype and device, without storage.
 
-    Any operation on it asks `resolve(name)` for the bytes: inside a pass that answers with a copy,
-    outside it raises an error that names the parameter. It never gives stale bytes.
+    Any operation on it borrows the bytes: inside a pass it gets them, outside it raises an error
+    that names the parameter. It never gives stale bytes. Detached it is another placeholder: so a
+    `state_dict` can be made, and what is in it cannot be read or saved either.
     """
 
     wsm_name: str
-    _resolve: Callable[[str], torch.Tensor]
+    _lender: Lender
 
     @staticmethod
     def __new__(
@@ -26,14 +38,15 @@ class StreamedParameter(torch.Tensor):
         dtype: torch.dtype,
         device: torch.device,
         name: str,
-        resolve: Callable[[str], torch.Tensor],
+        lender: Lender,
     ) -> StreamedParameter:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=device, requires_grad=False
-        )
+        with torch.inference_mode(False):  # made by a detach inside of it, say
+            made = torch.Tensor._make_wrapper_subclass(
+                cls, shape, dtype=dtype, device=device, requires_grad=False
+            )
         made._is_param = True  # isinstance(_, nn.Parameter)
         made.wsm_name = name
-        made._resolve = resolve
+        made._lender = lender
         return made
 
     def __init__(self, *_: object, **__: object) -> None:
@@ -49,31 +62,46 @@ class StreamedParameter(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        def resolved(parameter: StreamedParameter) -> torch.Tensor:
-            return parameter._resolve(parameter.wsm_name)
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.detach.default:
+            return args[0].detached()
+        _refuse_writes(func, args, kwargs)
+        with ExitStack() as borrowed:
 
-        args, kwargs = tree_map_only(StreamedParameter, resolved, (args, kwargs or {}))
-        return func(*args, **kwargs)
+            def borrow(parameter: StreamedParameter) -> torch.Tensor:
+                lender.append(parameter._lender)
+                return borrowed.enter_context(parameter._lender.lend(parameter.wsm_name))
+
+            lender: list[Lender] = []
+            args, kwargs = tree_map_only(StreamedParameter, borrow, (args, kwargs))
+            return lender[0].own(func(*args, **kwargs))
+
+    def detached(self) -> StreamedParameter:
+        return StreamedParameter(self.shape, self.dtype, self.device, self.wsm_name, self._lender)
+
+    def _copy(self) -> torch.Tensor:
+        with self._lender.lend(self.wsm_name) as parameter:
+            return parameter.detach().clone()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self._resolve(self.wsm_name).cpu().numpy(*args, **kwargs)
+        return self._copy().cpu().numpy(*args, **kwargs)
 
     def tolist(self) -> Any:
-        return self._resolve(self.wsm_name).tolist()
+        return self._copy().tolist()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._resolve(self.wsm_name).__dlpack__(*args, **kwargs)
+        return self._copy().__dlpack__(*args, **kwargs)
 
     def data_ptr(self) -> NoReturn:
-        self._resolve(self.wsm_name)
-        raise RuntimeError(
-            f"parameter {self.wsm_name!r} is streamed and has no address between uses"
-        )
+        self._refuse("has no address of its own")
 
     def untyped_storage(self) -> NoReturn:
-        self._resolve(self.wsm_name)
+        self._refuse("has no storage of its own")
+
+    def _refuse(self, why: str) -> NoReturn:
         raise RuntimeError(
-            f"parameter {self.wsm_name!r} is streamed and has no storage between uses"
+            f"parameter {self.wsm_name!r} is streamed and {why}. Use fetch({self.wsm_name!r}) of"
+            " the streamed module for a copy, or close() the streamed module first"
         )
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
@@ -90,3 +118,14 @@ class StreamedParameter(torch.Tensor):
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         self.__reduce_ex__(2)
+
+
+def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not func._schema.is_mutable:
+        return
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    for argument in func._schema.arguments:
+        written = given.get(argument.name)
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes and isinstance(written, StreamedParameter):
+            written._refuse("cannot be written to")

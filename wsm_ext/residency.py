@@ -8,97 +8,24 @@ where a pass begins and ends.
 from __future__ import annotations
 
 import functools
-import os
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from . import _engine
+from .backward import Backward
+from .compiling import between_graphs, break_graph, never_compiled
 from .device_memory import DeviceMemory
+from .passes import Passes, current_task
 from .placeholder import StreamedParameter
 from .sources import Source, live
+from .streamed_unit import StreamedUnit, Swap
+from .tensors import map_tensors, tensors_in
 from .units import Unit
-
-# A module's parameters, the key in them, what is there during the forward, and what at other times.
-Swap = tuple[dict[str, Any], str, nn.Parameter, StreamedParameter]
-
-
-class Passes:
-    """One pass at a time: entered by every wrapped forward, begun by the outermost."""
-
-    def __init__(
-        self, engine: _engine.Engine, current_stream: Callable[[], int], limit_s: float
-    ) -> None:
-        self._engine = engine
-        self._stream = current_stream
-        self._limit_s = limit_s
-        self._turn = threading.RLock()
-        self._process = os.getpid()
-        self.depth = 0
-        self._owner: int | None = None
-
-    @contextmanager
-    def between(self) -> Iterator[None]:
-        """Held while no other thread is in a pass."""
-        self._wait()
-        try:
-            yield
-        finally:
-            self._turn.release()
-
-    def _wait(self) -> None:
-        if os.getpid() != self._process:  # a forked child has not the thread whose turn it was
-            self._turn, self._process = threading.RLock(), os.getpid()
-        if not self._turn.acquire(timeout=self._limit_s):
-            raise TimeoutError(
-                f"another thread has been in a forward of this streamed model for {self._limit_s:g}"
-                " s. If that forward waits for this thread, it cannot go on: call the units of one"
-                " model from one thread"
-            )
-
-    def enter(self) -> None:
-        self._wait()
-        try:
-            if self.depth == 0:
-                self._engine.begin_pass(self._stream())
-                self._owner = threading.get_ident()
-            self.depth += 1
-        except BaseException:
-            self._turn.release()
-            raise
-
-    def leave(self) -> None:
-        try:
-            self.depth -= 1
-            if self.depth == 0:
-                self._owner = None
-                self._engine.end_pass(self._stream())
-        finally:
-            self._turn.release()
-
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """The outermost forward says what can be done when device memory runs out."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            if self.depth > 1:
-                raise
-            raise torch.OutOfMemoryError(
-                f"{error}\nThe streamed weights keep what they were given: shrink('1GiB') of the"
-                " streamed module gives device memory back, and workload=(batch, tokens) makes"
-                " stream() leave room for a forward of that size"
-            ) from error
-
-    def inside(self) -> bool:
-        """Whether this thread is in the middle of a pass."""
-        return self._owner == threading.get_ident()
 
 
 class Residency:
@@ -125,15 +52,32 @@ class Residency:
         self._warned: set[str] = set()
         # By slot name: its unit, its tensor in the unit, and the parameter on the device.
         self._placed: dict[str, tuple[int, int, bool, nn.Parameter]] = {}
+        self._streamed: dict[int, StreamedUnit] = {}
+        self._active: list[int] = []  # units whose forwards run, outermost first
+        self._lent: list[int] = []  # units that operations on placeholders use now
+        self._lingering: tuple[int, int] | None = None  # the one used so last, and its stream
+        self._backward = Backward(
+            self._streamed,
+            self.passes,
+            self._current_stream,
+            self._check_frozen,
+            self._end_lingering,
+        )
+        self._arena_storage = memory.arena.untyped_storage().data_ptr()
         try:
             holders: set[int] = set()
             for index, unit in enumerate(units):
-                swaps = self._place(index, unit, source, memory)
+                arena = memory.arena.data  # a version of its own for each unit's parameters
+                swaps = self._place(index, unit, source, memory, arena)
                 if planned.streamed_bytes(index):
-                    self._wrap(unit.module, self._streamed_forward(index, unit, swaps))
+                    place = planned.place(index)
+                    streamed = StreamedUnit(engine, index, unit.name, swaps, arena, place)
+                    self._streamed[index] = streamed
+                    self._wrap(unit.module, self._streamed_forward(unit, streamed))
                     holders.add(id(unit.module))
             if holders:
                 self._wrap_ancestors(module, holders)
+                self._guard_conversions(module)
         except BaseException:
             self.undo()
             raise
@@ -160,12 +104,18 @@ class Residency:
     def undo(self) -> None:
         """Leave the module as it was found."""
         self._undone = True
+        self._backward.dissolve()
+        for streamed in self._streamed.values():
+            streamed.dissolve()
         while self._undo:
             self._undo.pop()()
+        self._placed.clear()  # they view memory that may be freed now
 
     # -- parameters --------------------------------------------------------------------------------
 
-    def _place(self, index: int, unit: Unit, source: Source, memory: DeviceMemory) -> list[Swap]:
+    def _place(
+        self, index: int, unit: Unit, source: Source, memory: DeviceMemory, arena: torch.Tensor
+    ) -> list[Swap]:
         """Builds the unit's parameters over device memory; what streams gets a placeholder."""
         members = unit_tensors(unit, source)
         places = self._planned.tensor_places(index)
@@ -176,7 +126,7 @@ class Residency:
             resident = block is not None
             found = live(slot)
             nbytes = found.numel() * found.element_size()
-            held = memory.arena if block is None else memory.homes[block]
+            held = arena if block is None else memory.homes[block]
             with torch.inference_mode(False):
                 view = held[offset : offset + nbytes].view(found.dtype).view(found.shape)
                 placed = nn.Parameter(view, requires_grad=False)
@@ -186,29 +136,91 @@ class Residency:
             if resident:
                 parameters[slot.key] = placed
                 continue
-            absent = StreamedParameter(
-                found.shape, found.dtype, placed.device, slot.name, self._resolve
-            )
+            absent = StreamedParameter(found.shape, found.dtype, placed.device, slot.name, self)
             parameters[slot.key] = absent
             swaps.append((parameters, slot.key, placed, absent))
         return swaps
 
-    def _resolve(self, name: str) -> torch.Tensor:
-        """The bytes of a parameter that is touched while it is not in place."""
-        if not self.passes.inside():
+    @contextmanager
+    def lend(self, name: str) -> Iterator[torch.Tensor]:
+        """A parameter that is used while it is not in place: a use of its unit like any other.
+
+        So the order of use learns it, and from the next pass on it is there in time. The unit stays
+        until another one is used.
+        """
+        if self._undone:
+            raise RuntimeError(f"parameter {name!r}: its streamed module was closed or resized")
+        index, _, _, parameter = self._placed[name]
+        if current_task() >= 0:
+            self._backward.join()
+        elif not self.passes.inside():
             raise RuntimeError(
                 f"parameter {name!r} is streamed: its bytes are on the device only during the"
                 f" forward of its module. Use fetch({name!r}) of the streamed module, or close()"
                 " the streamed module first"
             )
+        unit = self._streamed[index]
+        others = [self._streamed[other] for other in (*self._active, *self._lent)]
+        if any(map(unit.overlaps, others)) or self._backward.in_the_way_of(index):
+            self._warn_of_fetch(name)
+            yield self.fetch(name)
+            return
+        if self._lingering is not None and unit.overlaps(self._streamed[self._lingering[0]]):
+            self._end_lingering()
+        stream = self._current_stream()
+        unit.take(stream)
+        self._lent.append(index)
+        try:
+            yield parameter
+        finally:
+            self._lent.remove(index)
+            self._end_lingering()
+            self._lingering = (index, stream)
+
+    @never_compiled
+    def own(self, values: Any) -> Any:
+        """The values, with copies of those that lie in the arena."""
+
+        def in_arena(tensor: torch.Tensor) -> bool:
+            if isinstance(tensor, StreamedParameter) or tensor.is_meta:
+                return False
+            return tensor.untyped_storage().data_ptr() == self._arena_storage
+
+        if not any(map(in_arena, tensors_in(values))):
+            return values
+        # Autograd sees a view of a placeholder, which must not be an inference tensor.
+        with torch.inference_mode(False):
+            return map_tensors(lambda t: t.clone() if in_arena(t) else t, values)
+
+    @never_compiled
+    def _end_lingering(self) -> None:
+        if self._lingering is not None:
+            (index, stream), self._lingering = self._lingering, None
+            self._streamed[index].give(stream)
+
+    @never_compiled
+    def _leave(self) -> None:
+        try:
+            self._end_lingering()
+        finally:
+            self.passes.leave()
+
+    def _warn_of_fetch(self, name: str) -> None:
         if name not in self._warned:
             self._warned.add(name)
             warnings.warn(
-                f"parameter {name!r} was read outside the forward of its own module and is loaded"
-                " on demand, which is slow; name the module that reads it in units=[...]",
-                stacklevel=3,
+                f"parameter {name!r} was used where its unit cannot be loaded, beside units that"
+                " need its place: a copy is fetched for each use, which is slow. Name a module that"
+                " holds both in units=[...]",
+                stacklevel=6,
             )
-        return self.fetch(name)
+
+    @never_compiled
+    def _check_frozen(self, names: Iterable[str] | None = None) -> None:
+        """Raise where a parameter of the base is to be trained: its changes would be lost."""
+        for name in self._placed if names is None else names:
+            if self._placed[name][3].requires_grad:
+                _refuse_training(name)
 
     # -- forwards ----------------------------------------------------------------------------------
 
@@ -225,63 +237,105 @@ class Residency:
 
         self._undo.append(unwrap)
 
-    def _streamed_forward(
-        self,
-        index: int,
-        unit: Unit,
-        swaps: list[Swap],
-    ) -> Callable[..., Any]:
+    def _streamed_forward(self, unit: Unit, streamed: StreamedUnit) -> Callable[..., Any]:
         forward = unit.module.forward
-        acquire, release = self._engine.acquire, self._engine.release
-        passes, current_stream = self.passes, self._current_stream
-        depth = 0  # of calls of this module within itself
+        index, names = streamed.index, [slot.name for slot in unit.slots]
+        passes, backward, current_stream = self.passes, self._backward, self._current_stream
+        active = self._active
 
-        def streamed(*args: Any, **kwargs: Any) -> Any:
-            nonlocal depth
-            if torch.is_grad_enabled():
-                refuse_gradients(unit.name, "an input", (args, kwargs))
+        def loaded(*args: Any, **kwargs: Any) -> Any:
+            break_graph()
+            known: dict[Any, None] = {}
             passes.enter()
             try:
+                if torch.is_grad_enabled():
+                    self._check_frozen(names)
+                    for _, _, _, absent in streamed.swaps:
+                        if absent.requires_grad:
+                            _refuse_training(absent.wsm_name)
+                    known = backward.nodes_of((args, kwargs))
+                self._end_lingering()
+                if current_task() >= 0:  # a forward that runs inside a backward
+                    backward.join()
+                    backward.before_forward(index)
                 stream = current_stream()
-                acquire(index, stream)
-                depth += 1
+                streamed.take(stream)
+                active.append(index)
                 try:
-                    for parameters, key, placed, _ in swaps:
-                        parameters[key] = placed
-                    result = forward(*args, **kwargs)
+                    result = self.own(forward(*args, **kwargs))
+                    if torch.is_grad_enabled():
+                        made = backward.nodes_of((result, args, kwargs))
+                        backward.expect(made.keys() - known.keys(), tuple(dict.fromkeys(active)))
                 finally:
-                    depth -= 1
-                    if depth == 0 and not self._undone:
-                        for parameters, key, _, absent in swaps:
-                            parameters[key] = absent
-                    release(index, stream)
+                    active.pop()
+                    if backward.under_way:
+                        backward.keep(index)
+                    streamed.give(stream)
+                    backward.resume(active)
             finally:
-                passes.leave()
-            if torch.is_grad_enabled():
-                refuse_gradients(unit.name, "a trainable parameter and gave an output", result)
+                self._leave()
             return result
 
-        return streamed
+        return between_graphs(loaded)
 
     def _wrap_ancestors(self, module: nn.Module, holders: set[int]) -> None:
         passes = self.passes
 
         def within_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
             def entered(*args: Any, **kwargs: Any) -> Any:
+                break_graph()
                 passes.enter()
                 try:
-                    with passes.explained():
-                        return forward(*args, **kwargs)
+                    return forward(*args, **kwargs)
+                except torch.OutOfMemoryError as error:
+                    passes.explain(error)
+                    raise
                 finally:
-                    passes.leave()
+                    self._leave()
 
-            return entered
+            return between_graphs(entered)
 
         for outer in module.modules():
             if id(outer) in holders or isinstance(outer, (nn.ModuleList, nn.ModuleDict)):
                 continue
             if any(id(inner) in holders for inner in outer.modules()):
                 self._wrap(outer, within_pass(outer.forward))
+
+    def _guard_conversions(self, module: nn.Module) -> None:
+        """`to`, `half`, `cuda` and the like go through `_apply`: all or nothing. No copies."""
+
+        def guarded(inner: nn.Module) -> Callable[..., nn.Module]:
+            @torch.inference_mode(False)  # inside it, even to() where it changes nothing asks
+            def apply(fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+                for name, parameter in inner.named_parameters(recurse=recurse):
+                    if id(parameter) in ours and not _same(fn, parameter):
+                        raise RuntimeError(
+                            f"{name!r} is part of a streamed module: its dtype and device were"
+                            " settled by stream() and cannot be changed by to(), half(), cuda() and"
+                            " the like. close() the streamed module, and stream it as you want it"
+                        )
+                converted: nn.Module = type(inner)._apply(inner, fn, recurse)
+                return converted
+
+            return apply
+
+        def refuse_copy(protocol: object) -> NoReturn:
+            raise TypeError(
+                "a module that is streamed cannot be copied or pickled: do it before stream(), or"
+                " after close()"
+            )
+
+        placed = {id(parameter) for _, _, _, parameter in self._placed.values()}
+        ours = {
+            id(parameter)
+            for parameter in module.parameters()
+            if isinstance(parameter, StreamedParameter) or id(parameter) in placed
+        }
+        for inner in module.modules():
+            if any(id(parameter) in ours for parameter in inner.parameters()):
+                for name, method in (("_apply", guarded(inner)), ("__reduce_ex__", refuse_copy)):
+                    inner.__dict__[name] = method
+                    self._undo.append(functools.partial(inner.__dict__.pop, name, None))
 
 
 def unit_tensors(unit: Unit, source: Source) -> list[int]:
@@ -297,11 +351,17 @@ def stream_getter(device: torch.device) -> Callable[[], int]:
     return lambda: current(device).cuda_stream
 
 
-def refuse_gradients(name: str, what: str, values: Any) -> None:
-    """A backward pass would read the arena after other units have written to it."""
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            raise RuntimeError(
-                f"unit {name!r} is streamed and has {what} that requires grad: backward through"
-                " streamed weights is not supported. Run under torch.no_grad() or inference_mode()"
-            )
+def _same(fn: Callable[..., Any], parameter: torch.Tensor) -> bool:
+    """Whether a conversion leaves the parameter as it is."""
+    try:
+        return fn(parameter) is parameter
+    except RuntimeError:
+        return False
+
+
+def _refuse_training(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"parameter {name!r} requires grad and is part of the streamed base, which is frozen: what"
+        f" an optimizer changes in it would be lost. Call requires_grad_(False) on it, and train"
+        " parameters of your own (adapters, say), added after stream()"
+    )

@@ -6,7 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -98,6 +98,11 @@ class StreamedModule(nn.Module):
         super().__init__()
         if isinstance(module, StreamedModule) or hasattr(module, "_wsm_streamed"):
             raise ValueError("the module is streamed already: close() it first")
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(
+                "the module was made by torch.compile, which renames its weights: stream the module"
+                " itself, and compile it, or its layers, afterwards"
+            )
         self._closed = True  # until everything stands
         self._final_stats: dict[str, Any] = {}
         self.module = module
@@ -483,6 +488,13 @@ class StreamedModule(nn.Module):
         if not self.__dict__.get("_closed", True):
             self.close()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        # copy.deepcopy and pickle come here; those of the wrapped module too, which refers to this.
+        raise TypeError(
+            "a streamed module cannot be copied or pickled: it holds files, threads and memory of a"
+            " device. Do it before stream(), or after close(); in another process, stream again"
+        )
+
     # Names are those of the wrapped module.
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -497,6 +509,14 @@ class StreamedModule(nn.Module):
         raise RuntimeError(
             "a streamed module's weights are in its checkpoint; use fetch(name) for one of them, or"
             " close() first"
+        )
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self._closed:
+            return self.module.load_state_dict(*args, **kwargs)
+        raise RuntimeError(
+            "a streamed module's weights are those of its checkpoint: close() it, and stream it"
+            " from another one. Adapters are loaded into `module`"
         )
 
 
