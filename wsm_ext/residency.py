@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from . import _engine
+from .arrival import Arrival
 from .placeholder import StreamedParameter
 from .sources import Source, live
 from .units import Unit
@@ -123,6 +124,9 @@ class Residency:
         self._warned: set[str] = set()
         # By slot name: its unit, its tensor in the unit, and the parameter on the device.
         self._placed: dict[str, tuple[int, int, bool, nn.Parameter]] = {}
+        # By slot name: what makes the parameter. By unit: what is made when it arrives.
+        self._made: dict[str, Arrival] = {}
+        self._arriving: dict[int, list[tuple[Arrival, torch.Tensor, nn.Parameter]]] = {}
         try:
             holders: set[int] = set()
             for index, unit in enumerate(units):
@@ -152,8 +156,17 @@ class Residency:
         copy = torch.empty(parameter.shape, dtype=parameter.dtype)
         if resident:
             return copy.copy_(parameter.detach())
-        self._engine.fetch(unit, tensor, copy.data_ptr())
+        self._fetch(unit, tensor, self._made.get(name), copy)
         return copy
+
+    def _fetch(self, unit: int, tensor: int, arrival: Arrival | None, target: torch.Tensor) -> None:
+        """Fill `target`, which is in RAM."""
+        if arrival is None:
+            self._engine.fetch(unit, tensor, target.data_ptr())
+            return
+        arrived = torch.empty(arrival.nbytes, dtype=torch.uint8)
+        self._engine.fetch(unit, tensor, arrived.data_ptr())
+        arrival.write(arrived, target)
 
     def undo(self) -> None:
         """Leave the module as it was found."""
@@ -170,9 +183,11 @@ class Residency:
         members = unit_tensors(unit, source)
         places = self._planned.tensor_places(index)
         swaps: list[Swap] = []
+        made: set[int] = set()
         for slot in unit.slots:
             tensor = members.index(source.index_of[slot.name])
-            resident, offset = places[tensor]
+            resident, offset, image_offset = places[tensor]
+            arrival = source.arrivals.get(source.index_of[slot.name])
             found = live(slot)
             nbytes = found.numel() * found.element_size()
             memory = (homes if resident else arena)[offset : offset + nbytes]
@@ -182,6 +197,16 @@ class Residency:
             parameters: dict[str, Any] = slot.owner._parameters
             self._undo.append(functools.partial(parameters.__setitem__, slot.key, found))
             self._placed[slot.name] = (index, tensor, resident, placed)
+            if arrival is not None:
+                self._made[slot.name] = arrival
+                if tensor not in made and resident:
+                    whole = torch.empty(found.shape, dtype=found.dtype)
+                    self._fetch(index, tensor, arrival, whole)
+                    placed.copy_(whole)
+                elif tensor not in made:
+                    arrived = arena[image_offset : image_offset + arrival.nbytes]
+                    self._arriving.setdefault(index, []).append((arrival, arrived, placed))
+                made.add(tensor)
             if resident:
                 parameters[slot.key] = placed
                 continue
@@ -191,6 +216,11 @@ class Residency:
             parameters[slot.key] = absent
             swaps.append((parameters, slot.key, placed, absent))
         return swaps
+
+    def _arrive(self, index: int) -> None:
+        """Make what an arrival transform makes of the acquired unit's bytes, in stream order."""
+        for arrival, arrived, placed in self._arriving.get(index, ()):
+            arrival.write(arrived, placed)
 
     def _resolve(self, name: str) -> torch.Tensor:
         """The bytes of a parameter that is touched while it is not in place."""
@@ -245,6 +275,7 @@ class Residency:
                 acquire(index, stream)
                 depth += 1
                 try:
+                    self._arrive(index)
                     for parameters, key, placed, _ in swaps:
                         parameters[key] = placed
                     result = forward(*args, **kwargs)

@@ -6,13 +6,14 @@ The result is what the planner takes: shards, tensor images, and for each slot i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from . import _engine
-from .checkpoint import Checkpoint, CheckpointError, Extent, TensorImage
+from .arrival import Arrival, Part
+from .checkpoint import Checkpoint, CheckpointError, TensorImage
 from .units import Slot, Unit
 
 _MOST_NAMED = 10
@@ -56,8 +57,12 @@ class Source:
 
     shards: list[tuple[str, int, int]] = field(default_factory=list)  # path, bytes, alignment
     memory: list[int] = field(default_factory=list)  # address, or 0 for a file
-    tensors: list[tuple[str, int, list[tuple[int, int, int, int]]]] = field(default_factory=list)
+    # name, bytes that arrive, extents, bytes of what is made of them (0: they are the parameter)
+    tensors: list[tuple[str, int, list[tuple[int, int, int, int]], int]] = field(
+        default_factory=list
+    )
     index_of: dict[str, int] = field(default_factory=dict)  # slot name -> index into tensors
+    arrivals: dict[int, Arrival] = field(default_factory=dict)  # by index into tensors
     # The module's own tensors by shard, where the bytes come from RAM.
     owned: dict[int, Owned] = field(default_factory=dict)
 
@@ -136,22 +141,27 @@ def _source_of_images(checkpoint: Checkpoint, images: dict[str, TensorImage]) ->
         alignment = _engine.direct_alignment(str(path))
         source.shards.append((str(path), path.stat().st_size, alignment))
         source.memory.append(0)
-    seen: dict[tuple[Extent, ...], int] = {}
+    seen: dict[TensorImage, int] = {}
     for slot_name, image in images.items():
-        if image.extents not in seen:
-            seen[image.extents] = len(source.tensors)
+        key = replace(image, name="")
+        if key not in seen:
+            index = seen[key] = len(source.tensors)
             extents = [(e.shard, e.offset, e.nbytes, e.tensor_offset) for e in image.extents]
-            source.tensors.append((slot_name, image.nbytes, extents))
-        source.index_of[slot_name] = seen[image.extents]
+            placed_bytes = 0
+            if image.arrival is not None:
+                source.arrivals[index] = image.arrival
+                placed_bytes = image.nbytes
+            source.tensors.append((slot_name, image.arriving_bytes, extents, placed_bytes))
+        source.index_of[slot_name] = seen[key]
     return source
 
 
 def _same_bytes(checkpoint: Checkpoint, a: str, b: str) -> bool:
     one, two = checkpoint.tensors[a], checkpoint.tensors[b]
+    if (one.dtype, one.shape, one.arrival) != (two.dtype, two.shape, two.arrival):
+        return False
     if one.extents == two.extents:
         return True
-    if one.nbytes != two.nbytes:
-        return False
     return all(
         x == y for x, y in zip(_blocks(checkpoint, one), _blocks(checkpoint, two), strict=True)
     )
@@ -212,7 +222,7 @@ def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
     nbytes = parameter.numel() * parameter.element_size()
     source.shards.append((name, nbytes, 1))
     source.memory.append(owned.data.data_ptr())
-    source.tensors.append((name, nbytes, [(shard, 0, nbytes, 0)]))
+    source.tensors.append((name, nbytes, [(shard, 0, nbytes, 0)], 0))
     source.owned[shard] = owned
 
 
@@ -237,7 +247,11 @@ def check_surplus(module: nn.Module, checkpoint: Checkpoint) -> None:
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """One small tensor (a buffer), read into RAM."""
     image = checkpoint.tensors[name]
+    tensor = torch.empty(image.shape, dtype=image.dtype)
+    if tensor.numel() == 0:
+        return tensor
     data = bytearray().join(_blocks(checkpoint, image))
-    if not data:
-        return torch.empty(image.shape, dtype=image.dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(image.dtype).reshape(image.shape).clone()
+    arrived = torch.frombuffer(data, dtype=torch.uint8).clone()
+    arrival = image.arrival or Arrival((Part(0, image.dtype, image.shape),))
+    arrival.write(arrived, tensor)
+    return tensor
