@@ -49,9 +49,10 @@ def from_pretrained(
 ) -> StreamedModule:
     """Stream the transformers model in the folder `path`, or behind the hub id `path`.
 
-    `dtype` is "auto" (what the config says) or a dtype; the checkpoint's tensors must have it, for
-    nothing is cast on the way. `auto_class` is a transformers class, or its name, for a config
-    whose `architectures` does not decide. The other arguments are those of `stream`.
+    `dtype` is "auto" (what the config says) or a dtype: tensors that have another are cast when
+    they arrive, as transformers does it, what it keeps in fp32 included. `auto_class` is a
+    transformers class, or its name, for a config whose `architectures` does not decide. The other
+    arguments are those of `stream`.
     """
     folder = resolve_folder(path, revision=revision, local_files_only=local_files_only)
     module, checkpoint = prepare(folder, dtype=dtype, auto_class=auto_class)
@@ -76,7 +77,7 @@ def prepare(
     main_dtype = _main_dtype(dtype, config, checkpoint)
     model = _build(config, auto_class, main_dtype)
 
-    images = place(model, checkpoint, main_dtype, dtype)
+    images = place(model, checkpoint, main_dtype)
 
     _load_generation_config(model, folder)
     _never_compile(model)

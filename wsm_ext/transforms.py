@@ -103,7 +103,9 @@ class _Moved(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, pieces: list[_Piece]) -> _Moved:
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="meta")
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=torch.device("meta")
+        )
         made.pieces = pieces
         return made
 
@@ -201,9 +203,7 @@ def _placed(name: str, moved: torch.Tensor, sources: Sequence[TensorImage]) -> T
     return TensorImage(name, moved.dtype, tuple(moved.shape), tuple(extents))
 
 
-def _with(
-    runs: list[tuple[int, int]], moved: _Moved
-) -> Iterator[tuple[_Piece, tuple[int, int]]]:
+def _with(runs: list[tuple[int, int]], moved: _Moved) -> Iterator[tuple[_Piece, tuple[int, int]]]:
     return zip((piece for piece in moved.pieces if piece.view.numel()), runs, strict=True)
 
 
@@ -226,11 +226,10 @@ def _extents(
     itemsize = source.dtype.itemsize
     strides = torch.empty(tuple(shape), device="meta").stride()
     first = sum(start * stride for start, stride in zip(piece.start, strides, strict=True))
+    begin_of_all = int(piece.view.storage_offset())
     for index in product(*(range(size) for size in piece.view.shape[:dims])):
         at = first + sum(i * s for i, s in zip(index, strides, strict=False))
-        begin = piece.view.storage_offset() + sum(
-            i * s for i, s in zip(index, piece.view.stride(), strict=False)
-        )
+        begin = begin_of_all + sum(i * s for i, s in zip(index, piece.view.stride(), strict=False))
         yield from _cut(source, begin * itemsize, items * itemsize, at * itemsize)
 
 
