@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from compatibility import DOCUMENT, families_table, part_of, refusals_table
 from families import Family
 from family_table import FAMILIES
+from refusals import REFUSALS
 from torch.utils._pytree import tree_leaves
 
 import wsm_ext as wsm
+from wsm_ext.synthetic import make_llama_checkpoint
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -130,3 +133,19 @@ def test_streamed_bits_equal_the_resident_model(family, case, device, models):
         # Mamba reads its children's weights: right all the same, and told.
         warnings.filterwarnings("ignore", message=r"parameter .* was read outside the forward")
         check(family, case, device, models)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.what.replace(" ", "_"))
+def test_what_is_refused_says_so(refusal, tmp_path):
+    make_llama_checkpoint(
+        tmp_path, shards=1, layers=1, hidden=16, intermediate=16, heads=2, kv_heads=2, vocab=16
+    )
+    with pytest.raises(ValueError, match=refusal.message):
+        refusal.attempt(tmp_path)
+
+
+def test_the_document_has_the_families_and_refusals_that_are_tested():
+    text = DOCUMENT.read_text("utf-8")
+    hint = "run `make compatibility`"
+    assert part_of(text, "families") == families_table(), hint
+    assert part_of(text, "refusals") == refusals_table(), hint

@@ -108,8 +108,22 @@ def from_checkpoint(units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
     )
 
 
+def _not_plain(name: str, parameter: torch.Tensor) -> str | None:
+    """Why the parameter cannot be streamed, if it is not just its bytes."""
+    kind = type(parameter)
+    if kind in (nn.Parameter, torch.Tensor):
+        return None
+    return (
+        f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: only plain tensors can be"
+        " streamed. If it is quantised (torchao, bitsandbytes), stream the module as it was before"
+    )
+
+
 def _mismatch(slot: Slot, image: TensorImage) -> list[str]:
     parameter = live(slot)
+    refused = _not_plain(slot.name, parameter)
+    if refused:
+        return [refused]
     problems = []
     if tuple(parameter.shape) != tuple(image.shape):
         problems.append(
@@ -211,11 +225,9 @@ def from_module(units: Iterable[Unit]) -> Source:
 
 
 def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
-    if type(parameter) not in (nn.Parameter, torch.Tensor):
-        raise ValueError(
-            f"parameter {name!r} is a {type(parameter).__name__}: only plain tensors can be"
-            " streamed. Quantised tensor subclasses are not supported"
-        )
+    problem = _not_plain(name, parameter)
+    if problem:
+        raise ValueError(problem)
     owned = Owned.of(name, parameter)
     assert owned.data is not None
     shard = len(source.shards)
