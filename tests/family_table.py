@@ -307,6 +307,7 @@ FAMILIES = [
         _with_image,
     ),
     Family("mT5", "MT5ForConditionalGeneration", "MT5Config", _T5, _encoder_decoder),
+    Family("Marian", "MarianMTModel", "MarianConfig", _SEQ2SEQ, _encoder_decoder),
     Family(
         "Pegasus", "PegasusForConditionalGeneration", "PegasusConfig", _SEQ2SEQ, _encoder_decoder
     ),

@@ -118,11 +118,15 @@ def assemble(name: str, parts: Sequence[TensorImage], shape: Sequence[int]) -> T
 
 @dataclass
 class Checkpoint:
-    """Tensor images by name, over `shards`: real files, symbolic links resolved."""
+    """Tensor images by name, over `shards`: real files, symbolic links resolved.
+
+    `computed`: parameters that no file has, since they can be computed. Their values are in RAM.
+    """
 
     shards: list[Path]
     tensors: dict[str, TensorImage]
     metadata: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Checkpoint:

@@ -63,6 +63,7 @@ class Source:
     )
     index_of: dict[str, int] = field(default_factory=dict)  # slot name -> index into tensors
     arrivals: dict[int, Arrival] = field(default_factory=dict)  # by index into tensors
+    kept: list[torch.Tensor] = field(default_factory=list)  # what `memory` points to besides
     # The module's own tensors by shard, where the bytes come from RAM.
     owned: dict[int, Owned] = field(default_factory=dict)
 
@@ -94,6 +95,8 @@ def from_checkpoint(units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
     problems: list[str] = []
     for slot in slots:
         names = [name for name in tied[id(live(slot))] if name in checkpoint.tensors]
+        if not names and slot.name in checkpoint.computed:
+            continue
         if not names:
             problems.append(f"{slot.name} is not in the checkpoint")
             continue
@@ -103,9 +106,15 @@ def from_checkpoint(units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
         chosen[slot.name] = name
         problems += _mismatch(slot, checkpoint.tensors[name])
     _raise_for(problems)
-    return _source_of_images(
+    source = _source_of_images(
         checkpoint, {slot: checkpoint.tensors[name] for slot, name in chosen.items()}
     )
+    for slot in slots:
+        if slot.name not in chosen:
+            value = checkpoint.computed[slot.name]
+            source.kept.append(value)
+            source.index_of[slot.name] = _add_shard(source, slot.name, value)
+    return source
 
 
 def _not_plain(name: str, parameter: torch.Tensor) -> str | None:
@@ -230,12 +239,17 @@ def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
         raise ValueError(problem)
     owned = Owned.of(name, parameter)
     assert owned.data is not None
+    source.owned[len(source.shards)] = owned
+    _add_shard(source, name, owned.data)
+
+
+def _add_shard(source: Source, name: str, data: torch.Tensor) -> int:
+    """A contiguous tensor in RAM as a shard of its own; its index among the tensors."""
     shard = len(source.shards)
-    nbytes = parameter.numel() * parameter.element_size()
-    source.shards.append((name, nbytes, 1))
-    source.memory.append(owned.data.data_ptr())
-    source.tensors.append((name, nbytes, [(shard, 0, nbytes, 0)], 0))
-    source.owned[shard] = owned
+    source.shards.append((name, data.nbytes, 1))
+    source.memory.append(data.data_ptr())
+    source.tensors.append((name, data.nbytes, [(shard, 0, data.nbytes, 0)], 0))
+    return len(source.tensors) - 1
 
 
 def surplus(module: nn.Module, checkpoint: Checkpoint) -> list[str]:

@@ -82,13 +82,13 @@ def prepare(
     main_dtype = _main_dtype(dtype, config, checkpoint)
     model = _build(config, auto_class, main_dtype)
 
-    images = place(model, checkpoint, main_dtype)
+    images, computed = place(model, checkpoint, main_dtype)
 
     _load_generation_config(model, folder)
     _never_compile(model)
     model.eval()
     view = {name: replace(image, name=name) for name, image in images.items()}
-    return model, replace(checkpoint, tensors=view)
+    return model, replace(checkpoint, tensors=view, computed=computed)
 
 
 def resolve_folder(

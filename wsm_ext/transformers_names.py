@@ -38,18 +38,19 @@ def place(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     main_dtype: torch.dtype,
-) -> dict[str, TensorImage]:
-    """An image for every parameter of the model, under all of its names, and for its buffers.
+) -> tuple[dict[str, TensorImage], dict[str, torch.Tensor]]:
+    """An image for every parameter of the model, under all of its names, and for its buffers; the
+    values of parameters that transformers computes, and does not save.
 
     Ties the model's parameters, and gives them the dtypes that transformers would.
     """
     images, conversions, surplus = _match_names(model, checkpoint)
     first_of = _convert(model, checkpoint, conversions, images)
     _tie(model, images)
-    _check_names(model, images, surplus)
+    computed = _check_names(model, images, surplus)
     _check_shapes(model, images)
     _settle_dtypes(model, images, main_dtype, first_of)
-    return images
+    return images, _compute(model, computed)
 
 
 def meta_parameter(like: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -177,13 +178,13 @@ def _tie(model: PreTrainedModel, images: dict[str, TensorImage]) -> None:
 
 def _check_names(
     model: PreTrainedModel, images: Mapping[str, TensorImage], surplus: set[str]
-) -> None:
+) -> list[str]:
+    """Raise for names that should not be missing or surplus. Returns parameters that may be."""
     places = {name for name in model.state_dict() if not name.endswith("_extra_state")}
     keys = SimpleNamespace(missing_keys=places - images.keys(), unexpected_keys=surplus)
     model._adjust_missing_and_unexpected_keys(keys)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    # A parameter has no value of its own, so it is needed even where transformers would do without.
-    missing = parameters - images.keys()
+    missing = parameters & keys.missing_keys
     lost = sorted(keys.missing_keys - parameters)
     if lost:
         _log.warning("not in the checkpoint, buffers keep their initial values: %s", _some(lost))
@@ -194,6 +195,27 @@ def _check_names(
         problems.append(f"tensors that the model has no place for: {_some(keys.unexpected_keys)}")
     if problems:
         raise CheckpointError(f"{type(model).__name__}: " + "; ".join(problems))
+    return sorted(parameters - images.keys())
+
+
+def _compute(model: PreTrainedModel, names: list[str]) -> dict[str, torch.Tensor]:
+    """What transformers makes of parameters that its checkpoints need not have (positions as
+    sines)."""
+    values: dict[str, torch.Tensor] = {}
+    for name in names:
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
+        absent = owner._parameters[key]
+        value = nn.Parameter(torch.zeros_like(absent, device="cpu"), requires_grad=False)
+        owner._parameters[key] = value
+        try:
+            model._init_weights(owner)
+        finally:
+            owner._parameters[key] = absent
+        values[name] = value.detach().contiguous()
+    if names:
+        _log.warning("not in the checkpoint, computed by transformers: %s", _some(names))
+    return values
 
 
 def _settle_dtypes(
@@ -219,7 +241,7 @@ def _settle_dtypes(
             settled[id(image)] = cast(image, wanted(name))
     images.update({name: settled[id(image)] for name, image in images.items()})
     for name, parameter in list(model.named_parameters()):
-        if images[name].dtype != parameter.dtype:
+        if name in images and images[name].dtype != parameter.dtype:
             _replace_parameter(model, parameter, meta_parameter(parameter, images[name].dtype))
 
 
