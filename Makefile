@@ -23,7 +23,7 @@ help:
 	@echo "make test-cpp | test-py | lint | format"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
 	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
-	@echo "make bench     the C++ benchmarks, into build/release/bench"
+	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
 
 $(READY): requirements-dev.txt scripts/setup.sh
 	scripts/setup.sh
@@ -59,9 +59,10 @@ test-gpu: build test-cpp-debug
 compatibility: build
 	$(BIN)/python tests/compatibility.py
 
-bench: $(READY)
+bench: build
 	cmake --preset release
 	cmake --build --preset release
+	$(BIN)/python bench/local.py --programs build/release/bench --out build/bench
 
 lint: $(READY)
 	ruff check .

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from typing import Any
 import harness
 import shapes
 import torch
+from cuptitrace import record
 from harness import MIB
 from passes import forwards
 
 
-def copies_of(trace: Path) -> list[dict[str, Any]]:
-    events = json.loads(trace.read_text())["traceEvents"]
+def copies_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     copies = [e for e in events if e.get("cat") == "gpu_memcpy" and "HtoD" in e.get("name", "")]
     return sorted(copies, key=lambda e: float(e["ts"]))
 
@@ -125,16 +124,11 @@ def main() -> int:
     ) as model:
         ids = torch.randint(0, 1000, (1, 1), device=device)
         forwards(model, ids, 2)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            forwards(model, ids, 3)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        found.update(describe(copies_of(trace)))
+        found.update(describe(copies_of(record(lambda: forwards(model, ids, 3)))))
     print(json.dumps({k: v for k, v in found.items() if k != "alignment"}, indent=1))
     if arguments.json:
-        record = harness.result("gaps", arguments.units, device, found)
-        harness.write_results(arguments.json, [record])
+        result = harness.result("gaps", arguments.units, device, found)
+        harness.write_results(arguments.json, [result])
     return 0
 
 

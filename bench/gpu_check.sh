@@ -1,17 +1,25 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with an NVIDIA GPU; needs no network.
 #
-#   bench/gpu_check.sh [STEP...]      steps: build tests ram disk memcheck; without any: build tests ram disk
+#   bench/gpu_check.sh [STEP...]
+#
+#   build tests ram disk   what is done without any step named
+#   memcheck               the tests under compute-sanitizer
+#   cases cases-disk       the twelve cases of bench/forward.py, 5 minutes each
+#   peers peers-disk       the same forwards by other projects, 7 and 5 minutes
 #
 # A step that fails, or runs past its limit, does not stop the others. Ends with a table of steps; the
 # status is 1 when one failed. Logs and results go to $OUT (./out): check.log, summary.txt, *.json.
 #
 # Packages that the machine lacks may lie in the repository's root: wheels in .whl/, Debian packages
 # (liburing-dev, libgtest-dev, pkgconf) in .debs/. They are unpacked to $WORK, never into the system.
+# Wheels of the peers (bench/README.md) in .whl-peers/.
 #
-# Environment: OUT; WORK (builds, kept between runs); LAYERS (12) and RAM_FOLDER (tmpfs) for `ram`;
-# DISK_LAYERS (4) and DISK_FOLDER for `disk`; KEEP=1 keeps the checkpoints; TESTS: pytest's -k for memcheck.
+# Environment: OUT; WORK (builds, kept between runs); LAYERS (12) and RAM_FOLDER (tmpfs) for what runs from
+# RAM; DISK_LAYERS (4) and DISK_FOLDER for what runs from disk; CASES, DISK_CASES, PEERS, DISK_PEERS: which;
+# KEEP=1 keeps the checkpoints; TESTS: pytest's -k for memcheck.
 set -uo pipefail
+shopt -s nullglob
 root=$(cd "$(dirname "$0")/.." && pwd)
 OUT=${OUT:-$PWD/out}
 WORK=${WORK:-${TMPDIR:-/tmp}/wsm-gpu-check}
@@ -28,8 +36,9 @@ table=() failed=0
 export PYTHONUNBUFFERED=1 WSM_REQUIRE_GPU=1
 
 unpack_wheels() {
-  [ -d "$root/.whl" ] || return 0
-  python3 -m pip install -q --no-index --no-deps --upgrade --target "$WORK/site" "$root"/.whl/*.whl
+  local wheels=("$root"/.whl/*.whl "$root"/.whl-peers/*.whl)
+  [ ${#wheels[@]} -gt 0 ] || return 0
+  python3 -m pip install -q --no-index --no-deps --upgrade --target "$WORK/site" "${wheels[@]}"
   export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
 }
 
@@ -122,6 +131,36 @@ do_disk() {
   [ "${KEEP:-0}" = 1 ] || rm -rf "$WORK/rss"
 }
 
+do_cases() {
+  step "cases from RAM" 480 shown python3 "$root/bench/forward.py" \
+    --case "${CASES:-8,1,7,11,2,12,9,3,10}" --preset 70b --layers "$LAYERS" --folder "$RAM_FOLDER" \
+    --bench-read "$native/bench/bench_read" --json "$OUT/cases.json"
+  [ "${KEEP:-0}" = 1 ] || rm -rf "$RAM_FOLDER"
+}
+
+do_cases_disk() {
+  step "cases from disk" 480 shown python3 "$root/bench/forward.py" --case "${DISK_CASES:-4,5,6}" \
+    --preset 70b --layers "$DISK_LAYERS" --folder "$DISK_FOLDER" \
+    --bench-read "$native/bench/bench_read" --json "$OUT/cases-disk.json"
+  [ "${KEEP:-0}" = 1 ] || rm -rf "$DISK_FOLDER"
+}
+
+# peers NAME LIST
+peers() {
+  step "$1" 560 shown python3 "$root/bench/peers.py" --peers "$2" --preset 70b --layers "$LAYERS" \
+    --folder "$RAM_FOLDER" --disk-folder "$WORK/peers" --json "$OUT/$1.json"
+  [ "${KEEP:-0}" = 1 ] || rm -rf "$RAM_FOLDER"
+}
+
+do_peers() {
+  local list="resident,wsm arena,wsm 16 GiB,two buffers,diffusers leaf,diffusers block"
+  peers peers "${PEERS:-$list,deepspeed zero3,mmgp,accelerate cpu}"
+}
+
+do_peers_disk() {
+  peers peers-disk "${DISK_PEERS:-wsm arena,accelerate disk,diffusers disk,airllm}"
+}
+
 # Torch's caching allocator would hide overruns between its blocks.
 do_memcheck() {
   cd "$WORK" || return
@@ -134,9 +173,9 @@ do_memcheck() {
 [ $# -gt 0 ] || set -- build tests ram disk
 for name in "$@"; do
   case $name in
-    build | tests | ram | disk | memcheck) ;;
+    build | tests | ram | disk | memcheck | cases | cases-disk | peers | peers-disk) ;;
     *)
-      echo "gpu_check: no step '$name'; steps: build tests ram disk memcheck" >&2
+      echo "gpu_check: no step '$name'; its first lines list them" >&2
       exit 2
       ;;
   esac
@@ -144,7 +183,7 @@ done
 cd "$root" || exit
 unpack_wheels
 unpack_debs
-for name in "$@"; do "do_$name"; done
+for name in "$@"; do "do_${name//-/_}"; done
 
 {
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader

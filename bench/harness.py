@@ -9,13 +9,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import wsm_ext
+from wsm_ext.bench import LinkProbe
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -73,12 +75,6 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, date and command. No folder is named: results are published."""
-    try:
-        import wsm_ext
-
-        wsm_version = getattr(wsm_ext, "__version__", "unknown")
-    except ImportError:
-        wsm_version = "not installed"
     script, *arguments = sys.argv
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -91,7 +87,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "wsm_ext": wsm_version,
+        "wsm_ext": wsm_ext.__version__,
     }
 
 
@@ -142,48 +138,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class LinkCeiling:
-    """The link to the device: copies of 16 MiB out of pinned memory, sampled again and again.
-
-    On a GPU the copies are enqueued behind a kernel that holds the stream, and timed by events.
-    On the host device the link is a copy from memory to memory.
-    """
+class LinkCeiling(LinkProbe):
+    """The link's probe, sampled again and again between the runs compared with it, and verified."""
 
     def __init__(
         self, device: torch.device, chunk_bytes: int = 16 * MIB, total_bytes: int = GIB
     ) -> None:
-        self.device, self.chunk_bytes = device, chunk_bytes
-        cuda = device.type == "cuda"
-        self.source = torch.empty(total_bytes, dtype=torch.uint8, pin_memory=cuda)
-        pattern = torch.arange(min(total_bytes, GIB) // 4, dtype=torch.int32).view(torch.uint8)
-        for part in self.source.split(pattern.numel()):
-            part.copy_(pattern[: part.numel()])
-        self.target = torch.empty(2 * chunk_bytes, dtype=torch.uint8, device=device)
+        super().__init__(device, chunk_bytes, total_bytes)
         self.gb_per_s: list[float] = []
-        self._sample()  # warm-up
-
-    def _copy_all(self) -> None:
-        chunk = self.chunk_bytes
-        for i, begin in enumerate(range(0, self.source.numel(), chunk)):
-            place = (i % 2) * chunk
-            self.target[place : place + chunk].copy_(
-                self.source[begin : begin + chunk], non_blocking=True
-            )
-
-    def _sample(self) -> float:
-        if self.device.type != "cuda":
-            begin_s = time.perf_counter()
-            self._copy_all()
-            return self.source.numel() / (time.perf_counter() - begin_s) / GB
-        with torch.cuda.device(self.device):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            torch.cuda._sleep(20_000_000)  # about 10 ms: all copies are enqueued by then
-            begin.record()
-            self._copy_all()
-            end.record()
-            torch.cuda.synchronize()
-            return self.source.numel() / (begin.elapsed_time(end) * 1e-3) / GB
 
     def sample(self, count: int = 3) -> None:
         self.gb_per_s += [self._sample() for _ in range(count)]

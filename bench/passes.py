@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import harness
@@ -28,6 +29,15 @@ def timed_passes(model: Any, ids: torch.Tensor, passes: int) -> float:
     begin = time.perf_counter()
     forwards(model, ids, passes)
     return time.perf_counter() - begin
+
+
+def alternate(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Samples of each by turns, the order reversed every round: a drift hits all alike."""
+    out: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds):
+        for name in list(runs)[:: -1 if index % 2 else 1]:
+            out[name].append(runs[name]())
+    return out
 
 
 def totals_difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +87,17 @@ def gpu_memory(device: torch.device) -> dict[str, int] | None:
         out["device_used_bytes"] = total - free
         print(f"NVML does not answer ({error}); the CUDA runtime's figure stands in")
     return out
+
+
+def outside_torch(device: torch.device) -> int:
+    """Bytes on the device that torch's allocator does not know: the context, libraries."""
+    ones = torch.ones(256, 256, device=device, dtype=torch.bfloat16)
+    (ones @ ones).sum().item()  # loads what a first product loads
+    memory = gpu_memory(device)
+    if memory is None:
+        return 0
+    used = memory.get("nvml_used_bytes", memory.get("device_used_bytes", 0))
+    return used - memory["torch_reserved_bytes"]
 
 
 def run_ratios(runs: list[dict[str, Any]], key: str, ceiling: float) -> dict[str, Any]:

@@ -54,6 +54,19 @@ def ensure_checkpoint(
     return True
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    """ "8x2048" -> (8, 2048)."""
+    batch, _, tokens = text.partition("x")
+    if not (batch.isdecimal() and tokens.isdecimal() and int(batch) and int(tokens)):
+        raise ValueError(f"a shape is BATCHxTOKENS, not {text!r}")
+    return int(batch), int(tokens)
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """ "1x2048,1x1" -> [(1, 2048), (1, 1)]."""
+    return [parse_shape(word) for word in text.split(",")]
+
+
 def is_layer(name: str) -> bool:
     """Whether a tensor, or a unit, lies in a decoder layer: "model.layers.3.mlp" does."""
     return bool(_LAYER.search(name + "."))

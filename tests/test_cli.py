@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -5,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from wsm_ext import cli, demo, transformers_loader
+from wsm_ext import _engine, cli, demo, measure, transformers_loader
 from wsm_ext.synthetic import make_llama_checkpoint
 
 # More than 2 MiB of layers: the least that a block of device memory costs.
@@ -165,7 +167,8 @@ def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
         "--revision": "v1",
     }  # fmt: skip
     flat = [part for pair in options.items() for part in pair]
-    failure(["prefill", "owner/name", "--device", "cpu", *flat, "--local-files-only"], capsys)
+    switches = ["--local-files-only", "--no-measure"]
+    failure(["prefill", "owner/name", "--device", "cpu", *flat, *switches], capsys)
     del seen["progress"]
     assert seen == {
         "path": "owner/name",
@@ -173,7 +176,7 @@ def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
         "device_memory": "1GiB",
         "host_memory": "2GiB",
         "units": ["model.norm", "lm_head"],
-        "config": {"lookahead_units": 5, "reader": "uring", "direct": "off"},
+        "config": {"lookahead_units": 5, "reader": "uring", "direct": "off", "measure": False},
         "dtype": "bfloat16",
         "revision": "v1",
         "local_files_only": True,
@@ -190,3 +193,142 @@ def test_demo_exits_with_0_or_1_by_the_bits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo._Outcome, "differences", lambda ours, theirs: ["prefill logits"])
     assert cli.main(arguments) == 1
     assert "different bits" in capsys.readouterr().out
+
+
+# -- wsm plan --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A machine on which the disk limits, and how often it was measured."""
+    counts = {"link": 0, "disk": 0, "layer": 0}
+
+    def link(device):
+        counts["link"] += 1
+        return measure.Link(10e9, 1e-6)
+
+    def disk(spans, direct):
+        counts["disk"] += 1
+        return 1e6
+
+    def layer(module, device, batch, tokens):
+        counts["layer"] += 1
+        return measure.Compute(0.001 * tokens, {"lm_head": 0.002}, 0.0, tokens)
+
+    monkeypatch.setattr(measure, "measure_link", link)
+    monkeypatch.setattr(measure, "measure_disk", disk)
+    monkeypatch.setattr(measure, "measure_layer", layer)
+    monkeypatch.setattr(
+        measure, "find_spans", lambda paths, direct: [measure.Span(paths[0], 0, False)]
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    return counts
+
+
+def plan_of(folder, tmp_path, *changes):
+    out = tmp_path / "plan.json"
+    arguments = ["plan", str(folder), *BUDGETS, "--batch", "2", "--tokens", "5", *changes]
+    assert cli.main([*arguments, "--json", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_plan_says_what_it_would_do_and_loads_nothing(
+    folder, tmp_path, measured, monkeypatch, capsys
+):
+    monkeypatch.setattr(_engine, "Engine", None)
+    monkeypatch.setenv("WSM_AGGRESSIVE_GPU_PREFETCH", "1")
+    content = plan_of(folder, tmp_path, "--reader", "pread")
+    assert measured == {"link": 1, "disk": 1, "layer": 2}  # prefill and decode
+    values = {name: (entry["value"], entry["source"]) for name, entry in content["values"].items()}
+    assert values["device memory"] == (2 << 20, "argument")
+    assert values["host memory"] == (1 << 20, "argument")
+    assert values["units"][1] == "planner"
+    assert values["lookahead_units"] == (1, "variable")
+    assert values["reader"] == ("pread", "argument")
+    assert values["staging_mb"][1] == values["chunk_mb"][1] == "planner"
+    homes = [content["plan"][f"{home}_home_bytes"] for home in ("device", "host", "disk")]
+    assert sum(homes) == content["plan"]["model_bytes"]
+    assert content["workload"] == {"batch": 2, "tokens": 5}
+    assert content["rates"]["disk"]["source"] == "measured"
+    assert content["rates"]["compute"]["layer_s"] == 0.005
+    assert content["rates"]["decode_compute"]["layer_s"] == 0.001
+    prefill = content["prefill"]
+    assert prefill["limit"] == "disk"
+    assert prefill["disk_seconds"] == pytest.approx(homes[2] / 1e6, rel=0.01)
+    assert prefill["compute_seconds"] == pytest.approx(12 * 0.005 + 0.002)
+    assert prefill["tokens_per_s"] == pytest.approx(10 / prefill["seconds"])
+    assert content["decode"]["tokens_per_s"] == pytest.approx(2 / content["decode"]["seconds"])
+    assert prefill["gain_device_per_gib"] > prefill["gain_host_per_gib"] > 0
+    printed = capsys.readouterr().out
+    for part in (
+        "limited by the disk",
+        "one more GiB of device memory: a pass of ",
+        "one more GiB of host memory: a pass of ",
+        "prefill of 2 x 5",
+        "tokens/s; decode: ",
+        "0.00 GB/s",
+        "limits",
+    ):
+        assert part in printed
+    assert re.search(r"lookahead_units\s*│\s*1 │ variable", printed)
+    assert re.search(r"disk\s*│\s*0.00 GB/s │ measured", printed)
+    assert max(len(line) for line in printed.replace(str(folder), "").splitlines()) <= 80
+
+
+def test_plan_takes_what_was_measured_before(folder, tmp_path, measured):
+    plan_of(folder, tmp_path)
+    content = plan_of(folder, tmp_path)
+    assert measured == {"link": 1, "disk": 1, "layer": 2}
+    assert {content["rates"][name]["source"] for name in ("disk", "h2d", "compute")} == {"cached"}
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_plan_without_measuring_assumes(folder, tmp_path, measured, monkeypatch, capsys, how):
+    if how == "variable":
+        monkeypatch.setenv("WSM_MEASURE", "0")
+    content = plan_of(folder, tmp_path, *(["--no-measure"] if how == "option" else []))
+    assert measured == {"link": 0, "disk": 0, "layer": 0}
+    assert content["rates"]["disk"]["source"] == content["rates"]["h2d"]["source"] == "default"
+    assert content["prefill"]["compute_seconds"] is None
+    assert content["values"]["measure"]["source"] == ("argument" if how == "option" else "variable")
+    printed = capsys.readouterr().out
+    assert "at least: computing is not known" in printed
+    assert "at most" in printed
+
+
+def test_plan_of_what_fits_says_so(folder, tmp_path, measured, capsys):
+    content = plan_of(folder, tmp_path, "--device-memory", "64MiB")
+    assert "everything fits on the device: nothing streams" in capsys.readouterr().out
+    prefill = content["prefill"]
+    assert (prefill["limit"], prefill["h2d_bytes"]) == ("compute", 0)
+    assert prefill["seconds"] == pytest.approx(12 * 0.005 + 0.002)
+
+
+def test_plan_warns_and_refuses_as_streaming_does(folder, tmp_path, measured, monkeypatch, capsys):
+    monkeypatch.setenv("WSM_STAGING_MBS", "4")
+    assert plan_of(folder, tmp_path)["plan"]["warnings"]
+    assert "warning: WSM_STAGING_MBS" in capsys.readouterr().out
+    error = failure(["plan", str(folder), *BUDGETS, "--host-memory", "1KiB"], capsys)
+    assert "too small" in error
+
+
+def test_plan_is_plain_where_the_terminal_is(folder, tmp_path, measured, monkeypatch):
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(cli, "Console", lambda: Console(file=plain, width=80))
+    plan_of(folder, tmp_path)
+    plain.flush()
+    assert b"####" in plain.buffer.getvalue()
+
+
+def test_prefill_shows_what_was_predicted_beside_what_it_took(folder, tmp_path, measured, capsys):
+    out = tmp_path / "out.json"
+    asked = ["--tokens", "5", "--repeat", "3", "--json", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WSM_MEASURE", "1")
+        assert cli.main(["prefill", str(folder), *BUDGETS, *asked]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted and achieved" in printed
+    assert "2 passes" in printed
+    content = json.loads(out.read_text())
+    assert content["predicted"]["limit"] == "disk"
+    assert content["achieved"]["passes"] == 2

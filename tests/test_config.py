@@ -74,6 +74,8 @@ def test_defaults():
         ("WSM_READER", "uring", "reader", "uring"),
         ("WSM_READER", "PREAD", "reader", "pread"),
         ("WSM_READER", "auto", "reader", "auto"),
+        ("WSM_MEASURE", "0", "measure", False),
+        ("WSM_MEASURE", "on", "measure", True),
         ("WSM_DIRECT", "0", "direct", "off"),
         ("WSM_DIRECT", "1", "direct", "on"),
         ("WSM_DIRECT", "auto", "direct", "auto"),

@@ -9,7 +9,7 @@ from rich.console import Console
 from wsm_ext import report
 
 CPU = torch.device("cpu")
-PLAN = dict.fromkeys(report._PLAN_KEYS, 0) | {"warnings": ["the cache shrank"]}
+PLAN = dict.fromkeys(report.PLAN_KEYS, 0) | {"warnings": ["the cache shrank"]}
 
 
 class Model:

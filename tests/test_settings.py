@@ -158,6 +158,9 @@ CASES = [
         lambda net, value: ("pread", "direct" if value == "on" else "buffered"),
         config={"reader": "pread"},
     ),
+    Case(
+        "measure", (False, True), lambda s: s.plan.predicted is not None, lambda net, value: value
+    ),
 ]
 IDS = [case.name for case in CASES]
 

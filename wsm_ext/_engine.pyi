@@ -19,7 +19,30 @@ class Limits:
     cache_bytes: int | None
     chunk_bytes: int | None
     lookahead_units: int | None
+    seam_units: int | None
     read_ahead_bytes: int | None
+    kept_cache: KeptCache
+
+class KeptCache: ...
+
+class Rates:
+    disk_bytes_per_s: float
+    h2d_bytes_per_s: float
+    copy_overhead_s: float
+    unit_overhead_s: float
+    compute_s: list[float]
+    host_computes: bool
+
+class Simulated:
+    pass_seconds: float
+    first_pass_seconds: float
+    disk_seconds: float
+    h2d_seconds: float
+    compute_seconds: float
+    disk_bytes: int
+    h2d_bytes: int
+    limit: str
+    stall_seconds: dict[str, float]
 
 class PlannedModel:
     arena_bytes: int
@@ -40,7 +63,9 @@ class PlannedModel:
     warnings: list[str]
     def streamed_bytes(self, unit: int) -> int: ...
     def place(self, unit: int) -> tuple[int, int]: ...
-    def tensor_places(self, unit: int) -> list[tuple[bool, int, int]]: ...
+    home_blocks: list[tuple[int, list[int]]]
+    device_bytes: int
+    def tensor_places(self, unit: int) -> list[tuple[int | None, int, int]]: ...
     def shards_on_disk(self) -> set[int]: ...
 
 class ReaderChoice(Enum):
@@ -70,10 +95,11 @@ class Engine:
         planned: PlannedModel,
         cuda_index: int,
         arena: int,
-        homes: int,
+        homes: Sequence[tuple[int, bool]],
         memory: Sequence[int],
         stream: int,
         options: EngineOptions,
+        before: Engine | None = None,
     ) -> None: ...
     def load_resident(self, stream: int, progress: Callable[[], None] | None = None) -> None: ...
     def begin_pass(self, stream: int) -> None: ...
@@ -82,8 +108,10 @@ class Engine:
     def release(self, unit: int, stream: int) -> None: ...
     def fetch(self, unit: int, tensor: int, target: int) -> None: ...
     def close(self) -> None: ...
+    def kept_cache(self) -> KeptCache: ...
     def totals(self) -> dict[str, Any]: ...
     def last_pass(self) -> dict[str, Any]: ...
+    def steady_passes(self) -> dict[str, Any]: ...
     def memory(self) -> tuple[int, int]: ...
     def readers(self) -> dict[str, dict[str, Any]]: ...
 
@@ -92,6 +120,14 @@ def plan_model(
     tensors: Sequence[tuple[str, int, list[tuple[int, int, int, int]], int]],
     units: Sequence[tuple[str, str, list[int], bool]],
     limits: Limits,
+    rates: Rates | None = None,
 ) -> PlannedModel: ...
+def simulate(
+    planned: PlannedModel, rates: Rates, order: Sequence[int] = (), policy: str = "fixed"
+) -> Simulated: ...
 def device_block_bytes(bytes: int) -> int: ...
 def direct_alignment(path: str) -> int: ...
+def in_page_cache(fd: int, offset: int, bytes: int) -> bool: ...
+def time_copies(
+    cuda_index: int, target: int, target_bytes: int, source_bytes: int, sizes: Sequence[int]
+) -> list[float]: ...

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from . import __version__, report
+from . import __version__, plan_report, report
 from .demo import SIZES, run_demo
 
 _BAD_INPUT = 2
@@ -52,17 +52,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"wsm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    common, streaming = _common(), _streaming()
+    common, streaming, workload = _common(), _streaming(), _workload()
+
+    plan = commands.add_parser(
+        "plan",
+        parents=[streaming, workload, common],
+        help="show where the weights would live and how long a pass should take",
+        description="Plan for a model without loading it: where its bytes would live, what each "
+        "link would take, which one limits, and what more memory would bring. Disk, link and one "
+        "layer are measured, or taken from a measurement of the last 30 days.",
+    )
+    plan.set_defaults(run=_plan)
 
     prefill = commands.add_parser(
         "prefill",
-        parents=[streaming, common],
+        parents=[streaming, workload, common],
         help="time prefills of random tokens",
         description="Stream a model and time prefills of random tokens: rates, stalls, memory.",
-    )
-    prefill.add_argument("--batch", type=_count, default=1, metavar="B", help="sequences (1)")
-    prefill.add_argument(
-        "--tokens", type=_count, default=2048, metavar="T", help="tokens of each (2048)"
     )
     prefill.add_argument(
         "--repeat", type=_count, default=3, metavar="N", help="prefills to run (3)"
@@ -80,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=_count, default=64, metavar="N", help="stop after N tokens (64)"
     )
     generate.set_defaults(run=_generate)
+
+    bench = commands.add_parser(
+        "bench",
+        parents=[streaming, common],
+        help="measure this machine's links, and how close passes come to them",
+        description="Measure the link to the device and the disk under the model's files, then "
+        "passes of the streamed model: by the budgets given, from RAM, and from a cold disk. Says "
+        "which link limits each, and how close it comes.",
+    )
+    bench.add_argument("--batch", type=_count, default=1, metavar="B", help="sequences (1)")
+    bench.add_argument("--tokens", type=_count, default=128, metavar="T", help="of each (128)")
+    bench.add_argument("--passes", type=_count, default=3, metavar="N", help="of each run (3)")
+    bench.set_defaults(run=_bench)
 
     demo = commands.add_parser(
         "demo",
@@ -108,6 +127,15 @@ def _common() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _workload() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--batch", type=_count, default=1, metavar="B", help="sequences (1)")
+    parser.add_argument(
+        "--tokens", type=_count, default=2048, metavar="T", help="tokens of each (2048)"
+    )
     return parser
 
 
@@ -141,14 +169,43 @@ def _streaming() -> argparse.ArgumentParser:
         "--dtype", default="auto", help="what to compute in; tensors of another dtype are cast"
     )
     parser.add_argument("--revision", metavar="REV", help="the hub revision")
+    parser.add_argument(
+        "--no-measure", action="store_true", help="plan by rules, without measuring anything"
+    )
     parser.add_argument("--local-files-only", action="store_true", help="ask the hub's cache only")
     return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .transformers_loader import prepare, resolve_folder
+
+    device = report.resolve_device(options.device)
+    folder = resolve_folder(
+        options.model, revision=options.revision, local_files_only=options.local_files_only
+    )
+    module, checkpoint = prepare(folder, dtype=options.dtype)
+    preview = plan_report.preview(
+        module,
+        checkpoint,
+        device=device,
+        device_memory=options.device_memory,
+        host_memory=options.host_memory,
+        units=_units(options),
+        config=_settings(options),
+        workload=(options.batch, options.tokens),
+    )
+    plan_report.print_preview(Console(), options.model, preview)
+    if options.json:
+        content = {"command": options.command_line, "model": options.model, **preview.as_dict()}
+        report.write_json(options.json, content)
+    return 0
 
 
 def _prefill(options: argparse.Namespace) -> int:
     console = Console()
     device = report.resolve_device(options.device)
     with _load(options, options.model, device) as (model, load_seconds):
+        model.expect(options.batch, options.tokens)
         report.print_plan(console, model)
         result = report.run_prefills(
             model,
@@ -159,6 +216,7 @@ def _prefill(options: argparse.Namespace) -> int:
             repeat=options.repeat,
         )
         report.print_prefills(console, result, load_seconds=load_seconds)
+        plan_report.print_comparison(console, model.plan)
         _write(
             options,
             device,
@@ -166,6 +224,7 @@ def _prefill(options: argparse.Namespace) -> int:
             load_s=load_seconds,
             model=options.model,
             prefill=result.as_dict(),
+            **plan_report.outcome(model.plan),
         )
     return 0
 
@@ -214,6 +273,37 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from . import bench
+    from .transformers_loader import resolve_folder
+
+    device = report.resolve_device(options.device)
+    folder = resolve_folder(
+        options.model, revision=options.revision, local_files_only=options.local_files_only
+    )
+    options.revision = None  # the folder is that revision
+
+    @contextmanager
+    def open_model(**replaced: Any) -> Iterator[Any]:
+        with _load(options, folder, device, **replaced) as (model, _):
+            yield model
+
+    result = bench.run_bench(
+        folder,
+        device=device,
+        open_model=open_model,
+        batch=options.batch,
+        tokens=options.tokens,
+        passes=options.passes,
+        step=lambda what: print(f"measuring {what}", file=sys.stderr, flush=True),
+    )
+    bench.print_bench(Console(), result)
+    if options.json:
+        content = report.setting(options.command_line, device)
+        report.write_json(options.json, {**content, "model": options.model, "bench": result})
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     device = report.resolve_device(options.device)
     content = run_demo(Console(), device=device, keep=options.keep, size=SIZES[options.size])
@@ -223,27 +313,38 @@ def _demo(options: argparse.Namespace) -> int:
     return 0 if content["bit_equal"] else 1
 
 
-@contextmanager
-def _load(
-    options: argparse.Namespace, path: Any, device: torch.device
-) -> Iterator[tuple[Any, float]]:
-    from .transformers_loader import from_pretrained
+def _units(options: argparse.Namespace) -> Any:
+    named = options.units not in ("auto", "layer", "group", "leaf")
+    return options.units.split(",") if named else options.units
 
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "lookahead_units": options.lookahead,
         "reader": options.reader,
         "direct": options.direct,
+        "measure": False if options.no_measure else None,
     }
-    named = options.units not in ("auto", "layer", "group", "leaf")
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+@contextmanager
+def _load(
+    options: argparse.Namespace, path: Any, device: torch.device, **replaced: Any
+) -> Iterator[tuple[Any, float]]:
+    """The model as the options say; `replaced`: budgets, and settings added to theirs."""
+    from .transformers_loader import from_pretrained
+
+    settings = _settings(options) | replaced.pop("config", {})
+    budgets = {"device_memory": options.device_memory, "host_memory": options.host_memory}
     begin = time.perf_counter()
     with _progress() as progress:
         model = from_pretrained(
             path,
             dtype=options.dtype,
             device=device,
-            device_memory=options.device_memory,
-            host_memory=options.host_memory,
-            units=options.units.split(",") if named else options.units,
+            **{**budgets, **replaced},
+            units=_units(options),
             config={key: value for key, value in settings.items() if value is not None},
             revision=options.revision,
             local_files_only=options.local_files_only,
@@ -265,7 +366,9 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task("")
 
     def update(done: int, total: int) -> None:
-        bar.start()  # where nothing is loaded first, nothing is shown
+        if total == 0:  # nothing is loaded first: nothing is shown
+            return
+        bar.start()
         bar.update(task, completed=done, total=total)
 
     try:

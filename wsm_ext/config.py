@@ -91,6 +91,8 @@ class Config:
     verbose: bool = _setting(False, _flag, "WSM_VERBOSE")
     reader: str = _setting("auto", _reader, "WSM_READER")
     direct: str = _setting("auto", _direct, "WSM_DIRECT")
+    # Measure disk, link and one layer before planning. None: when it can matter.
+    measure: bool | None = _setting(None, _flag, "WSM_MEASURE")
     # The largest chunk: at least a page, at most a piece in which pinned memory is registered.
     chunk_mb: float | None = _setting(None, _number(_PAGE / _MIB, 256))
     arena_bytes: int | None = _setting(None, parse_bytes)

@@ -1,13 +1,21 @@
-"""The plan as Python shows it: which bytes live where, and what every pass moves."""
+"""The plan as Python shows it: which bytes live where, and what every pass moves and takes."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from . import _engine
+from .predict import Achieved, Prediction, comparison, difference
 from .sizes import format_bytes
 from .sources import Source
 from .units import Unit
+
+_log = logging.getLogger("wsm_ext")
+
+_LEAST_PASSES = 3  # before a difference is worth a word
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,21 @@ class Plan:
     live between uses; the latter two cross the link to the device in every pass, the last one also
     the link from the disk. `arena_bytes` and `homes_bytes` are device memory, `cache_bytes` and
     `staging_bytes` (`slot_count` slots of `chunk_bytes`) pinned host memory.
+
+    `predicted` is what a pass should take; None where nothing streams or nothing was measured.
+    `achieved` is what the passes took, the first left out; None before the second has ended.
     """
 
-    def __init__(self, planned: _engine.PlannedModel, units: list[Unit], source: Source) -> None:
+    def __init__(
+        self,
+        planned: _engine.PlannedModel,
+        units: list[Unit],
+        source: Source,
+        predicted: Prediction | None = None,
+    ) -> None:
+        self.predicted = predicted
+        self.achieved: Achieved | None = None
+        self._said = False
         self.model_bytes: int = planned.model_bytes
         self.device_home_bytes: int = planned.device_home_bytes
         self.host_home_bytes: int = planned.host_home_bytes
@@ -44,6 +64,8 @@ class Plan:
         self.read_ahead_bytes: int = planned.read_ahead_bytes
         self.device_budget_bytes: int = planned.device_budget_bytes
         self.host_budget_bytes: int = planned.host_budget_bytes
+        # What a forward of the workload allocates beside the weights; None: nobody said.
+        self.activation_bytes: int | None = None
         self.warnings: list[str] = list(planned.warnings)
         self.units: list[UnitPlan] = [
             UnitPlan(
@@ -59,6 +81,16 @@ class Plan:
     def streams(self) -> bool:
         """False when everything has a home on the device: nothing is wrapped, nothing moves."""
         return any(unit.streamed_bytes for unit in self.units)
+
+    def update(self, sums: Mapping[str, Any]) -> None:
+        """Take in the engine's sums over passes. Says once where they are not as predicted."""
+        self.achieved = Achieved.of(sums)
+        if self._said or self.predicted is None or self.achieved is None:
+            return
+        said = difference(self.predicted, self.achieved)
+        if said is not None and self.achieved.passes >= _LEAST_PASSES:
+            _log.warning("%s", said)
+            self._said = True
 
     def __str__(self) -> str:
         streaming = sum(1 for unit in self.units if unit.streamed_bytes)
@@ -88,4 +120,9 @@ class Plan:
         ]
         width = max(len(label) for label, _ in rows)
         lines = [f"{label:<{width}}  {value}" for label, value in rows]
+        compared = comparison(self.predicted, self.achieved)
+        if compared:
+            compared.insert(0, ("", "predicted", "achieved"))
+            wide = max(len(before) for _, before, _ in compared)
+            lines += [f"{what:<{width}}  {a:<{wide}}  {b}".rstrip() for what, a, b in compared]
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])

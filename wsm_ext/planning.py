@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,12 +21,21 @@ from .units import Unit, find_units
 _MIB = 1 << 20
 # With device="cpu" both budgets are RAM: what stays on the "device" needs no copy, so it gets more.
 _CPU_DEVICE_SHARE = 0.85
-# On a GPU, activations and the KV cache need room beside the weights.
+# Where nobody says what activations and the KV cache need, they get the rest.
 _CUDA_DEVICE_SHARE = 0.85
+# Finer units mean more hooks and log lines: they must shorten the pass to this at least.
+_FINER_IS_WORTH = 0.95
+
+# What the machine gives, for the units of a plan.
+RatesOf = Callable[[list[Unit], Source], _engine.Rates]
 
 
 class Budgets:
-    """Device and host bytes, and whether the user named them."""
+    """Device and host bytes, and whether the user named them.
+
+    `activation_bytes` is what a forward needs beside the weights, where that is known; `held` are
+    device and host bytes that are taken now and can be used again.
+    """
 
     def __init__(
         self,
@@ -33,95 +43,201 @@ class Budgets:
         device_memory: int | str,
         host_memory: int | str,
         config: Config,
+        activation_bytes: int | None = None,
+        held: tuple[int, int] = (0, 0),
     ) -> None:
         self.explicit_device = device_memory != "auto"
         self.explicit_host = host_memory != "auto"
+        self.activation_bytes = activation_bytes
         self.device_bytes = 0
         self.host_bytes = 0
         if self.explicit_device:
             self.device_bytes = parse_bytes(device_memory, "device_memory")
+            self._leave_room()
         if self.explicit_host:
             self.host_bytes = parse_bytes(host_memory, "host_memory")
         guard = config.gpu_free_guard_mb * _MIB
         if device.type != "cpu":
             if not self.explicit_device:
-                self.device_bytes = int(device_available(device, guard) * _CUDA_DEVICE_SHARE)
+                self.device_bytes = device_available(device, guard) + held[0]
+                self._leave_room(_CUDA_DEVICE_SHARE)
             if not self.explicit_host:
-                self.host_bytes = host_available()
+                self.host_bytes = host_available() + held[1]
             return
-        free = host_available()
+        free = host_available() + sum(held)
         if not self.explicit_device:
             if config.sources["gpu_free_guard_mb"] != "default":
                 free = max(free - guard, 0)
             share = _CPU_DEVICE_SHARE if not self.explicit_host else 1.0
             self.device_bytes = max(int((free - self.host_bytes) * share), 0)
+            self._leave_room()
         if not self.explicit_host:
-            self.host_bytes = max(free - self.device_bytes, 0)
+            self.host_bytes = max(free - self.device_bytes - (activation_bytes or 0), 0)
 
-
-def plan_module(
-    module: nn.Module,
-    checkpoint: Checkpoint | None,
-    units: str | Sequence[str],
-    budgets: Budgets,
-    config: Config,
-) -> tuple[list[Unit], Source, _engine.PlannedModel, list[str]]:
-    """Plans with the units asked for; "auto" takes finer ones where the coarser do not fit."""
-    chosen, unheeded = choose_units(config, units)
-    modes = ["layer", "group", "leaf"] if chosen == "auto" else [chosen]
-    refused: ValueError | None = None
-    for mode in modes:
-        found = find_units(module, mode)
-        for unit in found:
-            unit.slots = [slot for slot in unit.slots if sources.live(slot).numel() > 0]
-        found = [unit for unit in found if unit.slots]
-        if checkpoint is not None:
-            source = sources.from_checkpoint(found, checkpoint)
+    def _leave_room(self, share: float = 1.0) -> None:
+        if self.activation_bytes is None:
+            self.device_bytes = int(self.device_bytes * share)
+        elif self.explicit_device and self.activation_bytes >= self.device_bytes:
+            raise ValueError(
+                f"device_memory = {format_bytes(self.device_bytes)} is too small: the workload"
+                f" alone takes {format_bytes(self.activation_bytes)} for activations and KV cache;"
+                " give more, or a smaller workload"
+            )
         else:
-            source = sources.from_module(found)
+            self.device_bytes = max(self.device_bytes - self.activation_bytes, 0)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what it is a plan of."""
+
+    units: list[Unit]
+    source: Source
+    plan: _engine.PlannedModel
+    mode: str | Sequence[str]
+    warnings: list[str]
+
+
+class Planner:
+    """Plans one module again and again, for changing budgets.
+
+    Made before the module's parameters are replaced: it remembers its units, and where their bytes
+    come from.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        checkpoint: Checkpoint | None,
+        units: str | Sequence[str],
+        config: Config,
+    ) -> None:
+        self._module = module
+        self._checkpoint = checkpoint
+        self._config = config
+        chosen, self._unheeded = choose_units(config, units)
+        self._modes: list[str | Sequence[str]] = (
+            ["layer", "group", "leaf"] if chosen == "auto" else [chosen]
+        )
+        self._found: dict[int, tuple[list[Unit], Source]] = {}
+
+    def plan(
+        self,
+        budgets: Budgets,
+        rates_of: RatesOf | None = None,
+        kept_cache: _engine.KeptCache | None = None,
+    ) -> Planned:
+        """The plan with the shortest pass; "auto" takes finer units where they pay.
+
+        Raises ValueError naming the least budget, where none of the units fits.
+        """
+        best: tuple[float, Planned] | None = None
+        refused: ValueError | None = None
+        for index in range(len(self._modes)):
+            try:
+                units, source = self._units(index)
+                rates = None if rates_of is None else rates_of(units, source)
+                planned = self._plan_units(index, budgets, rates, kept_cache)
+            except ValueError as error:
+                refused = refused or error
+                continue
+            seconds = _engine.simulate(planned.plan, rates or _engine.Rates()).pass_seconds
+            if best is None or seconds < best[0] * _FINER_IS_WORTH:
+                best = (seconds, planned)
+            if seconds == 0 or not streams(planned.plan):
+                break
+        if best is None:
+            assert refused is not None
+            raise refused
+        return best[1]
+
+    def check(self) -> None:
+        """Raises ValueError (CheckpointError) where the checkpoint does not fit the module."""
+        self._units(0)
+
+    def forget(self) -> None:
+        """The module's parameters have changed."""
+        self._found.clear()
+
+    def plan_least(self) -> Planned:
+        """The plan that takes least: the finest units, all of which stream, one at a time."""
+        index = len(self._modes) - 1
+        units, source = self._units(index)
+        limits = _engine.Limits()
+        limits.device_bytes = limits.host_bytes = 1 << 60
+        limits.home_bytes = limits.cache_bytes = 0
+        limits.lookahead_units = 0
+        plan = _engine.plan_model(source.shards, source.tensors, _unit_specs(units, source), limits)
+        return Planned(units, source, plan, self._modes[index], [])
+
+    def _units(self, index: int) -> tuple[list[Unit], Source]:
+        if index not in self._found:
+            found = find_units(self._module, self._modes[index])
+            for unit in found:
+                unit.slots = [slot for slot in unit.slots if sources.live(slot).numel() > 0]
+            found = [unit for unit in found if unit.slots]
+            if self._checkpoint is not None:
+                source = sources.from_checkpoint(found, self._checkpoint)
+            else:
+                source = sources.from_module(found)
+            self._found[index] = found, source
+        return self._found[index]
+
+    def _plan_units(
+        self,
+        index: int,
+        budgets: Budgets,
+        rates: _engine.Rates | None,
+        kept_cache: _engine.KeptCache | None,
+    ) -> Planned:
+        units, source = self._units(index)
+        limits, warned = self._limits(units, source, budgets)
+        if kept_cache is not None:
+            limits.kept_cache = kept_cache
         try:
-            planned, warned = _plan_units(module, found, source, budgets, config)
-            return found, source, planned, unheeded + warned
+            plan = _engine.plan_model(
+                source.shards, source.tensors, _unit_specs(units, source), limits, rates
+            )
         except ValueError as error:
-            refused = refused or error
-    assert refused is not None
-    raise refused
+            raise ValueError(_in_terms_of_arguments(str(error))) from None
+        return Planned(units, source, plan, self._modes[index], self._unheeded + warned)
+
+    def _limits(
+        self, units: list[Unit], source: Source, budgets: Budgets
+    ) -> tuple[_engine.Limits, list[str]]:
+        members = [unit_tensors(unit, source) for unit in units]
+        # As on the way through the arena: what arrives, and what is made of it.
+        taken = [arriving + made for _, arriving, _, made in source.tensors]
+        sizes = [sum(taken[tensor] for tensor in tensors) for tensors in members]
+        layers: dict[tuple[str | None, int], int] = {}
+        for unit, size in zip(units, sizes, strict=True):
+            if unit.layer is not None:
+                layer = (unit.stack, unit.layer)
+                layers[layer] = layers.get(layer, 0) + size
+        in_layers = [s for u, s in zip(units, sizes, strict=True) if u.layer is not None]
+        largest = max(sizes, default=0)
+        fields, warned = make_limits(
+            self._config,
+            device_bytes=budgets.device_bytes,
+            host_bytes=budgets.host_bytes,
+            layer_bytes=max(layers.values(), default=largest),
+            group_bytes=max(in_layers, default=largest),
+            explicit_device=budgets.explicit_device,
+            explicit_host=budgets.explicit_host,
+        )
+        limits = _engine.Limits()
+        for key, value in fields.items():
+            setattr(limits, key, value)
+        return limits, warned
 
 
-def _plan_units(
-    module: nn.Module, units: list[Unit], source: Source, budgets: Budgets, config: Config
-) -> tuple[_engine.PlannedModel, list[str]]:
-    members = [unit_tensors(unit, source) for unit in units]
-    # As on the way through the arena: what arrives, and what is made of it.
-    taken = [arriving + made for _, arriving, _, made in source.tensors]
-    sizes = [sum(taken[tensor] for tensor in tensors) for tensors in members]
-    layers: dict[tuple[str | None, int], int] = {}
-    for unit, size in zip(units, sizes, strict=True):
-        if unit.layer is not None:
-            layer = (unit.stack, unit.layer)
-            layers[layer] = layers.get(layer, 0) + size
-    in_layers = [s for u, s in zip(units, sizes, strict=True) if u.layer is not None]
-    largest = max(sizes, default=0)
-    fields, warned = make_limits(
-        config,
-        device_bytes=budgets.device_bytes,
-        host_bytes=budgets.host_bytes,
-        layer_bytes=max(layers.values(), default=largest),
-        group_bytes=max(in_layers, default=largest),
-        explicit_device=budgets.explicit_device,
-        explicit_host=budgets.explicit_host,
-    )
-    limits = _engine.Limits()
-    for key, value in fields.items():
-        setattr(limits, key, value)
-    specs = [
-        (unit.name, unit.label, tensors, unit.exclusive)
-        for unit, tensors in zip(units, members, strict=True)
-    ]
-    try:
-        return _engine.plan_model(source.shards, source.tensors, specs, limits), warned
-    except ValueError as error:
-        raise ValueError(_in_terms_of_arguments(str(error))) from None
+def streams(plan: _engine.PlannedModel) -> bool:
+    """Whether anything passes through the arena."""
+    return plan.host_home_bytes + plan.disk_home_bytes > 0
+
+
+def _unit_specs(units: list[Unit], source: Source) -> list[tuple[str, str, list[int], bool]]:
+    return [(unit.name, unit.label, unit_tensors(unit, source), unit.exclusive) for unit in units]
 
 
 def _in_terms_of_arguments(message: str) -> str:

@@ -24,7 +24,7 @@ from rich.table import Table
 from .monitor import Monitor
 from .sizes import format_bytes
 
-_PLAN_KEYS = (
+PLAN_KEYS = (
     "model_bytes",
     "device_home_bytes",
     "host_home_bytes",
@@ -180,13 +180,20 @@ def document(
 ) -> dict[str, Any]:
     """What a run leaves behind: what was measured, where, when, and with which settings."""
     return {
+        **setting(command, device),
+        "plan": {key: getattr(model.plan, key) for key in PLAN_KEYS},
+        "stats": model.stats(),
+        **results,
+    }
+
+
+def setting(command: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Where and when something was measured, and with what."""
+    return {
         "command": list(command),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(device),
-        "plan": {key: getattr(model.plan, key) for key in _PLAN_KEYS},
-        "stats": model.stats(),
-        **results,
     }
 
 

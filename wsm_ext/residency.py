@@ -21,24 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 from . import _engine
 from .arrival import Arrival
+from .device_memory import DeviceMemory
 from .placeholder import StreamedParameter
 from .sources import Source, live
 from .units import Unit
 
-PLACE_ALIGNMENT = 256
-
 # A module's parameters, the key in them, what is there during the forward, and what at other times.
 Swap = tuple[dict[str, Any], str, nn.Parameter, StreamedParameter]
-
-
-def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
-    """`nbytes` of device memory that begin at a multiple of 256 bytes."""
-    with torch.inference_mode(False):
-        if device.type != "cpu":
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        block = torch.empty(nbytes + PLACE_ALIGNMENT, dtype=torch.uint8)
-        start = -block.data_ptr() % PLACE_ALIGNMENT
-        return block[start : start + nbytes]
 
 
 class Passes:
@@ -94,6 +83,20 @@ class Passes:
         finally:
             self._turn.release()
 
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """The outermost forward says what can be done when device memory runs out."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self.depth > 1:
+                raise
+            raise torch.OutOfMemoryError(
+                f"{error}\nThe streamed weights keep what they were given: shrink('1GiB') of the"
+                " streamed module gives device memory back, and workload=(batch, tokens) makes"
+                " stream() leave room for a forward of that size"
+            ) from error
+
     def inside(self) -> bool:
         """Whether this thread is in the middle of a pass."""
         return self._owner == threading.get_ident()
@@ -110,8 +113,7 @@ class Residency:
         planned: _engine.PlannedModel,
         engine: _engine.Engine,
         device: torch.device,
-        arena: torch.Tensor,
-        homes: torch.Tensor,
+        memory: DeviceMemory,
         turn_limit_s: float,
     ) -> None:
         self._planned = planned
@@ -130,7 +132,7 @@ class Residency:
         try:
             holders: set[int] = set()
             for index, unit in enumerate(units):
-                swaps = self._place(index, unit, source, arena, homes)
+                swaps = self._place(index, unit, source, memory)
                 if planned.streamed_bytes(index):
                     self._wrap(unit.module, self._streamed_forward(index, unit, swaps))
                     holders.add(id(unit.module))
@@ -176,9 +178,7 @@ class Residency:
 
     # -- parameters --------------------------------------------------------------------------------
 
-    def _place(
-        self, index: int, unit: Unit, source: Source, arena: torch.Tensor, homes: torch.Tensor
-    ) -> list[Swap]:
+    def _place(self, index: int, unit: Unit, source: Source, memory: DeviceMemory) -> list[Swap]:
         """Builds the unit's parameters over device memory; what streams gets a placeholder."""
         members = unit_tensors(unit, source)
         places = self._planned.tensor_places(index)
@@ -186,13 +186,14 @@ class Residency:
         made: set[int] = set()
         for slot in unit.slots:
             tensor = members.index(source.index_of[slot.name])
-            resident, offset, image_offset = places[tensor]
+            block, offset, image_offset = places[tensor]
+            resident = block is not None
             arrival = source.arrivals.get(source.index_of[slot.name])
             found = live(slot)
             nbytes = found.numel() * found.element_size()
-            memory = (homes if resident else arena)[offset : offset + nbytes]
+            held = memory.arena if block is None else memory.homes[block]
             with torch.inference_mode(False):
-                view = memory.view(found.dtype).view(found.shape)
+                view = held[offset : offset + nbytes].view(found.dtype).view(found.shape)
                 placed = nn.Parameter(view, requires_grad=False)
             parameters: dict[str, Any] = slot.owner._parameters
             self._undo.append(functools.partial(parameters.__setitem__, slot.key, found))
@@ -204,7 +205,7 @@ class Residency:
                     self._fetch(index, tensor, arrival, whole)
                     placed.copy_(whole)
                 elif tensor not in made:
-                    arrived = arena[image_offset : image_offset + arrival.nbytes]
+                    arrived = memory.arena[image_offset : image_offset + arrival.nbytes]
                     self._arriving.setdefault(index, []).append((arrival, arrived, placed))
                 made.add(tensor)
             if resident:
@@ -300,7 +301,8 @@ class Residency:
             def entered(*args: Any, **kwargs: Any) -> Any:
                 passes.enter()
                 try:
-                    return forward(*args, **kwargs)
+                    with passes.explained():
+                        return forward(*args, **kwargs)
                 finally:
                     passes.leave()
 

@@ -12,11 +12,17 @@ import torch
 from torch import nn
 
 from . import _engine, sources
+from .buffers import Buffers
 from .checkpoint import Checkpoint
 from .config import Config
+from .device_memory import DeviceMemory
 from .plan import Plan
-from .planning import Budgets, plan_module
-from .residency import Residency, allocate, stream_getter
+from .planning import Budgets, Planned, Planner, RatesOf, streams
+from .predict import files_of, measuring_matters, predict
+from .rates import Rates, Sizes, gather
+from .residency import Residency, stream_getter
+from .sizes import format_bytes, parse_bytes
+from .trial import Usual, Workload, activation_bytes
 from .units import Unit
 
 CheckpointLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Checkpoint
@@ -24,6 +30,9 @@ Progress = Callable[[int, int], None]
 
 # A pass may take many reads: so many limits of one read are waited for another thread's.
 _PATIENCE = 20
+# Of a device budget that could not be had.
+_LESS = 0.9
+_MOST_TRIES = 12
 
 
 def stream(
@@ -34,6 +43,7 @@ def stream(
     device_memory: int | str = "auto",
     host_memory: int | str = "auto",
     units: str | Sequence[str] = "auto",
+    workload: Workload | None = None,
     config: Config | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> StreamedModule:
@@ -45,11 +55,14 @@ def stream(
             files, or an open `Checkpoint`. None: the weights that the module holds in RAM.
         device: "cuda", "cuda:1", or "cpu" (the host device); None: "cuda" where there is one.
         device_memory: bytes, or "12GiB", for weights on the device: what stays there, and the arena
-            that the rest passes through. "auto": what is free, less a guard,
-            and less a share for activations.
+            that the rest passes through. "auto": what is free, less a guard, and less what
+            activations need: as the workload tells, else 15 %.
         host_memory: the same for pinned host memory: the host cache and the staging ring.
         units: what is loaded at once: "auto", "layer", "group" (attention, MLP), "leaf", or the
             names of modules.
+        workload: (sequences, tokens of each), or a function that is given the module and runs it as
+            it will be run. A trial forward finds what it allocates, and `device_memory` then holds
+            that too: activations, outputs and the KV cache.
         config: settings beyond these; they win over environment variables.
         progress: called with (bytes done, bytes in all) while weights that stay are loaded.
 
@@ -59,7 +72,7 @@ def stream(
         OSError, TimeoutError: the storage failed. EngineError: the device did.
     """
     return StreamedModule(
-        module, checkpoint, device, device_memory, host_memory, units, config, progress
+        module, checkpoint, device, device_memory, host_memory, units, workload, config, progress
     )
 
 
@@ -78,6 +91,7 @@ class StreamedModule(nn.Module):
         device_memory: int | str,
         host_memory: int | str,
         units: str | Sequence[str],
+        workload: Workload | None,
         config: Config | Mapping[str, Any] | None,
         progress: Progress | None,
     ) -> None:
@@ -87,43 +101,117 @@ class StreamedModule(nn.Module):
         self._closed = True  # until everything stands
         self._final_stats: dict[str, Any] = {}
         self.module = module
-        self._device = _resolve_device(device)
+        self._device = resolve_device(device)
         self._config = Config.resolve(config)
-        budgets = Budgets(self._device, device_memory, host_memory, self._config)
+        self._asked: tuple[int | str, int | str] = (device_memory, host_memory)
+        self._activation_bytes: int | None = None
+        self._rates: Rates | None = None  # None: nothing was measured
+        # What computing is measured at: sizes that the user stated.
+        stated = not (workload is None or callable(workload) or isinstance(workload, Usual))
+        self._sizes: Sizes | None = workload if stated else None  # type: ignore[assignment]
+        self._memory: DeviceMemory | None = None
+        self._carried_passes = 0  # of the engines before this one
+        self._carried: dict[str, Any] = {}
         opened = _open(checkpoint)
         if opened is not None:
             sources.check_surplus(module, opened)
-        self._units, self._source, self._planned, warned = plan_module(
-            module, opened, units, budgets, self._config
-        )
-        self._plan = Plan(self._planned, self._units, self._source)
-        self._plan.warnings[:0] = warned
+        self._planner = Planner(module, opened, units, self._config)
+        self._planner.check()
+        self._moved_buffers = Buffers(module, opened, self._device)
+        try:
+            if workload is not None:
+                self._activation_bytes = self._try_out(workload)
+            budgets = Budgets(self._device, *self._asked, self._config, self._activation_bytes)
+            self._start_within(budgets, progress)
+        except BaseException:
+            self._moved_buffers.restore()
+            raise
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=3)
-        self._replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-        self._start(opened, progress)
 
-    def _start(self, checkpoint: Checkpoint | None, progress: Progress | None) -> None:
-        planned, device = self._planned, self._device
-        self._arena = allocate(planned.arena_bytes, device)
-        self._homes = allocate(planned.homes_bytes, device)
+    def _try_out(self, workload: Workload) -> int | None:
+        try:
+            least = self._planner.plan_least()
+            return activation_bytes(self.module, least, self._device, workload)
+        except (ValueError, torch.OutOfMemoryError):
+            if not isinstance(workload, Usual):
+                raise
+            return None
+
+    # -- starting, and starting again with other budgets -------------------------------------------
+
+    def _start_within(
+        self, budgets: Budgets, progress: Progress | None, before: _engine.Engine | None = None
+    ) -> None:
+        """Plans and starts; with less, where the device has less memory than it said."""
+        kept = None if before is None else before.kept_cache()
+        self._measure(budgets)
+        planned = self._planner.plan(budgets, self._rates_of, kept)
+        asked = budgets.device_bytes
+        for _ in range(_MOST_TRIES):
+            try:
+                memory = DeviceMemory.allocate(
+                    planned.plan, planned.source, self._device, self._memory
+                )
+                break
+            except torch.OutOfMemoryError as error:
+                budgets.device_bytes = int(budgets.device_bytes * _LESS)
+                planned = self._planner.plan(budgets, self._rates_of, kept)
+                planned.warnings.append(
+                    f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
+                    f" planned again with {format_bytes(budgets.device_bytes)}"
+                )
+        else:
+            memory = DeviceMemory.allocate(planned.plan, planned.source, self._device)
+        self._memory = memory
+        self._set_plan(planned, budgets)
+        self._start(progress, before)
+
+    @property
+    def _rates_of(self) -> RatesOf | None:
+        return None if self._rates is None else self._rates.for_units
+
+    def _measure(self, budgets: Budgets) -> None:
+        """Once, as soon as it can matter."""
+        if self._rates is not None:
+            return
+        planned = self._planner.plan(budgets)
+        if measuring_matters(planned.plan, self._config):
+            files = files_of(planned.source)
+            self._rates = gather(self.module, files, self._device, self._config, self._sizes)
+
+    def _set_plan(self, planned: Planned, budgets: Budgets) -> None:
+        self._units, self._source, self._planned = planned.units, planned.source, planned.plan
+        predicted = None
+        if self._rates is not None and streams(planned.plan):
+            predicted = predict(planned, self._planner, budgets, self._rates)
+        self._budgets = budgets
+        self._plan = Plan(planned.plan, planned.units, planned.source, predicted)
+        self._plan.activation_bytes = self._activation_bytes
+        self._plan.warnings[:0] = planned.warnings
+
+    def _start(self, progress: Progress | None, before: _engine.Engine | None) -> None:
+        planned, device, memory = self._planned, self._device, self._memory
+        assert memory is not None
+        arena, homes = memory.addresses()
         current_stream = stream_getter(device)
         self._engine = _engine.Engine(
             planned,
             -1 if device.type == "cpu" else device.index,
-            self._arena.data_ptr() if planned.arena_bytes else 0,
-            self._homes.data_ptr() if planned.homes_bytes else 0,
+            arena,
+            homes,
             self._source.memory,
             current_stream(),
             _engine_options(self._config),
+            before,
         )
         # Before torch and the driver are torn down, should nobody close it.
         self._finalizer = weakref.finalize(self, self._engine.close)
         try:
             self._engine.load_resident(current_stream(), self._progress_of(progress))
+            memory.loaded = [True] * len(memory.homes)
             if progress is not None:
                 progress(planned.device_home_bytes, planned.device_home_bytes)
-            self._place_buffers(checkpoint)
             self._residency = Residency(
                 self.module,
                 self._units,
@@ -131,8 +219,7 @@ class StreamedModule(nn.Module):
                 planned,
                 self._engine,
                 device,
-                self._arena,
-                self._homes,
+                memory,
                 _PATIENCE * self._config.read_timeout_s,
             )
             # The module alone may be handed on, to a pipeline say: it keeps this alive.
@@ -143,9 +230,97 @@ class StreamedModule(nn.Module):
         except BaseException:
             if not self._closed:
                 self.close()
-            self._restore_buffers()
             self._engine.close()
             raise
+
+    def resize(
+        self,
+        *,
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Plan again with other budgets, between passes; one that is None stays as it is.
+
+        What stays on the device or in host memory is not loaded again. (Where the weights came from
+        the module itself, they are all put back first, and moved again.) Addresses of parameters
+        change. Waits for another thread's pass.
+
+        Raises ValueError where a budget is too small, and then nothing has changed; RuntimeError in
+        the middle of a forward.
+        """
+        if self._closed:
+            raise RuntimeError("the streamed module is closed")
+        if self._residency.passes.inside():
+            raise RuntimeError("resize() is for between passes, not inside a forward")
+        asked = (
+            self._asked[0] if device_memory is None else device_memory,
+            self._asked[1] if host_memory is None else host_memory,
+        )
+        with self._residency.passes.between():
+            held = self._memory_held()
+            budgets = Budgets(self._device, *asked, self._config, self._activation_bytes, held)
+            self._planner.plan(budgets, self._rates_of, self._engine.kept_cache())  # may refuse
+            self._carry_counters()
+            if self._source.in_ram:
+                self._restart_from_ram(budgets, progress)
+            else:
+                self._restart(budgets, progress)
+            self._asked = asked
+        for text in self._plan.warnings:
+            warnings.warn(text, stacklevel=2)
+
+    def shrink(self, nbytes: int | str) -> None:
+        """Give `nbytes` (or "1GiB") of device memory back, between passes: fewer weights stay.
+
+        Raises ValueError where what is left would be too small.
+        """
+        wanted = parse_bytes(nbytes, "nbytes")
+        left = self._planned.device_bytes + (self._activation_bytes or 0) - wanted
+        if left <= 0:
+            raise ValueError(
+                f"shrink({nbytes!r}): the weights take {format_bytes(self._planned.device_bytes)}"
+                " in all"
+            )
+        self.resize(device_memory=left)
+
+    def _memory_held(self) -> tuple[int, int]:
+        """Device and host bytes that a new plan may use again."""
+        return self._planned.device_bytes, self._engine.memory()[0]
+
+    def _restart(self, budgets: Budgets, progress: Progress | None) -> None:
+        before = self._engine
+        try:
+            self._residency.undo()
+            self._finalizer.detach()
+            self._start_within(budgets, progress, before)
+        except BaseException:
+            self._abandon(before)
+            raise
+
+    def _restart_from_ram(self, budgets: Budgets, progress: Progress | None) -> None:
+        before = self._engine
+        try:
+            self._give_back_owned()
+            self._residency.undo()
+            before.close()
+            self._planner.forget()
+            if self._memory is not None:
+                self._memory.clear(self._device)
+            self._start_within(budgets, progress)
+        except BaseException:
+            self._abandon(before)
+            raise
+
+    def _abandon(self, before: _engine.Engine) -> None:
+        """A resize failed half-way: close what there is."""
+        before.close()
+        if not self._closed:
+            self.close()
+
+    def _carry_counters(self) -> None:
+        self._carried_passes += self._engine.passes
+        self._carried = _add(self._carried, self._engine.totals())
 
     def _progress_of(self, progress: Progress | None) -> Callable[[], None] | None:
         if progress is None:
@@ -188,54 +363,28 @@ class StreamedModule(nn.Module):
         if failed:
             raise RuntimeError("parameters that could not be put back: " + "; ".join(failed))
 
-    # -- what does not stream ----------------------------------------------------------------------
-
-    def _replace(self, held: dict[str, Any], key: str, value: torch.Tensor) -> None:
-        self._replaced.append((held, key, held[key]))
-        held[key] = value
-
-    def _place_buffers(self, checkpoint: Checkpoint | None) -> None:
-        """Buffers are small: they live on the device. Persistent ones come from the checkpoint.
-
-        So do parameters without a single element, which no unit has.
-        """
-        for prefix, owner in self.module.named_modules():
-            for key, parameter in owner._parameters.items():
-                if parameter is not None and parameter.numel() == 0:
-                    empty = torch.empty_like(parameter, device=self._device)
-                    self._replace(owner._parameters, key, nn.Parameter(empty, False))
-            for key, buffer in owner._buffers.items():
-                if buffer is None:
-                    continue
-                name = f"{prefix}.{key}" if prefix else key
-                value = buffer
-                persistent = key not in owner._non_persistent_buffers_set
-                if checkpoint is not None and persistent and name in checkpoint.tensors:
-                    value = sources.read_tensor(checkpoint, name)
-                    if value.shape != buffer.shape:
-                        raise ValueError(
-                            f"buffer {name!r} has shape {list(buffer.shape)}, the checkpoint's has"
-                            f" {list(value.shape)}"
-                        )
-                    value = value.to(buffer.dtype)
-                elif buffer.is_meta:
-                    raise ValueError(
-                        f"buffer {name!r} is on meta and the checkpoint does not have it: build the"
-                        " module with its buffers real (only parameters on meta)"
-                    )
-                self._replace(owner._buffers, key, value.to(self._device))
-
-    def _restore_buffers(self) -> None:
-        for held, key, found in self._replaced:
-            held[key] = found
-        self._replaced.clear()
-
     # -- the surface -------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
-        """Where every byte lives and what a pass moves."""
+        """Where every byte lives, what a pass should take, and what the passes until now took."""
+        if not self._closed:
+            self._plan.update(self._engine.steady_passes())
         return self._plan
+
+    def expect(self, sequences: int, tokens: int) -> None:
+        """Predict the passes of forwards of this size in `plan.predicted`; nothing else changes.
+
+        Computing is measured for it, on the device, beside what streams (transformers models only).
+        No effect where nothing was measured at the start.
+        """
+        if self._closed:
+            raise RuntimeError("the streamed module is closed")
+        if self._rates is None or self._plan.predicted is None:
+            return
+        self._rates = self._rates.at(self.module, self._device, (sequences, tokens))
+        planned = Planned(self._units, self._source, self._planned, "", [])
+        self._plan.predicted = predict(planned, self._planner, self._budgets, self._rates)
 
     def stats(self) -> dict[str, Any]:
         """Counters as a plain dict: bytes per link, waits by cause, memory.
@@ -246,12 +395,11 @@ class StreamedModule(nn.Module):
         """
         if self._closed:
             return dict(self._final_stats)
+        self._plan.update(self._engine.steady_passes())
         host_bytes, pinned_bytes = self._engine.memory()
-        device_bytes = _engine.device_block_bytes(
-            self._planned.arena_bytes
-        ) + _engine.device_block_bytes(self._planned.homes_bytes)
+        device_bytes = self._planned.device_bytes
         return {
-            "passes": self._engine.passes,
+            "passes": self._carried_passes + self._engine.passes,
             "memory": {
                 "device_bytes": device_bytes,
                 "device_peak_bytes": device_bytes,
@@ -262,7 +410,7 @@ class StreamedModule(nn.Module):
                 "host_budget_bytes": self._planned.host_budget_bytes,
             },
             "last_pass": self._engine.last_pass(),
-            "totals": self._engine.totals(),
+            "totals": _add(self._carried, self._engine.totals()),
             "readers": self._engine.readers(),
             "warnings": list(dict.fromkeys(self._plan.warnings + self._engine.warnings)),
         }
@@ -294,10 +442,10 @@ class StreamedModule(nn.Module):
                 torch.cuda.synchronize(self._device)  # no forward may read what is freed now
             with self._residency.passes.between():
                 self._residency.undo()
-                self._restore_buffers()
+                self._moved_buffers.restore()
             object.__delattr__(self.module, "_wsm_streamed")
             self._finalizer.detach()
-            del self._engine, self._residency, self._arena, self._homes
+            del self._engine, self._residency, self._memory
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -346,7 +494,7 @@ class StreamedModule(nn.Module):
         )
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() and _engine.built_with_cuda else "cpu"
     resolved = torch.device(device)
@@ -366,6 +514,20 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
         )
     index = torch.cuda.current_device() if resolved.index is None else resolved.index
     return torch.device("cuda", index)
+
+
+def _add(counts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Sums of counters, those in nested dicts too."""
+    if not counts:
+        return more
+    return {
+        key: _add(counts[key], value) if isinstance(value, dict) else counts[key] + value
+        for key, value in more.items()
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _open(checkpoint: CheckpointLike | None) -> Checkpoint | None:

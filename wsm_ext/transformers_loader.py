@@ -26,8 +26,9 @@ from transformers.initialization import no_init_weights
 
 from .checkpoint import Checkpoint, CheckpointError
 from .config import Config
-from .stream import StreamedModule, stream
+from .stream import StreamedModule, resolve_device, stream
 from .transformers_names import meta_parameter, place
+from .trial import Workload, usual_workload
 
 _log = logging.getLogger("wsm_ext")
 
@@ -47,6 +48,7 @@ def from_pretrained(
     device_memory: int | str = "auto",
     host_memory: int | str = "auto",
     units: Any = "auto",
+    workload: Workload | None = None,
     config: Config | Mapping[str, Any] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -56,11 +58,15 @@ def from_pretrained(
 
     `dtype` is "auto" (what the config says) or a dtype: tensors that have another are cast when
     they arrive, as transformers does it, what it keeps in fp32 included. `auto_class` is a
-    transformers class, or its name, for a config whose `architectures` does not decide. The other
-    arguments are those of `stream`.
+    transformers class, or its name, for a config whose `architectures` does not decide. On a GPU,
+    device_memory="auto" leaves room for one sequence of 4096 tokens and its KV cache; state
+    `workload` for others. The other arguments are those of `stream`.
     """
     folder = resolve_folder(path, revision=revision, local_files_only=local_files_only)
     module, checkpoint = prepare(folder, dtype=dtype, auto_class=auto_class)
+    # On a CPU the trial would take as long as the forward.
+    if workload is None and device_memory == "auto" and resolve_device(device).type == "cuda":
+        workload = usual_workload(module)
     return stream(
         module,
         checkpoint,
@@ -68,6 +74,7 @@ def from_pretrained(
         device_memory=device_memory,
         host_memory=host_memory,
         units=units,
+        workload=workload,
         config=config,
         progress=progress,
     )

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <tuple>
@@ -14,8 +15,13 @@
 
 #include "device/device.h"
 #include "engine/engine.h"
+#include "memory/time_copies.h"
+#include "plan/best_plan.h"
 #include "plan/planner.h"
+#include "plan/simulate.h"
+#include "storage/page_cache.h"
 #include "storage/shard.h"
+#include "util/check.h"
 
 #ifndef WSM_VERSION
 #define WSM_VERSION "0+unknown"
@@ -38,7 +44,8 @@ using UnitTuple = std::tuple<std::string, std::string, std::vector<uint32_t>, bo
 
 PlannedModel plan_model(const std::vector<ShardTuple>& shards,
                         const std::vector<TensorTuple>& tensors,
-                        const std::vector<UnitTuple>& units, const Limits& limits) {
+                        const std::vector<UnitTuple>& units, const Limits& limits,
+                        const std::optional<Rates>& rates) {
   py::gil_scoped_release nogil;
   PlannedModel planned;
   for (const auto& [path, bytes, alignment] : shards) {
@@ -54,7 +61,7 @@ PlannedModel plan_model(const std::vector<ShardTuple>& shards,
   for (const auto& [name, label, members, exclusive] : units) {
     planned.spec.units.push_back({name, label, members, exclusive});
   }
-  planned.plan = make_plan(planned.spec, limits);
+  planned.plan = rates ? best_plan(planned.spec, limits, *rates) : make_plan(planned.spec, limits);
   return planned;
 }
 
@@ -103,6 +110,18 @@ py::dict last_pass_dict(Engine& engine) {
   return d;
 }
 
+py::dict steady_passes_dict(Engine& engine) {
+  PassSums sums;
+  {
+    py::gil_scoped_release nogil;
+    sums = engine.steady_passes();
+  }
+  py::dict d = counts_dict(sums.counts);
+  d["passes"] = sums.passes;
+  d["seconds"] = sums.seconds;
+  return d;
+}
+
 // What read most of the shard's bytes; "none" before the first read.
 py::dict shard_dict(const ShardReport& shard) {
   const bool direct = shard.direct_bytes > shard.buffered_bytes;
@@ -125,16 +144,29 @@ struct DeleteWithoutGil {
 };
 using EngineHolder = std::unique_ptr<Engine, DeleteWithoutGil>;
 
+// A home block as Python gives it: its address, and whether its bytes are there.
+using HomeTuple = std::pair<uintptr_t, bool>;
+
+// `before`: a closed or open engine of the same shards, whose device and cache are taken over.
 EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t arena,
-                         uintptr_t homes, const std::vector<uintptr_t>& memory, StreamHandle stream,
-                         const EngineOptions& options) {
+                         const std::vector<HomeTuple>& blocks, const std::vector<uintptr_t>& memory,
+                         StreamHandle stream, const EngineOptions& options, Engine* before) {
   py::gil_scoped_release nogil;
   std::vector<const void*> sources;
   for (const uintptr_t address : memory) sources.push_back(reinterpret_cast<const void*>(address));
-  auto device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
-  return EngineHolder(
-      new Engine(planned.spec, planned.plan, std::move(device), reinterpret_cast<std::byte*>(arena),
-                 reinterpret_cast<std::byte*>(homes), std::move(sources), stream, options));
+  std::vector<HomeMemory> homes;
+  for (const auto& [address, loaded] : blocks) {
+    homes.push_back({reinterpret_cast<std::byte*>(address), loaded});
+  }
+  Estate estate;
+  if (before) {
+    estate = before->hand_over();
+  } else {
+    estate.device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
+  }
+  return EngineHolder(new Engine(planned.spec, planned.plan, std::move(estate),
+                                 reinterpret_cast<std::byte*>(arena), std::move(homes),
+                                 std::move(sources), stream, options));
 }
 
 void register_errors(py::module_& m) {
@@ -158,6 +190,7 @@ void register_errors(py::module_& m) {
 }
 
 void bind_plan(py::module_& m) {
+  py::class_<KeptCache>(m, "KeptCache");
   py::class_<Limits>(m, "Limits")
       .def(py::init<>())
       .def_readwrite("device_bytes", &Limits::device_bytes)
@@ -168,7 +201,9 @@ void bind_plan(py::module_& m) {
       .def_readwrite("cache_bytes", &Limits::cache_bytes)
       .def_readwrite("chunk_bytes", &Limits::chunk_bytes)
       .def_readwrite("lookahead_units", &Limits::lookahead_units)
-      .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes);
+      .def_readwrite("seam_units", &Limits::seam_units)
+      .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes)
+      .def_readwrite("kept_cache", &Limits::kept_cache);
 
   py::class_<PlannedModel> planned(m, "PlannedModel");
   const auto value = [&planned](const char* name, auto Plan::* field) {
@@ -209,18 +244,97 @@ void bind_plan(py::module_& m) {
              }
              return shards;
            })
-      // (resident, offset, offset of the image) of each of the unit's tensors.
+      // (bytes, tensors) of each block of the homes.
+      .def_property_readonly("home_blocks",
+                             [](const PlannedModel& p) {
+                               py::list blocks;
+                               for (const HomeBlock& block : p.plan.home_blocks) {
+                                 blocks.append(py::make_tuple(block.bytes, block.tensors));
+                               }
+                               return blocks;
+                             })
+      // Device memory as the allocator takes it.
+      .def_property_readonly("device_bytes",
+                             [](const PlannedModel& p) {
+                               uint64_t bytes = device_block_bytes(p.plan.arena_bytes);
+                               for (const HomeBlock& block : p.plan.home_blocks) {
+                                 bytes += device_block_bytes(block.bytes);
+                               }
+                               return bytes;
+                             })
+      // (home block, offset in it, offset of the image) of each of the unit's tensors; the arena is
+      // None, and has the images.
       .def("tensor_places", [](const PlannedModel& p, uint32_t unit) {
         py::list places;
         for (const TensorPlace& place : p.plan.units.at(unit).tensors) {
-          places.append(py::make_tuple(place.resident, place.offset, place.image_offset));
+          if (place.resident) {
+            const size_t block = p.plan.block_at(place.offset);
+            places.append(py::make_tuple(block, place.offset - p.plan.home_blocks[block].offset,
+                                         uint64_t{0}));
+          } else {
+            places.append(py::make_tuple(py::none(), place.offset, place.image_offset));
+          }
         }
         return places;
       });
   m.def("plan_model", &plan_model, py::arg("shards"), py::arg("tensors"), py::arg("units"),
-        py::arg("limits"));
+        py::arg("limits"), py::arg("rates") = py::none());
   m.def("device_block_bytes", &device_block_bytes, py::arg("bytes"));
   m.def("direct_alignment", &direct_alignment, py::arg("path"));
+  m.def(
+      "time_copies",
+      [](int cuda_index, uintptr_t target, uint64_t target_bytes, uint64_t source_bytes,
+         const std::vector<uint64_t>& sizes) {
+        const auto device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
+        return time_copies(*device, reinterpret_cast<std::byte*>(target), target_bytes,
+                           source_bytes, sizes);
+      },
+      py::arg("cuda_index"), py::arg("target"), py::arg("target_bytes"), py::arg("source_bytes"),
+      py::arg("sizes"), py::call_guard<py::gil_scoped_release>());
+  m.def("in_page_cache", &cached_whole, py::arg("fd"), py::arg("offset"), py::arg("bytes"));
+}
+
+void bind_simulator(py::module_& m) {
+  py::class_<Rates>(m, "Rates")
+      .def(py::init<>())
+      .def_readwrite("disk_bytes_per_s", &Rates::disk_bytes_per_s)
+      .def_readwrite("h2d_bytes_per_s", &Rates::h2d_bytes_per_s)
+      .def_readwrite("copy_overhead_s", &Rates::copy_overhead_s)
+      .def_readwrite("unit_overhead_s", &Rates::unit_overhead_s)
+      .def_readwrite("compute_s", &Rates::compute_s)
+      .def_readwrite("host_computes", &Rates::host_computes);
+
+  py::class_<Simulated>(m, "Simulated")
+      .def_readonly("pass_seconds", &Simulated::pass_s)
+      .def_readonly("first_pass_seconds", &Simulated::first_pass_s)
+      .def_readonly("disk_seconds", &Simulated::disk_s)
+      .def_readonly("h2d_seconds", &Simulated::h2d_s)
+      .def_readonly("compute_seconds", &Simulated::compute_s)
+      .def_readonly("disk_bytes", &Simulated::disk_bytes)
+      .def_readonly("h2d_bytes", &Simulated::h2d_bytes)
+      .def_property_readonly("limit",
+                             [](const Simulated& s) {
+                               const char* const names[] = {"disk", "h2d", "compute"};
+                               return names[static_cast<int>(s.limit)];
+                             })
+      .def_property_readonly("stall_seconds", [](const Simulated& s) {
+        py::dict stalls;
+        stalls["disk"] = s.disk_stall_s;
+        stalls["h2d"] = s.h2d_stall_s;
+        stalls["arena"] = s.arena_stall_s;
+        return stalls;
+      });
+  m.def(
+      "simulate",
+      [](const PlannedModel& planned, const Rates& rates, const std::vector<uint32_t>& order,
+         const std::string& policy) {
+        check(policy == "fixed" || policy == "lru", "policy is 'fixed' or 'lru', not '", policy,
+              "'");
+        const auto kind = policy == "lru" ? CachePolicy::kLru : CachePolicy::kFixed;
+        return simulate(planned.plan, rates, order, kind);
+      },
+      py::arg("planned"), py::arg("rates"), py::arg("order") = std::vector<uint32_t>{},
+      py::arg("policy") = "fixed", py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_engine(py::module_& m) {
@@ -244,7 +358,8 @@ void bind_engine(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
-           py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"))
+           py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"),
+           py::arg("before") = nullptr)
       .def(
           "load_resident",
           [](Engine& engine, StreamHandle stream, const py::object& progress) {
@@ -270,11 +385,13 @@ void bind_engine(py::module_& m) {
           },
           py::arg("unit"), py::arg("tensor"), py::arg("target"), nogil)
       .def("close", &Engine::close, nogil)
+      .def("kept_cache", &Engine::kept_cache, nogil)
       .def_property_readonly("closed", &Engine::closed)
       .def_property_readonly("passes", &Engine::passes)
       .def_property_readonly("warnings", &Engine::warnings)
       .def("totals", [](Engine& engine) { return counts_dict(engine.totals()); })
       .def("last_pass", &last_pass_dict)
+      .def("steady_passes", &steady_passes_dict)
       .def("memory",
            [](const Engine& engine) {
              const MemoryUse use = engine.memory();
@@ -293,6 +410,7 @@ void bind_engine(py::module_& m) {
 PYBIND11_MODULE(_engine, m) {
   m.doc() = "The C++ engine of wsm_ext. Use the Python package; this module may change.";
   register_errors(m);
+  bind_simulator(m);
   bind_plan(m);
   bind_engine(m);
   m.attr("__version__") = WSM_VERSION;

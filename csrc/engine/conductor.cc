@@ -19,7 +19,8 @@ constexpr double kDevicePatience = 20;  // times the limit of a read
 
 Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Board& board,
                      std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
-                     std::byte* homes, ConductorOptions options)
+                     std::vector<HomeMemory> homes, std::unique_ptr<HostCache> cache_before,
+                     const KeptCache& kept, ConductorOptions options)
     : spec_(spec),
       plan_(plan),
       device_(device),
@@ -27,10 +28,11 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
       shards_(shards),
       readers_(std::move(readers)),
       arena_(arena),
-      homes_(homes),
+      homes_(std::move(homes)),
       options_(options),
       ring_(std::make_unique<StagingRing>(device, plan.slot_count, plan.chunk_bytes)),
-      cache_(std::make_unique<HostCache>(device, plan, [this] { note_change(); })),
+      cache_(std::make_unique<HostCache>(
+          device, plan, [this] { note_change(); }, std::move(cache_before), kept)),
       uses_(spec.shards.size()),
       chunks_(plan.chunks.size()),
       work_(plan.units.size() + 1),
@@ -41,11 +43,26 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
   flights_.resize(tags);
   for (uint32_t tag = tags; tag-- > 0;) free_tags_.push_back(tag);
   for (uint32_t u = 0; u < work_.size(); ++u) work_[u].left = chunks_of(u).second;
+  skip_loaded_homes();
   present_.reserve(plan.units.size() + 1);
   evicted_.reserve(plan.units.size());
 }
 
 Conductor::~Conductor() { stop(); }
+
+// A chunk is left out where all that it brings is there; else it brings some once more.
+void Conductor::skip_loaded_homes() {
+  for (uint32_t c = plan_.first_resident_chunk; c < plan_.chunks.size(); ++c) {
+    const Chunk& chunk = plan_.chunks[c];
+    bool loaded = true;
+    for (uint32_t i = chunk.first_copy; i < chunk.first_copy + chunk.copy_count; ++i) {
+      loaded &= homes_[plan_.block_at(plan_.copies[i].target_offset)].loaded;
+    }
+    if (!loaded) continue;
+    chunks_[c].copied = true;
+    --work_.back().left;
+  }
+}
 
 void Conductor::start() {
   thread_ = std::thread([this] { run(); });

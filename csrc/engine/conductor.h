@@ -60,11 +60,18 @@ struct ConductorOptions {
   double read_timeout_s = 30;
 };
 
+// A home block's memory.
+struct HomeMemory {
+  std::byte* data = nullptr;
+  bool loaded = false;  // its bytes are there already
+};
+
 class Conductor {
  public:
   Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Board& board,
             std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
-            std::byte* homes, ConductorOptions options);
+            std::vector<HomeMemory> homes, std::unique_ptr<HostCache> cache_before,
+            const KeptCache& kept, ConductorOptions options);
   ~Conductor();
 
   void start();
@@ -73,6 +80,7 @@ class Conductor {
   void wake() { waker_.wake(); }
 
   const HostCache& cache() const { return *cache_; }
+  std::unique_ptr<HostCache> take_cache() { return std::move(cache_); }  // once it was stopped
   const StagingRing& ring() const { return *ring_; }
   const Readers& readers() const { return readers_; }
   const ShardUse& use_of(uint32_t shard) const { return uses_[shard]; }
@@ -124,6 +132,8 @@ class Conductor {
   void wait_released(UnitState& state);
   void poison_released();
   void enqueue(uint32_t chunk);
+  std::byte* target_of(const Chunk& chunk, const Copy& copy) const;
+  void skip_loaded_homes();
   bool read();
   bool read_unit(uint32_t unit, bool demanded, bool* blocked);
   bool issue(uint32_t chunk, bool demanded);
@@ -154,7 +164,7 @@ class Conductor {
   std::vector<std::unique_ptr<Shard>>& shards_;
   Readers readers_;
   std::byte* arena_;
-  std::byte* homes_;
+  std::vector<HomeMemory> homes_;  // by block
   ConductorOptions options_;
   Waker waker_;  // before the cache, whose thread wakes
   std::unique_ptr<StagingRing> ring_;

@@ -109,15 +109,20 @@ void Conductor::poison_released() {
   }
 }
 
+std::byte* Conductor::target_of(const Chunk& chunk, const Copy& copy) const {
+  if (chunk.home != Home::kDevice) return arena_ + copy.target_offset;
+  const size_t block = plan_.block_at(copy.target_offset);
+  return homes_[block].data + (copy.target_offset - plan_.home_blocks[block].offset);
+}
+
 void Conductor::enqueue(uint32_t index) {
   const Chunk& chunk = plan_.chunks[index];
   ChunkState& state = chunks_[index];
   const bool through_slot = chunk.home != Home::kHost;
   const std::byte* source = through_slot ? ring_->data(state.slot) : cache_->place(chunk);
-  std::byte* target = chunk.home == Home::kDevice ? homes_ : arena_;
   for (uint32_t i = chunk.first_copy; i < chunk.first_copy + chunk.copy_count; ++i) {
     const Copy& copy = plan_.copies[i];
-    device_.copy_to_device(target + copy.target_offset, source + copy.source_offset, copy.bytes);
+    device_.copy_to_device(target_of(chunk, copy), source + copy.source_offset, copy.bytes);
   }
   board_.counters.h2d_bytes += chunk.payload_bytes;
   if (through_slot) {

@@ -30,6 +30,16 @@ struct Counts {
     for (int i = 0; i < kStallCauses; ++i) d.stall_ns[i] -= start.stall_ns[i];
     return d;
   }
+
+  void add(const Counts& more) {
+    disk_bytes += more.disk_bytes;
+    disk_read_bytes += more.disk_read_bytes;
+    h2d_bytes += more.h2d_bytes;
+    loads += more.loads;
+    demand_loads += more.demand_loads;
+    misses += more.misses;
+    for (int i = 0; i < kStallCauses; ++i) stall_ns[i] += more.stall_ns[i];
+  }
 };
 
 struct Counters {

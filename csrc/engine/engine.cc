@@ -28,6 +28,12 @@ std::vector<uint64_t> streamed_bytes(const Plan& plan) {
   return bytes;
 }
 
+bool same_shards(const std::vector<ShardSpec>& a, const std::vector<ShardSpec>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto& x, const auto& y) {
+    return x.path == y.path && x.bytes == y.bytes;
+  });
+}
+
 // Kept for the life of the process, and reachable: no leak checker need mind.
 template <typename T>
 void abandon(std::unique_ptr<T>& owned) {
@@ -39,21 +45,25 @@ void abandon(std::unique_ptr<T>& owned) {
 
 }  // namespace
 
-Engine::Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::byte* arena,
-               std::byte* homes, std::vector<const void*> memory, StreamHandle allocated_on,
-               EngineOptions options)
+Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
+               std::vector<HomeMemory> homes, std::vector<const void*> memory,
+               StreamHandle allocated_on, EngineOptions options)
     : spec_(std::move(spec)),
       plan_(std::move(plan)),
       options_(options),
-      device_(std::move(device)),
+      device_(std::move(estate.device)),
+      inherited_(std::move(estate.cache)),
       board_(streamed_bytes(plan_), plan_.read_ahead_bytes, plan_.lookahead_units),
       process_(::getpid()) {
   validate(spec_);
   check(plan_.units.size() == spec_.units.size(), "the plan was made for another model");
   check(arena != nullptr || plan_.arena_bytes == 0, "no arena was given, the plan needs ",
         plan_.arena_bytes, " bytes");
-  check(homes != nullptr || plan_.homes_bytes == 0, "no homes were given, the plan needs ",
-        plan_.homes_bytes, " bytes");
+  check(homes.size() == plan_.home_blocks.size(), homes.size(),
+        " blocks were given for the homes, the plan needs ", plan_.home_blocks.size());
+  for (const HomeMemory& block : homes) check(block.data != nullptr, "a home block has no memory");
+  check(!inherited_ || same_shards(spec_.shards, estate.shards),
+        "a host cache can only be taken over for the same files");
   open_shards(memory);
   board_.units.resize(plan_.units.size() + 1);
   for (UnitState& state : board_.units) {
@@ -69,7 +79,8 @@ Engine::Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::b
   device_->record(*records_[0].begin, allocated_on);
   device_->wait(device_->copy_stream(), *records_[0].begin);
   conductor_ = std::make_unique<Conductor>(
-      spec_, plan_, *device_, board_, shards_, make_readers(), arena, homes,
+      spec_, plan_, *device_, board_, shards_, make_readers(), arena, std::move(homes),
+      std::move(inherited_), estate.kept,
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
 }
@@ -172,7 +183,7 @@ void Engine::begin_pass(StreamHandle stream) {
   }
   conductor_->wake();
   std::lock_guard lock(reports_mutex_);
-  probes_->collect();
+  sum_ended_passes();
   probes_->begin_pass(passes_);
   PassRecord& record = record_of(passes_++);
   record.counts = board_.counters.read();
@@ -320,6 +331,28 @@ void Engine::close() {
                        " s; its memory is left to the process"));
     abandoned_ = true;
   }
+}
+
+KeptCache Engine::kept_cache() const {
+  check_usable();
+  std::lock_guard lock(board_.mutex);
+  return conductor_->cache().kept(plan_);
+}
+
+Estate Engine::hand_over() {
+  check<Error>(::getpid() == process_, "this streamed model belongs to another process");
+  close();
+  check<Error>(!abandoned_ && conductor_, "this streamed model has nothing to hand over");
+  Estate estate{.shards = spec_.shards};
+  estate.kept = conductor_->cache().kept(plan_);
+  estate.cache = conductor_->take_cache();
+  // Events, and all that has them, go before the device.
+  conductor_.reset();
+  probes_.reset();
+  for (UnitState& state : board_.units) state = {};
+  for (PassRecord& record : records_) record = {};
+  estate.device = std::move(device_);
+  return estate;
 }
 
 // Never freed: something outside our control may still write into them.

@@ -68,16 +68,31 @@ struct PassReport {
   Counts counts;
 };
 
+// Sums over passes.
+struct PassSums {
+  uint64_t passes = 0;
+  double seconds = 0;
+  Counts counts;
+};
+
+// What an engine works with and may take over from the one before it.
+struct Estate {
+  std::unique_ptr<Device> device{};
+  std::unique_ptr<HostCache> cache{};  // null: a new one
+  KeptCache kept{};                    // what it holds
+  std::vector<ShardSpec> shards{};     // that it holds it of
+};
+
 class Engine {
  public:
   // Called now and then while a caller waits, without locks; may throw to give up waiting.
   using Interrupt = std::function<void()>;
 
-  // `memory[i]`: the bytes of shard i where it lies in RAM, else null. `allocated_on`: the stream
-  // on which the arena and the homes were allocated. Takes the device.
-  Engine(ModelSpec spec, Plan plan, std::unique_ptr<Device> device, std::byte* arena,
-         std::byte* homes, std::vector<const void*> memory, StreamHandle allocated_on,
-         EngineOptions options);
+  // `homes`: one for each of the plan's home blocks. `memory[i]`: the bytes of shard i where it
+  // lies in RAM, else null. `allocated_on`: the stream on which the arena and the homes were
+  // allocated.
+  Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena, std::vector<HomeMemory> homes,
+         std::vector<const void*> memory, StreamHandle allocated_on, EngineOptions options);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -96,6 +111,11 @@ class Engine {
   void fetch(uint32_t unit, uint32_t tensor, std::byte* target) const;
 
   void close();
+  // What the host cache holds, for `Limits::kept_cache` of the plan that comes after this one.
+  KeptCache kept_cache() const;
+  // Closes, and gives the device and the host cache to an engine of the same shards. Throws Error
+  // where a read has not ended, or the process was forked.
+  Estate hand_over();
   // In a forked child too: the threads are not there, and their locks may be held for good.
   bool closed() const { return closed_ || ::getpid() != process_; }
 
@@ -104,6 +124,9 @@ class Engine {
   uint64_t passes() const;
   Counts totals();
   PassReport last_pass(const Interrupt& interrupt);  // waits until the device has ended the pass
+  // Of the passes after the first (which fills the host cache) that the device has ended. A pass
+  // whose record was taken again before its end was seen is left out.
+  PassSums steady_passes();
   MemoryUse memory() const;
   std::vector<ShardReport> shards() const;
   std::vector<std::string> warnings() const;
@@ -115,6 +138,8 @@ class Engine {
     Counts counts;  // at the begin; after the end, of the pass
   };
   PassRecord& record_of(uint64_t pass) { return records_[pass % records_.size()]; }
+  PassReport report_of(uint64_t pass);
+  void sum_ended_passes();
 
   void open_shards(const std::vector<const void*>& memory);
   Readers make_readers() const;
@@ -129,6 +154,7 @@ class Engine {
   Plan plan_;
   EngineOptions options_;
   std::unique_ptr<Device> device_;
+  std::unique_ptr<HostCache> inherited_;  // until the conductor has it
   mutable Board board_;
   std::vector<std::unique_ptr<Shard>> shards_;
   std::unique_ptr<StallProbes> probes_;
@@ -138,6 +164,8 @@ class Engine {
   std::array<PassRecord, 4> records_;  // of the last passes: the host may run ahead of the device
   uint64_t passes_ = 0;                // begun
   uint64_t passes_ended_ = 0;
+  PassSums steady_;
+  uint64_t next_to_sum_ = 1;
   pid_t process_ = 0;
   std::atomic<bool> closed_{false};
   bool abandoned_ = false;  // the destructor must leave the buffers to the process

@@ -50,12 +50,9 @@ PassReport Engine::last_pass(const Interrupt& interrupt) {
   std::unique_lock lock(reports_mutex_);
   while (passes_ended_ > 0 && !closed()) {
     const uint64_t pass = passes_ended_ - 1;
-    const PassRecord& record = record_of(pass);
-    if (passes_ - pass < records_.size() && device_->done(*record.end)) {
+    if (passes_ - pass < records_.size() && device_->done(*record_of(pass).end)) {
       probes_->collect();
-      PassReport report{device_->elapsed_seconds(*record.begin, *record.end), record.counts};
-      report.counts.stall_ns[static_cast<int>(Stall::kH2d)] = probes_->stall_ns(pass);
-      return report;
+      return report_of(pass);
     }
     lock.unlock();
     std::this_thread::sleep_for(std::chrono::microseconds(100));
@@ -65,13 +62,42 @@ PassReport Engine::last_pass(const Interrupt& interrupt) {
   return {};
 }
 
+// The pass has ended on the device, and the probes were collected since. Caller holds
+// reports_mutex_.
+PassReport Engine::report_of(uint64_t pass) {
+  const PassRecord& record = record_of(pass);
+  PassReport report{device_->elapsed_seconds(*record.begin, *record.end), record.counts};
+  report.counts.stall_ns[static_cast<int>(Stall::kH2d)] = probes_->stall_ns(pass);
+  return report;
+}
+
+// Asks the device, and never waits for it. Caller holds reports_mutex_.
+void Engine::sum_ended_passes() {
+  probes_->collect();
+  const uint64_t kept = records_.size();
+  if (passes_ > kept) next_to_sum_ = std::max(next_to_sum_, passes_ - kept);
+  for (; next_to_sum_ < passes_ended_; ++next_to_sum_) {
+    if (!device_->done(*record_of(next_to_sum_).end)) return;
+    const PassReport report = report_of(next_to_sum_);
+    ++steady_.passes;
+    steady_.seconds += report.seconds;
+    steady_.counts.add(report.counts);
+  }
+}
+
+PassSums Engine::steady_passes() {
+  std::lock_guard lock(reports_mutex_);
+  if (!closed()) sum_ended_passes();
+  return steady_;
+}
+
 MemoryUse Engine::memory() const {
   MemoryUse use;
   if (closed()) return use;
-  for (const PinnedBuffer* buffer : {&conductor_->ring().buffer(), &conductor_->cache().buffer()}) {
-    use.host_bytes += buffer->mapped_bytes();
-    use.host_pinned_bytes += buffer->pinned_bytes();
-  }
+  const PinnedBuffer& ring = conductor_->ring().buffer();
+  const HostCache& cache = conductor_->cache();
+  use.host_bytes = ring.mapped_bytes() + cache.mapped_bytes();
+  use.host_pinned_bytes = ring.pinned_bytes() + cache.pinned_bytes();
   return use;
 }
 
@@ -93,8 +119,8 @@ std::vector<ShardReport> Engine::shards() const {
 std::vector<std::string> Engine::warnings() const {
   std::vector<std::string> all = plan_.warnings;
   if (closed()) return all;
-  for (const PinnedBuffer* buffer : {&conductor_->ring().buffer(), &conductor_->cache().buffer()}) {
-    const std::vector<std::string> some = buffer->warnings();
+  for (const auto& some :
+       {conductor_->ring().buffer().warnings(), conductor_->cache().warnings()}) {
     all.insert(all.end(), some.begin(), some.end());
   }
   return all;

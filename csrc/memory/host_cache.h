@@ -7,6 +7,9 @@
 // little ahead of what was asked for, while reads fill the segments before. So memory is taken as
 // it is used, and the first bytes need not wait for the last page.
 //
+// A cache may take over the memory of the one before it: the bytes that the new plan wants where
+// they are stay, the memory is cut or another piece is added behind it.
+//
 // Lifecycle: owned by the engine; `ready` and `mark_filled` are the conductor's. `stop`, and the
 // destructor, end the thread: `prepared` is not called after that.
 // Failure: what cannot be page-locked stays pageable (see PinnedBuffer).
@@ -23,34 +26,52 @@
 
 #include "device/device.h"
 #include "memory/pinned_buffer.h"
+#include "plan/kept_cache.h"
 #include "plan/plan.h"
 
 namespace wsm {
 
 class HostCache {
  public:
-  // `prepared` is called on the cache's thread each time that more places are ready.
-  HostCache(Device& device, const Plan& plan, std::function<void()> prepared);
+  // `prepared` is called on the cache's thread each time that more places are ready. `before` is
+  // stopped, was made on the same device, and holds `kept`.
+  HostCache(Device& device, const Plan& plan, std::function<void()> prepared,
+            std::unique_ptr<HostCache> before = nullptr, const KeptCache& kept = {});
   ~HostCache();
 
   void stop();
 
   // Whether the chunk's place may be read into. If not, it will be: `prepared` tells when.
   bool ready(const Chunk& chunk);
-  std::byte* place(const Chunk& chunk) const { return buffer_->data() + chunk.cache_offset; }
+  std::byte* place(const Chunk& chunk) const;
   bool filled(uint32_t chunk) const { return filled_[chunk]; }
   void mark_filled(uint32_t chunk) { filled_[chunk] = true; }  // its bytes are all there
-  const PinnedBuffer& buffer() const { return *buffer_; }
+  // What is filled, for a plan that takes the cache over.
+  KeptCache kept(const Plan& plan) const;
+
+  uint64_t mapped_bytes() const;
+  uint64_t pinned_bytes() const;
+  uint64_t prepared_bytes() const;
+  std::vector<std::string> warnings() const;
 
  private:
+  struct Piece {
+    uint64_t begin = 0;  // in the cache
+    std::unique_ptr<PinnedBuffer> memory;
+  };
+
+  void take_over(HostCache& before, const Plan& plan, const KeptCache& kept);
+  void add_piece(Device& device, const Plan& plan, uint64_t begin);
+  const Piece& piece_at(uint64_t cache_offset) const;
+  bool prepare_next();
   void prepare();
 
-  std::unique_ptr<PinnedBuffer> buffer_;
+  std::vector<Piece> pieces_;  // ascending
   std::function<void()> prepared_;
   std::vector<bool> filled_;  // by index into Plan::chunks
   std::mutex mutex_;
   std::condition_variable asked_;
-  uint64_t wanted_bytes_ = 0;  // of the buffer, from its start; guarded by mutex_
+  uint64_t wanted_bytes_ = 0;  // of the cache, from its start; guarded by mutex_
   bool stop_ = false;          // guarded by mutex_
   std::thread thread_;
 };

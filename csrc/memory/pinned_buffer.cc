@@ -91,13 +91,38 @@ bool PinnedBuffer::prepare_next() {
   return true;
 }
 
+void PinnedBuffer::truncate(uint64_t bytes) {
+  check(bytes % page_bytes() == 0, "a pinned buffer is cut at ", bytes,
+        ", which is not a multiple of the page size (", page_bytes(), ")");
+  if (bytes >= mapped_) return;
+  while (!registered_.empty()) {
+    const auto [piece, size] = registered_.back();
+    if (piece + size <= data_ + bytes) break;
+    device_.unregister_host(piece);
+    registered_.pop_back();
+    pinned_ -= size;
+    registered_end_ = static_cast<uint64_t>(piece - data_);
+  }
+  munmap(data_ + bytes, mapped_ - bytes);
+  bytes_ = mapped_ = bytes;
+  if (bytes == 0) data_ = nullptr;
+  while (!segments_.empty() &&
+         (segments_.size() > 1 ? segments_[segments_.size() - 2] : 0) >= bytes) {
+    segments_.pop_back();
+  }
+  if (!segments_.empty()) segments_.back() = bytes;
+  next_segment_ = std::min(next_segment_, segments_.size());
+  prepared_ = std::min<uint64_t>(prepared_, bytes);
+  register_until(prepared_);
+}
+
 std::vector<std::string> PinnedBuffer::warnings() const {
   std::lock_guard lock(warnings_mutex_);
   return warnings_;
 }
 
 PinnedBuffer::~PinnedBuffer() {
-  for (std::byte* piece : registered_) device_.unregister_host(piece);
+  for (const auto& [piece, bytes] : registered_) device_.unregister_host(piece);
   if (data_) munmap(data_, mapped_);
 }
 
@@ -162,7 +187,7 @@ void PinnedBuffer::register_until(uint64_t end) {
     registered_.reserve(registered_.size() + 1);
     std::string answer;
     if (device_.register_host(piece, size, &answer)) {
-      registered_.push_back(piece);
+      registered_.emplace_back(piece, size);
       pinned_ += size;
       registered_end_ += size;
       continue;

@@ -15,6 +15,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device/device.h"
@@ -38,6 +39,10 @@ class PinnedBuffer {
   // Touches and registers the next segment; false when there is none.
   bool prepare_next();
   uint64_t prepared_bytes() const { return prepared_; }
+  // Gives back what lies behind the first `bytes` (a multiple of the page size). Nothing is
+  // prepared meanwhile, and no copy reads from it. What lies before keeps its bytes, and is
+  // page-locked.
+  void truncate(uint64_t bytes);
 
   std::byte* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }          // as asked
@@ -63,7 +68,8 @@ class PinnedBuffer {
   size_t next_segment_ = 0;
   std::atomic<uint64_t> prepared_{0};
   std::atomic<uint64_t> pinned_{0};
-  std::vector<std::byte*> registered_;  // begins of the pieces that are page-locked
+  // The pieces that are page-locked, ascending: begin and bytes.
+  std::vector<std::pair<std::byte*, uint64_t>> registered_;
   // Of the registrations: the end of the last, the most that is tried, the last refusal.
   uint64_t registered_end_ = 0;
   uint64_t most_ = 0;

@@ -20,7 +20,8 @@ class ChunkBuilder {
     chunk_.read_offset = align_down(first.offset, alignment);
     chunk_.home = home;
     chunk_.first_copy = static_cast<uint32_t>(plan.copies.size());
-    limit_ = chunk_.read_offset + chunk_bytes;
+    const uint64_t stretch = align_down(std::min(first.stretch, first.offset), alignment);
+    limit_ = stretch + align_down(first.offset - stretch, chunk_bytes) + chunk_bytes;
     end_ = first.offset;
   }
 
@@ -85,6 +86,19 @@ void append_fragments(const TensorSpec& tensor, uint32_t unit, uint64_t target,
                          .offset = extent.offset,
                          .bytes = extent.bytes,
                          .target = target + extent.tensor_offset});
+  }
+}
+
+void find_stretches(std::vector<Fragment>& fragments) {
+  std::sort(fragments.begin(), fragments.end(), in_shard_order);
+  uint64_t begin = 0;
+  uint64_t end = 0;
+  for (size_t i = 0; i < fragments.size(); ++i) {
+    Fragment& fragment = fragments[i];
+    const bool same_shard = i > 0 && fragments[i - 1].shard == fragment.shard;
+    if (!same_shard || fragment.offset > end + kMaxReadGap) begin = end = fragment.offset;
+    fragment.stretch = begin;
+    end = std::max(end, fragment.offset + fragment.bytes);
   }
 }
 

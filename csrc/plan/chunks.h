@@ -4,7 +4,8 @@
 //   chunk      [pad| copy a| copy b  |           | copy c|pad]    one read, three copies
 //
 // Ranges that touch, in the shard and in device memory, become one copy. Small gaps are read too.
-// A cut inside a fragment lies at an aligned offset, so nothing is read twice on its account.
+// Chunks end at multiples of their size in the shard, at the latest: so the same bytes are cut
+// alike whatever else is streamed, and what a cache holds of one plan serves the next.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +25,13 @@ struct Fragment {
   uint32_t unit = 0;
   uint64_t offset = 0;  // in the shard
   uint64_t bytes = 0;
-  uint64_t target = 0;  // in the arena, or in the homes
+  uint64_t target = 0;            // in the arena, or in the homes
+  uint64_t stretch = UINT64_MAX;  // a shard offset: where what is near to each other begins
 };
+
+// Sorts the fragments by shard and offset, and sets their stretches: a gap that is too large to be
+// read begins a new one.
+void find_stretches(std::vector<Fragment>& fragments);
 
 // Appends the extents of `tensor`, when it lies at `target`.
 void append_fragments(const TensorSpec& tensor, uint32_t unit, uint64_t target,

@@ -25,11 +25,11 @@ class Search {
         arena_limit_(limits.arena_bytes.value_or(UINT64_MAX)),
         order_(std::move(order)) {
     std::vector<size_t> rank(spec.tensors.size(), 0);
-    prefix_bytes_.push_back(0);
+    prefixes_.emplace_back(home_limit_);
     for (size_t i = 0; i < order_.tensors.size(); ++i) {
       const uint32_t t = order_.tensors[i];
       rank[t] = i;
-      prefix_bytes_.push_back(prefix_bytes_.back() + device_tensor_bytes(spec.tensors[t]));
+      prefixes_.push_back(prefixes_.back().with(device_tensor_bytes(spec.tensors[t])));
     }
     for (const UnitSpec& unit : spec.units) {
       for (const uint32_t t : unit.tensors) {
@@ -41,21 +41,20 @@ class Search {
 
   size_t all() const { return order_.tensors.size(); }
   const ResidencyOrder& order() const { return order_; }
-  uint64_t prefix_bytes(size_t k) const { return prefix_bytes_[k]; }
+  // The homes of the first k tensors.
+  const HomeBlocks& prefix(size_t k) const { return prefixes_[k]; }
 
-  uint64_t homes_cost(uint64_t homes) const { return block_cost_bytes(homes, home_limit_); }
   uint64_t arena_cost(uint64_t arena) const { return block_cost_bytes(arena, arena_limit_); }
-  uint64_t homes_request(uint64_t homes) const { return block_request_bytes(homes, home_limit_); }
   uint64_t arena_request(uint64_t arena) const { return block_request_bytes(arena, arena_limit_); }
 
-  bool homes_fit(uint64_t homes, uint64_t arena) const {
-    return homes <= home_limit_ && homes_cost(homes) + arena_cost(arena) <= device_bytes_;
+  bool homes_fit(const HomeBlocks& homes, uint64_t arena) const {
+    return homes.bytes() <= home_limit_ && homes.cost_bytes() + arena_cost(arena) <= device_bytes_;
   }
 
-  // What is left for the arena beside homes of these bytes; empty when not even they fit.
-  std::optional<uint64_t> arena_room(uint64_t homes) const {
+  // What is left for the arena beside these homes; empty when not even they fit.
+  std::optional<uint64_t> arena_room(const HomeBlocks& homes) const {
     if (!homes_fit(homes, 0)) return std::nullopt;
-    return largest_block_bytes(device_bytes_ - homes_cost(homes), arena_limit_);
+    return largest_block_bytes(device_bytes_ - homes.cost_bytes(), arena_limit_);
   }
 
   // Places of what streams when the first k tensors are kept.
@@ -96,8 +95,8 @@ class Search {
     std::optional<uint64_t> least;
     for (const size_t k : samples_) {
       const uint64_t arena = least_arena_bytes(places_of_prefix(k), {});
-      if (prefix_bytes_[k] > home_limit_ || arena > arena_limit) continue;
-      const uint64_t cost = homes_cost(prefix_bytes_[k]) + block_cost_bytes(arena, arena_limit);
+      if (prefixes_[k].bytes() > home_limit_ || arena > arena_limit) continue;
+      const uint64_t cost = prefixes_[k].cost_bytes() + block_cost_bytes(arena, arena_limit);
       least = std::min(least.value_or(UINT64_MAX), cost);
     }
     return least;
@@ -108,8 +107,8 @@ class Search {
     std::optional<uint64_t> least;
     for (const size_t k : samples_) {
       const uint64_t arena = least_arena_bytes(places_of_prefix(k), {});
-      const uint64_t cost = homes_cost(prefix_bytes_[k]) + block_cost_bytes(arena, arena);
-      if (prefix_bytes_[k] > home_limit_ || cost > device_bytes_) continue;
+      const uint64_t cost = prefixes_[k].cost_bytes() + block_cost_bytes(arena, arena);
+      if (prefixes_[k].bytes() > home_limit_ || cost > device_bytes_) continue;
       least = std::min(least.value_or(UINT64_MAX), arena);
     }
     return least;
@@ -122,7 +121,7 @@ class Search {
   };
 
   bool fits(size_t k, Lookahead ahead) const {
-    const std::optional<uint64_t> room = arena_room(prefix_bytes_[k]);
+    const std::optional<uint64_t> room = arena_room(prefixes_[k]);
     return room && arena_fits(places_of_prefix(k), ahead, *room);
   }
 
@@ -140,9 +139,9 @@ class Search {
   const uint64_t home_limit_;
   const uint64_t arena_limit_;
   const ResidencyOrder order_;
-  std::vector<Use> uses_;               // of tensors by units, unit by unit
-  std::vector<uint64_t> prefix_bytes_;  // by k: device bytes of the first k tensors
-  std::vector<size_t> samples_;         // ascending, from none to all
+  std::vector<Use> uses_;             // of tensors by units, unit by unit
+  std::vector<HomeBlocks> prefixes_;  // by k: the homes of the first k tensors
+  std::vector<size_t> samples_;       // ascending, from none to all
 };
 
 [[noreturn]] void throw_too_small(const ModelSpec& spec, const Limits& limits,
@@ -172,12 +171,14 @@ struct Found {
   Lookahead ahead;
 };
 
-// The largest lookahead up to `units` that can be had, and with it the largest at the seam.
-std::optional<Found> find_homes(const Search& search, uint32_t units) {
+// The largest lookahead up to `units` that can be had, and with it the largest at the seam, or the
+// one that is asked for there.
+std::optional<Found> find_homes(const Search& search, uint32_t units,
+                                std::optional<uint32_t> seam_units) {
   for (uint32_t n = units + 1; n-- > 0;) {
     std::optional<size_t> prefix = search.largest_prefix({.units = n, .seam = 0});
     if (!prefix) continue;
-    for (uint32_t seam = n; seam > 0; --seam) {
+    for (uint32_t seam = std::min(n, seam_units.value_or(n)); seam > 0; --seam) {
       const Lookahead ahead{.units = n, .seam = seam};
       if (const auto with_seam = search.largest_prefix(ahead)) return Found{*with_seam, ahead};
     }
@@ -209,7 +210,7 @@ void warn_smaller(const Limits& limits, uint32_t wanted, Lookahead ahead, Device
     homes.warnings.push_back(concat("lookahead_units = ", wanted,
                                     " does not fit into the arena's budget: ", ahead.units,
                                     " is used"));
-  } else if (ahead.seam < ahead.units) {
+  } else if (ahead.seam < ahead.units && !limits.seam_units) {
     homes.warnings.push_back(concat(
         "lookahead_units = ", wanted,
         " does not fit between the last units and the first: ", ahead.seam, " is used there"));
@@ -243,7 +244,7 @@ bool refill(const ModelSpec& spec, const Search& search, DeviceHomes& homes,
   bool added = false;
   for (const uint32_t t : search.order().tensors) {
     const uint64_t bytes = device_tensor_bytes(spec.tensors[t]);
-    if (homes.resident[t] || !search.homes_fit(homes.homes_bytes + bytes, homes.arena.bytes)) {
+    if (homes.resident[t] || !search.homes_fit(homes.blocks.with(bytes), homes.arena.bytes)) {
       continue;
     }
     if (users) {
@@ -253,7 +254,8 @@ bool refill(const ModelSpec& spec, const Search& search, DeviceHomes& homes,
       for (const uint32_t u : (*users)[t]) homes.places[u].bytes -= streamed;
     }
     homes.resident[t] = true;
-    homes.homes_bytes += bytes;
+    homes.kept.push_back(t);
+    homes.blocks.add(bytes);
     added = true;
   }
   return added;
@@ -264,8 +266,7 @@ bool refill(const ModelSpec& spec, const Search& search, DeviceHomes& homes,
 void lay_out(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
   const auto try_layout = [&] {
     homes.places = streamed_places(spec, homes.resident);
-    auto layout =
-        fit_arena(homes.places, homes.ahead, search.arena_room(homes.homes_bytes).value());
+    auto layout = fit_arena(homes.places, homes.ahead, search.arena_room(homes.blocks).value());
     if (layout) homes.arena = std::move(*layout);
     return layout.has_value();
   };
@@ -288,20 +289,20 @@ DeviceHomes choose_in_order(const ModelSpec& spec, const Limits& limits, Residen
   const Search search(spec, limits, std::move(order));
   DeviceHomes homes;
   homes.resident.assign(spec.tensors.size(), false);
-  const uint64_t all_bytes = search.prefix_bytes(search.all());
   size_t kept = search.all();
-  if (!search.homes_fit(all_bytes, 0)) {
+  if (!search.homes_fit(search.prefix(kept), 0)) {
     const uint32_t wanted = wanted_lookahead(search, limits, homes);
-    const std::optional<Found> found = find_homes(search, wanted);
+    const std::optional<Found> found = find_homes(search, wanted, limits.seam_units);
     if (!found) throw_too_small(spec, limits, search);
     kept = found->prefix;
     homes.ahead = found->ahead;
     warn_smaller(limits, wanted, homes.ahead, homes);
   }
-  for (size_t i = 0; i < kept; ++i) homes.resident[search.order().tensors[i]] = true;
-  homes.homes_bytes = search.prefix_bytes(kept);
+  const auto& order_of_homes = search.order().tensors;
+  homes.kept.assign(order_of_homes.begin(), order_of_homes.begin() + static_cast<ptrdiff_t>(kept));
+  for (const uint32_t t : homes.kept) homes.resident[t] = true;
+  homes.blocks = search.prefix(kept);
   lay_out(spec, search, homes);
-  homes.homes_bytes = search.homes_request(homes.homes_bytes);
   homes.arena_bytes = search.arena_request(homes.arena.bytes);
   return homes;
 }
@@ -316,6 +317,15 @@ bool better(const DeviceHomes& a, const DeviceHomes& b) {
   if (a.ahead.units != b.ahead.units) return a.ahead.units > b.ahead.units;
   if (a.ahead.seam != b.ahead.seam) return a.ahead.seam > b.ahead.seam;
   return streamed_bytes(a) < streamed_bytes(b);
+}
+
+ResidencyOrder asked_order(const ModelSpec& spec, const Limits& limits) {
+  ResidencyOrder order = residency_order(spec);
+  for (const uint32_t u : limits.first_units) {
+    check(u < spec.units.size(), "first_units: there is no unit ", u);
+    order = with_first(order, spec.units[u].tensors);
+  }
+  return order;
 }
 
 // The unit that streams least, of those in the cycle.
@@ -334,9 +344,9 @@ std::optional<uint32_t> smallest_in_cycle(const DeviceHomes& homes) {
 // An odd number of units cannot alternate between two places, the seam takes a third. Keeping one
 // unit whole costs no more than that, and makes the number even.
 DeviceHomes choose_device_homes(const ModelSpec& spec, const Limits& limits) {
-  const ResidencyOrder order = residency_order(spec);
+  const ResidencyOrder order = asked_order(spec, limits);
   DeviceHomes homes = choose_in_order(spec, limits, order);
-  const bool ideal = homes.ahead.seam == homes.ahead.units &&
+  const bool ideal = homes.ahead.seam == limits.seam_units.value_or(homes.ahead.units) &&
                      homes.arena.bytes == least_arena_bytes(homes.places, homes.ahead);
   const std::optional<uint32_t> smallest = smallest_in_cycle(homes);
   if (ideal || !smallest) return homes;

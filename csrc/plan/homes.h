@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "plan/arena.h"
+#include "plan/home_blocks.h"
 #include "plan/model_spec.h"
 #include "plan/planner.h"
 
@@ -15,7 +16,8 @@ inline constexpr uint32_t kMaxLookahead = 64;
 
 struct DeviceHomes {
   std::vector<bool> resident;  // by tensor
-  uint64_t homes_bytes = 0;    // to allocate
+  std::vector<uint32_t> kept;  // the resident tensors, in the order in which they were chosen
+  HomeBlocks blocks;           // of these
   uint64_t arena_bytes = 0;    // to allocate
   ArenaLayout arena;           // of the units' streamed tensors; empty places are at 0
   std::vector<Place> places;   // by unit

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <span>
 
+#include "plan/kept_cache.h"
 #include "util/align.h"
 #include "util/check.h"
 
@@ -144,6 +145,11 @@ uint64_t choose_chunk_bytes(const ModelSpec& spec, const Limits& limits,
   if (limits.chunk_bytes) {
     return asked_chunk_bytes(*limits.chunk_bytes, least, room, host_granule_bytes(spec), warnings);
   }
+  // Cut alike, what the cache holds can stay there.
+  const uint64_t kept = limits.kept_cache.cut_bytes;
+  if (kept >= least && kept % host_granule_bytes(spec) == 0 && kept <= room / kLeastSlots) {
+    return kept;
+  }
   // A quarter at most: what the ring does not take, the cache keeps.
   const uint64_t share = limits.staging_bytes ? room : room / 4;
   uint64_t chunk = std::max(kDefaultChunk, least);
@@ -161,9 +167,13 @@ void plan_host_memory(const ModelSpec& spec, const Limits& limits, Plan& plan) {
   const uint64_t total = streamed_place_bytes(plan, granule);
   const uint64_t slots = choose_slots(limits, plan, total);
   plan.slot_count = static_cast<uint32_t>(std::min<uint64_t>(slots, kNone - 1));
-  const uint64_t budget = std::min(
-      {total, limits.host_bytes - plan.staging_bytes(), limits.cache_bytes.value_or(UINT64_MAX)});
-  choose_cached(streamed(plan), total, budget, granule);
+  const uint64_t most =
+      std::min(limits.host_bytes - plan.staging_bytes(), limits.cache_bytes.value_or(UINT64_MAX));
+  if (!limits.kept_cache.ranges.empty()) {
+    place_around_kept(limits.kept_cache, most, granule, plan);
+    return;
+  }
+  choose_cached(streamed(plan), total, std::min(total, most), granule);
   pack_cache(plan, granule);
 }
 

@@ -5,13 +5,16 @@
 //                    |                  | place 3   | place 4 |         by design, laid out in
 //                    |                  | place 5 | ...                 registration order
 //
-//   homes (device)   | tensor | tensor | ...   loaded once, never moved
+//   homes (device)   | tensor | tensor | ...   blocks (plan/home_blocks.h), loaded once, never
+//                    | tensor | ...            moved; their offsets leave gaps between blocks
 //
 //   unit             = chunk chunk chunk ...        each a contiguous range of one shard
 //   chunk            = [read_offset, +read_bytes)   aligned for direct reads
 //                      |pad| copy 0 | copy 1 | gap | copy 2 |pad|
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -55,6 +58,14 @@ struct TensorPlace {
   uint64_t image_offset = 0;
 };
 
+// One piece of device memory for resident tensors. Offsets in the homes count all blocks, with gaps
+// between them.
+struct HomeBlock {
+  uint64_t offset = 0;
+  uint64_t bytes = 0;             // to allocate
+  std::vector<uint32_t> tensors;  // as they lie in it
+};
+
 struct UnitPlan {
   uint64_t place_offset = 0;    // in the arena
   uint64_t place_bytes = 0;     // 0: every tensor is resident, nothing streams
@@ -77,12 +88,14 @@ struct Plan {
   std::vector<Copy> copies;
   uint32_t first_resident_chunk = 0;  // chunks[first_resident_chunk..] have home kDevice
 
-  uint64_t arena_bytes = 0;  // device memory to allocate for places
-  uint64_t homes_bytes = 0;  // device memory to allocate for resident tensors
-  uint64_t cache_bytes = 0;  // host cache
+  uint64_t arena_bytes = 0;            // device memory to allocate for places
+  std::vector<HomeBlock> home_blocks;  // by offset
+  uint64_t homes_bytes = 0;            // device memory to allocate for resident tensors, all blocks
+  uint64_t cache_bytes = 0;            // host cache
   std::vector<uint64_t>
       cache_segments;  // ends of the pieces in which the cache is registered; no chunk crosses one
   uint64_t chunk_bytes = 0;  // the largest chunk; the size of a slot
+  uint64_t cut_bytes = 0;    // chunks end at multiples of this in their shard
   uint32_t slot_count = 0;   // staging ring
 
   uint32_t lookahead_units = 0;   // units kept in flight ahead of the running one
@@ -96,6 +109,14 @@ struct Plan {
   uint64_t disk_home_bytes = 0;
   std::vector<std::string>
       warnings;  // settings that could not be honoured, each with what was done instead
+
+  // Which block holds this offset in the homes.
+  size_t block_at(uint64_t offset) const {
+    const auto after =
+        std::upper_bound(home_blocks.begin(), home_blocks.end(), offset,
+                         [](uint64_t at, const HomeBlock& block) { return at < block.offset; });
+    return static_cast<size_t>(after - home_blocks.begin()) - 1;
+  }
 
   uint64_t staging_bytes() const { return chunk_bytes * slot_count; }
 };

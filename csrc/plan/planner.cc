@@ -76,20 +76,32 @@ class FileOrder {
   std::vector<Key> keys_;
 };
 
-// Offsets of the resident tensors in the homes, by tensor.
-std::vector<uint64_t> lay_out_homes(const ModelSpec& spec, const DeviceHomes& homes,
-                                    const FileOrder& order) {
-  std::vector<uint32_t> tensors;
-  for (uint32_t t = 0; t < spec.tensors.size(); ++t) {
-    if (homes.resident[t]) tensors.push_back(t);
+// Cuts the homes into blocks, in the order in which the tensors were chosen; inside a block they
+// lie in file order. Returns their offsets in the homes, by tensor.
+std::vector<uint64_t> lay_out_homes(const ModelSpec& spec, const Limits& limits,
+                                    const DeviceHomes& homes, const FileOrder& order, Plan& plan) {
+  HomeBlocks blocks(limits.home_bytes.value_or(UINT64_MAX));
+  for (const uint32_t t : homes.kept) {
+    if (spec.tensors[t].bytes == 0) continue;
+    if (blocks.add(device_tensor_bytes(spec.tensors[t]))) plan.home_blocks.emplace_back();
+    plan.home_blocks.back().tensors.push_back(t);
   }
-  order.sort(tensors.begin(), tensors.end(), [](uint32_t t) { return t; });
   std::vector<uint64_t> offsets(spec.tensors.size(), 0);
   uint64_t end = 0;
-  for (const uint32_t t : tensors) {
-    offsets[t] = end;
-    end += device_tensor_bytes(spec.tensors[t]);
+  for (HomeBlock& block : plan.home_blocks) {
+    block.offset = end;
+    order.sort(block.tensors.begin(), block.tensors.end(), [](uint32_t t) { return t; });
+    for (const uint32_t t : block.tensors) {
+      offsets[t] = end;
+      end += device_tensor_bytes(spec.tensors[t]);
+    }
+    block.bytes = end - block.offset;
+    end += kPlaceAlignment;  // no copy runs from one block into the next
   }
+  if (const uint64_t request = blocks.open_request_bytes(); request > 0) {
+    plan.home_blocks.back().bytes = request;
+  }
+  for (const HomeBlock& block : plan.home_blocks) plan.homes_bytes += block.bytes;
   return offsets;
 }
 
@@ -122,13 +134,15 @@ void place_tensors(const ModelSpec& spec, const UnitSpec& unit, const DeviceHome
 void cut_streamed(const ModelSpec& spec, uint64_t chunk_bytes, Plan& plan) {
   for (uint32_t u = 0; u < spec.units.size(); ++u) {
     UnitPlan& unit = plan.units[u];
-    std::vector<Fragment> fragments;
+    std::vector<Fragment> fragments;  // of all its tensors at first: see find_stretches
     for (uint32_t i = 0; i < unit.tensors.size(); ++i) {
-      if (unit.tensors[i].resident) continue;
       const TensorSpec& tensor = spec.tensors[spec.units[u].tensors[i]];
-      append_fragments(tensor, u, unit.tensors[i].image_offset, fragments);
-      unit.streamed_bytes += tensor.bytes;
+      const bool resident = unit.tensors[i].resident;
+      append_fragments(tensor, resident ? kNone : u, unit.tensors[i].image_offset, fragments);
+      if (!resident) unit.streamed_bytes += tensor.bytes;
     }
+    find_stretches(fragments);
+    std::erase_if(fragments, [](const Fragment& f) { return f.unit == kNone; });
     unit.first_chunk = static_cast<uint32_t>(plan.chunks.size());
     cut_chunks(std::move(fragments), spec.shards, chunk_bytes, Home::kDisk, plan);
     unit.chunk_count = static_cast<uint32_t>(plan.chunks.size()) - unit.first_chunk;
@@ -154,9 +168,10 @@ void cut_resident(const ModelSpec& spec, uint64_t chunk_bytes, Plan& plan) {
   cut_chunks(std::move(fragments), spec.shards, chunk_bytes, Home::kDevice, plan);
 }
 
-void plan_device_memory(const ModelSpec& spec, const DeviceHomes& homes, Plan& plan) {
+void plan_device_memory(const ModelSpec& spec, const Limits& limits, const DeviceHomes& homes,
+                        Plan& plan) {
   const FileOrder order(spec);
-  const std::vector<uint64_t> home_offsets = lay_out_homes(spec, homes, order);
+  const std::vector<uint64_t> home_offsets = lay_out_homes(spec, limits, homes, order, plan);
   plan.units.resize(spec.units.size());
   for (uint32_t u = 0; u < spec.units.size(); ++u) {
     plan.units[u].place_offset = homes.arena.offsets[u];
@@ -164,7 +179,6 @@ void plan_device_memory(const ModelSpec& spec, const DeviceHomes& homes, Plan& p
     place_tensors(spec, spec.units[u], homes, home_offsets, order, plan.units[u]);
   }
   plan.arena_bytes = homes.arena_bytes;
-  plan.homes_bytes = homes.homes_bytes;
   plan.lookahead_units = homes.ahead.units;
 }
 
@@ -195,11 +209,12 @@ Plan make_plan(const ModelSpec& spec, const Limits& limits) {
 
   const DeviceHomes homes = choose_device_homes(spec, limits);
   plan.warnings.insert(plan.warnings.end(), homes.warnings.begin(), homes.warnings.end());
-  plan_device_memory(spec, homes, plan);
+  plan_device_memory(spec, limits, homes, plan);
 
   if (plan.model_bytes > 0) {
     const uint64_t chunk_bytes = choose_chunk_bytes(spec, limits, plan.warnings);
     check_chunk_count(spec, chunk_bytes);
+    plan.cut_bytes = chunk_bytes;
     cut_streamed(spec, chunk_bytes, plan);
     cut_resident(spec, chunk_bytes, plan);
     plan_host_memory(spec, limits, plan);

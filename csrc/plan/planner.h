@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
+#include "plan/kept_cache.h"
 #include "plan/model_spec.h"
 #include "plan/plan.h"
 
@@ -20,7 +22,12 @@ struct Limits {
   std::optional<uint64_t> cache_bytes{};       // the most that the host cache may take
   std::optional<uint64_t> chunk_bytes{};       // the largest chunk
   std::optional<uint32_t> lookahead_units{};   // 0: load on demand
+  std::optional<uint32_t> seam_units{};        // the same between the last units and the first
   std::optional<uint64_t> read_ahead_bytes{};  // how far reads from the disk may run ahead
+
+  std::vector<uint32_t> first_units{};  // whose tensors become resident before all others
+
+  KeptCache kept_cache{};  // of the plan before this one: what it holds is cached first
 };
 
 // Validates `spec`, then plans. Throws InvalidArgument naming the least that would work when a

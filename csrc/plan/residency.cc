@@ -63,8 +63,20 @@ ResidencyOrder residency_order(const ModelSpec& spec) {
     }
   }
   ResidencyOrder order;
-  for (const auto* group : {&small, &large}) {
-    for (const auto& round : *group) {
+  // A place that no other unit takes is as good as a home, and costs the same.
+  std::vector<bool> first(spec.tensors.size(), false);
+  for (const UnitSpec& unit : spec.units) {
+    for (const uint32_t t : unit.tensors) {
+      if (!unit.exclusive || first[t]) continue;
+      first[t] = true;
+      order.tensors.push_back(t);
+    }
+  }
+  if (!order.tensors.empty()) order.round_ends.push_back(order.tensors.size());
+  const auto taken = [&](uint32_t t) { return first[t]; };
+  for (auto* group : {&small, &large}) {
+    for (auto& round : *group) {
+      std::erase_if(round, taken);
       if (round.empty()) continue;
       order.tensors.insert(order.tensors.end(), round.begin(), round.end());
       order.round_ends.push_back(order.tensors.size());

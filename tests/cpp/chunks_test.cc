@@ -82,6 +82,38 @@ TEST(Chunks, CutsReadNothingTwice) {
   }
 }
 
+// So what a cache holds of one plan is cut as another plan wants it.
+TEST(Chunks, AreCutAlikeWhateverElseIsStreamed) {
+  std::vector<Fragment> both = {
+      {.offset = 5000, .bytes = kChunk + 10000},
+      {.offset = 15000 + kChunk, .bytes = 3 * kChunk, .target = 2 * kChunk}};
+  find_stretches(both);
+  const std::vector<Chunk> all = cut(both).chunks;
+  const std::vector<Chunk> second = cut({both[1]}).chunks;
+  ASSERT_EQ(all.size(), 5u);
+  ASSERT_EQ(second.size(), 4u);
+  EXPECT_GT(second[0].read_offset, all[1].read_offset);
+  for (size_t i = 0; i < second.size(); ++i) {
+    if (i > 0) {
+      EXPECT_EQ(second[i].read_offset, all[i + 1].read_offset);
+    }
+    EXPECT_EQ(second[i].read_offset + second[i].read_bytes,
+              all[i + 1].read_offset + all[i + 1].read_bytes);
+  }
+}
+
+TEST(Chunks, StretchesEndAtLargeGapsAndAtShards) {
+  std::vector<Fragment> fragments = {{.shard = 1, .offset = 30, .bytes = 10},
+                                     {.offset = 50 + kMaxReadGap + 1, .bytes = 10},
+                                     {.offset = 20, .bytes = 30},
+                                     {.offset = 25, .bytes = 5}};
+  find_stretches(fragments);
+  EXPECT_EQ(fragments[0].stretch, 20u);
+  EXPECT_EQ(fragments[1].stretch, 20u);
+  EXPECT_EQ(fragments[2].stretch, 50 + kMaxReadGap + 1);
+  EXPECT_EQ(fragments[3].stretch, 30u);
+}
+
 TEST(Chunks, SmallGapsAreReadLargeOnesAreNot) {
   const uint64_t chunk = 16 * kMiB;
   const auto count = [&](uint64_t gap) {

@@ -293,6 +293,10 @@ TEST(Engine, PassesReportWhatTheyMoved) {
   EXPECT_GT(report.seconds, 0);
   EXPECT_GT(report.counts.h2d_bytes, 0u);
   EXPECT_LE(report.counts.h2d_bytes, plan.disk_home_bytes + plan.arena_bytes);
+  const PassSums steady = engine.steady_passes();
+  EXPECT_EQ(steady.passes, 2u);  // not the first
+  EXPECT_GT(steady.seconds, report.seconds);
+  EXPECT_GT(steady.counts.h2d_bytes, report.counts.h2d_bytes);
   const auto shards = engine.shards();
   ASSERT_EQ(shards.size(), 2u);
   for (const ShardReport& shard : shards) {
@@ -309,9 +313,9 @@ TEST(Engine, WrongArgumentsAreErrors) {
   std::byte byte{};
   EXPECT_THROW(engine.fetch(8, 0, &byte), InvalidArgument);
   EXPECT_THROW(engine.fetch(0, 3, &byte), InvalidArgument);
-  EXPECT_THROW(
-      Engine(model.spec(), plan, make_host_device(), nullptr, nullptr, {nullptr, nullptr}, 0, {}),
-      InvalidArgument);
+  EXPECT_THROW(Engine(model.spec(), plan, Estate{make_host_device()}, nullptr, {},
+                      {nullptr, nullptr}, 0, {}),
+               InvalidArgument);
 }
 
 }  // namespace

@@ -50,7 +50,7 @@ TEST(DeviceHomes, EverythingStaysWhereItFits) {
   const ModelSpec spec = uniform_model(4, 2, kLayer / 2);
   const DeviceHomes homes = homes_of(spec, {.device_bytes = 4 * kLayer});
   EXPECT_EQ(resident_count(homes), 8u);
-  EXPECT_EQ(homes.homes_bytes, 4 * kLayer);
+  EXPECT_EQ(homes.blocks.bytes(), 4 * kLayer);
   EXPECT_EQ(homes.arena_bytes, 0u);
 }
 
@@ -65,7 +65,7 @@ TEST(DeviceHomes, NoHomesMeansAnArenaAlone) {
   const ModelSpec spec = uniform_model(4, 2, kLayer / 2);
   const DeviceHomes homes = homes_of(spec, {.device_bytes = 100 * kLayer, .home_bytes = 0});
   EXPECT_EQ(resident_count(homes), 0u);
-  EXPECT_EQ(homes.homes_bytes, 0u);
+  EXPECT_EQ(homes.blocks.bytes(), 0u);
   EXPECT_GE(homes.arena_bytes, 2 * kLayer);
 }
 
@@ -95,7 +95,7 @@ TEST(DeviceHomes, AnOddCycleIsMadeEvenRatherThanGivenAThirdPlace) {
                                      {.device_bytes = 3 * kLayer, .lookahead_units = 1});
   EXPECT_EQ(homes.ahead.seam, 1u);
   EXPECT_EQ(homes.arena_bytes, 2 * kLayer);
-  EXPECT_EQ(homes.homes_bytes, kLayer);
+  EXPECT_EQ(homes.blocks.bytes(), kLayer);
   EXPECT_TRUE(homes.warnings.empty());
 }
 
@@ -140,7 +140,7 @@ TEST(DeviceHomes, TheArenaIsLimited) {
   const ModelSpec spec = uniform_model(12, 4, kLayer / 4);
   const DeviceHomes homes = homes_of(spec, {.device_bytes = 8 * kLayer, .arena_bytes = kLayer});
   EXPECT_LE(homes.arena_bytes, kLayer);
-  EXPECT_GE(homes.homes_bytes, 6 * kLayer);
+  EXPECT_GE(homes.blocks.bytes(), 6 * kLayer);
 }
 
 // One large unit among small ones: keeping one of its tensors makes the arena smaller too.
@@ -154,7 +154,7 @@ TEST(DeviceHomes, WhatTheArenaGivesUpIsUsed) {
   const DeviceHomes homes = homes_of(model.spec, {.device_bytes = 16 * kLayer});
   EXPECT_TRUE(homes.resident[0]);
   EXPECT_LE(homes.arena_bytes, 2 * kLayer);
-  EXPECT_GE(homes.homes_bytes + homes.arena_bytes, 16 * kLayer - kLayer / 2);
+  EXPECT_GE(homes.blocks.bytes() + homes.arena_bytes, 16 * kLayer - kLayer / 2);
 }
 
 TEST(DeviceHomes, ATiedTensorIsKeptOnce) {
@@ -166,7 +166,7 @@ TEST(DeviceHomes, ATiedTensorIsKeptOnce) {
   model.unit("head", {table});
   const DeviceHomes homes = homes_of(model.spec, {.device_bytes = 7 * kLayer});
   EXPECT_EQ(resident_count(homes), 7u);
-  EXPECT_EQ(homes.homes_bytes, 7 * kLayer);
+  EXPECT_EQ(homes.blocks.bytes(), 7 * kLayer);
 }
 
 // Uniform layers under any budget: no stretch of the pass streams more than a tensor or two more

@@ -30,17 +30,17 @@ TEST(HostCache, ChunksKeepTheirBytesInTheirPlaces) {
   const auto device = make_host_device();
   const Plan plan = small_plan();
   HostCache cache(*device, plan, [] {});
-  EXPECT_EQ(cache.place(plan.chunks[0]), cache.buffer().data());
-  EXPECT_EQ(cache.place(plan.chunks[2]), cache.buffer().data() + kChunkBytes);
+  const std::byte* const begin = cache.place(plan.chunks[0]);
+  EXPECT_EQ(cache.place(plan.chunks[2]), begin + kChunkBytes);
   std::memset(cache.place(plan.chunks[0]), 1, kChunkBytes);
   std::memset(cache.place(plan.chunks[2]), 2, kChunkBytes);
-  EXPECT_EQ(cache.buffer().data()[kChunkBytes - 1], std::byte{1});
-  EXPECT_EQ(cache.buffer().data()[2 * kChunkBytes - 1], std::byte{2});
+  EXPECT_EQ(begin[kChunkBytes - 1], std::byte{1});
+  EXPECT_EQ(begin[2 * kChunkBytes - 1], std::byte{2});
 }
 
 TEST(HostCache, TakesThePlansBytes) {
   const auto device = make_host_device();
-  EXPECT_EQ(HostCache(*device, small_plan(), [] {}).buffer().mapped_bytes(), 2 * kChunkBytes);
+  EXPECT_EQ(HostCache(*device, small_plan(), [] {}).mapped_bytes(), 2 * kChunkBytes);
 }
 
 TEST(HostCache, RegistersThePlansSegments) {
@@ -79,7 +79,7 @@ TEST(HostCache, MemoryIsPreparedAsItIsAskedFor) {
     ++prepared;
     changed.notify_all();
   });
-  EXPECT_EQ(cache.buffer().prepared_bytes(), 0u);
+  EXPECT_EQ(cache.prepared_bytes(), 0u);
   while (!cache.ready(plan.chunks[0])) {
     std::unique_lock lock(mutex);
     changed.wait_for(lock, std::chrono::milliseconds(10));
@@ -89,8 +89,8 @@ TEST(HostCache, MemoryIsPreparedAsItIsAskedFor) {
     std::unique_lock lock(mutex);
     ASSERT_TRUE(changed.wait_for(lock, std::chrono::seconds(60), [&] { return prepared == 3; }));
   }
-  EXPECT_EQ(cache.buffer().prepared_bytes(), 3 * kSegmentBytes);
-  EXPECT_EQ(cache.buffer().pinned_bytes(), 3 * kSegmentBytes);
+  EXPECT_EQ(cache.prepared_bytes(), 3 * kSegmentBytes);
+  EXPECT_EQ(cache.pinned_bytes(), 3 * kSegmentBytes);
   EXPECT_TRUE(cache.ready(plan.chunks[2]));
   EXPECT_FALSE(cache.ready(plan.chunks[7]));
 }
@@ -100,7 +100,7 @@ TEST(HostCache, PlanWithoutACacheTakesNothing) {
   Plan plan = small_plan();
   plan.cache_bytes = 0;
   plan.cache_segments.clear();
-  EXPECT_EQ(HostCache(*device, plan, [] {}).buffer().mapped_bytes(), 0u);
+  EXPECT_EQ(HostCache(*device, plan, [] {}).mapped_bytes(), 0u);
 }
 
 }  // namespace

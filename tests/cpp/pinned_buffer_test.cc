@@ -1,6 +1,7 @@
 #include "memory/pinned_buffer.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -218,6 +219,42 @@ TEST(PinnedBuffer, HostDeviceHasNothingToRefuse) {
   const PinnedBuffer buffer(*device, kMiB);
   EXPECT_EQ(buffer.pinned_bytes(), kMiB);
   EXPECT_TRUE(buffer.warnings().empty());
+}
+
+TEST(PinnedBuffer, TruncatedKeepsWhatLiesBefore) {
+  LimitedDevice device;
+  const uint64_t segment = 64 * kPage;
+  PinnedBuffer buffer(device, 3 * segment, {segment, 2 * segment, 3 * segment});
+  std::memset(buffer.data(), 7, buffer.bytes());
+  const uint64_t cut = segment + 5 * kPage;
+  std::byte* const begin = buffer.data();
+  buffer.truncate(cut);
+  EXPECT_EQ(buffer.data(), begin);
+  EXPECT_EQ(buffer.bytes(), cut);
+  EXPECT_EQ(buffer.mapped_bytes(), cut);
+  EXPECT_EQ(buffer.pinned_bytes(), cut);
+  uint64_t registered = 0;
+  for (const auto& [piece, bytes] : device.registered) registered += bytes;
+  EXPECT_EQ(registered, cut);
+  for (uint64_t i = 0; i < cut; ++i) ASSERT_EQ(buffer.data()[i], std::byte{7});
+  unsigned char in_core = 0;
+  EXPECT_NE(mincore(begin + cut, kPage, &in_core), 0) << "the rest is unmapped";
+}
+
+TEST(PinnedBuffer, TruncatedBeforeItIsPrepared) {
+  LimitedDevice device;
+  const uint64_t segment = 64 * kPage;
+  const auto buffer =
+      PinnedBuffer::unprepared(device, 3 * segment, {segment, 2 * segment, 3 * segment});
+  EXPECT_TRUE(buffer->prepare_next());
+  buffer->truncate(2 * segment);
+  EXPECT_EQ(buffer->prepared_bytes(), segment);
+  EXPECT_TRUE(buffer->prepare_next());
+  EXPECT_FALSE(buffer->prepare_next());
+  EXPECT_EQ(buffer->pinned_bytes(), 2 * segment);
+  buffer->truncate(0);
+  EXPECT_EQ(buffer->mapped_bytes(), 0u);
+  EXPECT_TRUE(device.registered.empty());
 }
 
 }  // namespace

@@ -54,7 +54,9 @@ class Machine {
       : spec_(spec),
         plan_(plan),
         arena_(plan.arena_bytes),
-        homes_(plan.homes_bytes),
+        homes_(plan.home_blocks.empty()
+                   ? 0
+                   : plan.home_blocks.back().offset + plan.home_blocks.back().bytes),
         slot_(plan.chunk_bytes) {
     for (const ShardSpec& shard : spec.shards) {
       auto& bytes = shards_.emplace_back(shard.bytes);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "plan/chunks.h"
+#include "plan/home_blocks.h"
 #include "plan/host_memory.h"
 #include "plan/plan.h"
 #include "plan/planner.h"
@@ -63,8 +64,9 @@ inline void expect_moves_bring(std::vector<Fragment> fragments, std::vector<Move
 }
 
 inline void expect_budgets_held(const Limits& limits, const Plan& plan) {
-  EXPECT_LE(device_block_bytes(plan.homes_bytes) + device_block_bytes(plan.arena_bytes),
-            limits.device_bytes);
+  uint64_t device_bytes = device_block_bytes(plan.arena_bytes);
+  for (const HomeBlock& block : plan.home_blocks) device_bytes += device_block_bytes(block.bytes);
+  EXPECT_LE(device_bytes, limits.device_bytes);
   EXPECT_LE(plan.staging_bytes() + plan.cache_bytes, limits.host_bytes);
   EXPECT_LE(plan.arena_bytes, limits.arena_bytes.value_or(UINT64_MAX));
   EXPECT_LE(plan.homes_bytes, limits.home_bytes.value_or(UINT64_MAX));
@@ -187,7 +189,10 @@ inline void expect_tensors_placed(const ModelSpec& spec, const Plan& plan) {
         EXPECT_LE(end, unit.place_offset + unit.place_bytes);
       } else if (homes.emplace(t, place.offset).second) {
         resident.emplace_back(place.offset, end);
-        EXPECT_LE(end, plan.homes_bytes);
+        if (end == place.offset) continue;
+        const HomeBlock& block = plan.home_blocks[plan.block_at(place.offset)];
+        EXPECT_LE(end, block.offset + block.bytes);
+        EXPECT_EQ(std::ranges::count(block.tensors, t), 1);
       } else {
         EXPECT_EQ(homes[t], place.offset);
       }
@@ -231,24 +236,28 @@ inline void expect_bytes_covered(const ModelSpec& spec, const Plan& plan) {
 inline void expect_device_budget_used(const ModelSpec& spec, const Limits& limits,
                                       const Plan& plan) {
   std::vector<bool> candidate(spec.tensors.size(), false);
-  std::map<uint32_t, uint64_t> resident;
+  HomeBlocks homes(limits.home_bytes.value_or(UINT64_MAX));
+  for (const HomeBlock& block : plan.home_blocks) {
+    uint64_t bytes = 0;
+    for (const uint32_t t : block.tensors) {
+      bytes += align_up(spec.tensors[t].bytes, kPlaceAlignment);
+    }
+    homes.add(bytes);
+  }
   std::vector<bool> last(spec.tensors.size(), false);
   for (uint32_t u = 0; u < plan.units.size(); ++u) {
     for (size_t i = 0; i < plan.units[u].tensors.size(); ++i) {
       const uint32_t t = spec.units[u].tensors[i];
       const uint64_t bytes = device_tensor_bytes(spec.tensors[t]);
       candidate[t] = !plan.units[u].tensors[i].resident;
-      if (!candidate[t]) resident[t] = bytes;
       if (streamed_tensor_bytes(spec.tensors[t]) == plan.units[u].place_bytes) last[t] = true;
     }
   }
-  uint64_t homes = 0;
-  for (const auto& [t, bytes] : resident) homes += bytes;
   for (size_t t = 0; t < candidate.size(); ++t) {
     if (!candidate[t] || last[t]) continue;
-    const uint64_t with = homes + device_tensor_bytes(spec.tensors[t]);
-    const uint64_t cost = device_block_bytes(with) + device_block_bytes(plan.arena_bytes);
-    EXPECT_TRUE(with > limits.home_bytes.value_or(UINT64_MAX) || cost > limits.device_bytes)
+    const HomeBlocks with = homes.with(device_tensor_bytes(spec.tensors[t]));
+    const uint64_t cost = with.cost_bytes() + device_block_bytes(plan.arena_bytes);
+    EXPECT_TRUE(with.bytes() > limits.home_bytes.value_or(UINT64_MAX) || cost > limits.device_bytes)
         << "tensor " << t << " would fit";
   }
 }

@@ -50,14 +50,48 @@ StreamedModel::StreamedModel(uint64_t seed, ModelShape shape) {
 Engine& StreamedModel::open(const Plan& plan, EngineOptions options,
                             std::unique_ptr<Device> device) {
   engine_.reset();
-  device_memory_.assign(plan.arena_bytes + plan.homes_bytes + 2 * kPlaceAlignment, std::byte{0xEE});
+  return start(plan, std::move(options), Estate{.device = std::move(device)}, {});
+}
+
+Engine& StreamedModel::resize(const Limits& limits, EngineOptions options) {
+  Limits following = limits;
+  following.kept_cache = engine_->kept_cache();
+  const Plan before = engine_->plan();
+  const Plan after = make_plan(spec_, following);
+  Estate estate = engine_->hand_over();
+  engine_.reset();
+  const std::vector<std::byte> memory = std::move(device_memory_);
+  const std::byte* const homes = homes_;
+  std::vector<bool> loaded;
+  std::vector<std::pair<uint64_t, std::vector<std::byte>>> stay;
+  for (const HomeBlock& block : after.home_blocks) {
+    const auto same = std::ranges::find(before.home_blocks, block.tensors, &HomeBlock::tensors);
+    loaded.push_back(same != before.home_blocks.end());
+    if (!loaded.back()) continue;
+    const std::byte* const bytes = homes + same->offset;
+    stay.emplace_back(block.offset, std::vector<std::byte>(bytes, bytes + same->bytes));
+  }
+  start(after, std::move(options), std::move(estate), loaded);
+  for (const auto& [offset, bytes] : stay) std::ranges::copy(bytes, homes_ + offset);
+  return *engine_;
+}
+
+Engine& StreamedModel::start(const Plan& plan, EngineOptions options, Estate estate,
+                             const std::vector<bool>& loaded) {
+  uint64_t homes_end = 0;
+  for (const HomeBlock& block : plan.home_blocks) homes_end = block.offset + block.bytes;
+  device_memory_.assign(plan.arena_bytes + homes_end + 2 * kPlaceAlignment, std::byte{0xEE});
   const auto base = reinterpret_cast<uintptr_t>(device_memory_.data());
   arena_ = reinterpret_cast<std::byte*>(align_up(base, kPlaceAlignment));
   homes_ = arena_ + align_up(plan.arena_bytes, kPlaceAlignment);
+  std::vector<HomeMemory> homes;
+  for (size_t i = 0; i < plan.home_blocks.size(); ++i) {
+    homes.push_back({homes_ + plan.home_blocks[i].offset, !loaded.empty() && loaded[i]});
+  }
   std::vector<const void*> memory;
   for (const auto& shard : memory_) memory.push_back(shard.empty() ? nullptr : shard.data());
-  engine_ = std::make_unique<Engine>(spec_, plan, std::move(device), arena_, homes_, memory, 0,
-                                     std::move(options));
+  engine_ = std::make_unique<Engine>(spec_, plan, std::move(estate), arena_, std::move(homes),
+                                     memory, 0, std::move(options));
   return *engine_;
 }
 

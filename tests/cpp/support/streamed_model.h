@@ -38,6 +38,9 @@ class StreamedModel {
   // Opens an engine by a plan; the memory is the model's, and lives on when the engine is closed.
   Engine& open(const Plan& plan, EngineOptions options = {},
                std::unique_ptr<Device> device = make_host_device());
+  // Opens an engine by a plan that follows the present one's; it takes over the cache, and the
+  // homes whose tensors stay.
+  Engine& resize(const Limits& limits, EngineOptions options = {});
   Engine& engine() { return *engine_; }
   void close() { engine_.reset(); }
 
@@ -51,6 +54,8 @@ class StreamedModel {
   std::vector<uint32_t> all_units() const;
 
  private:
+  Engine& start(const Plan& plan, EngineOptions options, Estate estate,
+                const std::vector<bool>& loaded);
   std::string compare(const TensorSpec& tensor, const std::byte* found) const;
 
   TempFolder folder_;
@@ -60,7 +65,7 @@ class StreamedModel {
   std::vector<std::vector<std::byte>> memory_;  // by shard, where it lies in RAM
   std::vector<std::byte> device_memory_;
   std::byte* arena_ = nullptr;
-  std::byte* homes_ = nullptr;
+  std::byte* homes_ = nullptr;  // all blocks, by their offsets
   std::unique_ptr<Engine> engine_;
 };
 

@@ -1,0 +1,164 @@
+#include "plan/kept_cache.h"
+
+#include <algorithm>
+#include <optional>
+#include <span>
+#include <tuple>
+#include <utility>
+
+#include "util/align.h"
+
+namespace wsm {
+namespace {
+
+bool in_order(const CachedRange& a, const CachedRange& b) {
+  return std::tie(a.shard, a.offset) < std::tie(b.shard, b.offset);
+}
+
+struct Gap {
+  uint64_t begin = 0;
+  uint64_t end = 0;
+};
+
+// Memory between the places that are taken, and room behind the last segment.
+class Room {
+ public:
+  Room(std::vector<uint64_t> segments, std::vector<Gap> taken, uint64_t most)
+      : segments_(std::move(segments)), most_(most) {
+    std::sort(taken.begin(), taken.end(),
+              [](const Gap& a, const Gap& b) { return a.begin < b.begin; });
+    size_t next = 0;
+    uint64_t begin = 0;
+    for (const uint64_t segment_end : segments_) {
+      for (; next < taken.size() && taken[next].begin < segment_end; ++next) {
+        if (taken[next].begin > begin) gaps_.push_back({begin, taken[next].begin});
+        begin = std::max(begin, taken[next].end);
+      }
+      if (segment_end > begin) gaps_.push_back({begin, segment_end});
+      begin = std::max(begin, segment_end);
+    }
+    old_end_ = segments_.empty() ? 0 : segments_.back();
+    segment_begin_ = old_end_;
+    end_ = old_end_;
+    for (const Gap& place : taken) used_end_ = std::max(used_end_, place.end);
+  }
+
+  // Where `bytes` may lie, which are then taken.
+  std::optional<uint64_t> take(uint64_t bytes) {
+    for (Gap& gap : gaps_) {
+      if (gap.end - gap.begin < bytes) continue;
+      const uint64_t begin = std::exchange(gap.begin, gap.begin + bytes);
+      used_end_ = std::max(used_end_, gap.begin);
+      return begin;
+    }
+    if (bytes > most_ - std::min(most_, end_)) return std::nullopt;
+    if (end_ + bytes - segment_begin_ > kSegmentBytes) {
+      segments_.push_back(end_);
+      segment_begin_ = end_;
+    }
+    used_end_ = end_ + bytes;
+    return std::exchange(end_, end_ + bytes);
+  }
+
+  // Ends of the segments, the last where the last place ends: memory behind it is given back.
+  std::vector<uint64_t> segments() && {
+    if (end_ > segment_begin_) segments_.push_back(end_);
+    while (!segments_.empty() && segments_.back() > used_end_) {
+      const uint64_t begin = segments_.size() > 1 ? segments_[segments_.size() - 2] : 0;
+      if (begin < used_end_) {
+        segments_.back() = used_end_;
+      } else {
+        segments_.pop_back();
+      }
+    }
+    return std::move(segments_);
+  }
+
+ private:
+  std::vector<uint64_t> segments_;
+  const uint64_t most_;
+  std::vector<Gap> gaps_;
+  uint64_t old_end_ = 0;
+  uint64_t segment_begin_ = 0;  // of the one that grows
+  uint64_t end_ = 0;
+  uint64_t used_end_ = 0;
+};
+
+// The segments up to `end`; one that reaches beyond it ends there.
+std::vector<uint64_t> clipped(const std::vector<uint64_t>& segments, uint64_t end) {
+  std::vector<uint64_t> ends;
+  for (const uint64_t segment : segments) {
+    if (end == 0 || (!ends.empty() && ends.back() == end)) break;
+    ends.push_back(std::min(segment, end));
+  }
+  return ends;
+}
+
+void put(Chunk& chunk, uint64_t cache_offset) {
+  chunk.home = Home::kHost;
+  chunk.cache_offset = cache_offset;
+}
+
+// As many as there is room for, so that at every point of the pass about the same share of those
+// before it was taken; then whatever else fits.
+void take_others(std::span<Chunk> chunks, uint64_t free_bytes, uint64_t granule, Room& room) {
+  __extension__ typedef unsigned __int128 Wide;  // products of two sizes
+  uint64_t total = 0, seen = 0, cached = 0;
+  for (const Chunk& chunk : chunks) {
+    if (chunk.home == Home::kDisk) total += align_up(chunk.read_bytes, granule);
+  }
+  const uint64_t budget = std::min(total, free_bytes);
+  const auto try_put = [&](Chunk& chunk, uint64_t bytes) {
+    if (const auto place = room.take(bytes)) {
+      put(chunk, *place);
+      cached += bytes;
+    }
+  };
+  for (Chunk& chunk : chunks) {
+    if (chunk.home != Home::kDisk) continue;
+    const uint64_t bytes = align_up(chunk.read_bytes, granule);
+    seen += bytes;
+    if (Wide(2 * cached + bytes) * total <= Wide(2) * seen * budget) try_put(chunk, bytes);
+  }
+  for (Chunk& chunk : chunks) {
+    if (chunk.home == Home::kDisk) try_put(chunk, align_up(chunk.read_bytes, granule));
+  }
+}
+
+}  // namespace
+
+KeptRanges::KeptRanges(std::vector<CachedRange> ranges, uint64_t end) : ranges_(std::move(ranges)) {
+  std::erase_if(ranges_, [&](const CachedRange& r) { return r.cache_offset + r.bytes > end; });
+  std::sort(ranges_.begin(), ranges_.end(), in_order);
+}
+
+uint64_t KeptRanges::find(uint32_t shard, uint64_t offset, uint64_t bytes) const {
+  const CachedRange wanted{.shard = shard, .offset = offset};
+  auto after = std::upper_bound(ranges_.begin(), ranges_.end(), wanted, in_order);
+  if (after == ranges_.begin()) return UINT64_MAX;
+  const CachedRange& range = *--after;
+  if (range.shard != shard || offset + bytes > range.offset + range.bytes) return UINT64_MAX;
+  return range.cache_offset + (offset - range.offset);
+}
+
+void place_around_kept(const KeptCache& kept, uint64_t most_bytes, uint64_t granule, Plan& plan) {
+  const uint64_t most = align_down(most_bytes, granule);
+  const std::vector<uint64_t> segments = clipped(kept.segments, most);
+  const KeptRanges ranges(kept.ranges, segments.empty() ? 0 : segments.back());
+  const auto chunks = std::span(plan.chunks).first(plan.first_resident_chunk);
+  std::vector<Gap> taken;
+  for (Chunk& chunk : chunks) {
+    const uint64_t place = ranges.find(chunk.shard, chunk.read_offset, chunk.read_bytes);
+    if (place == UINT64_MAX) continue;
+    put(chunk, place);
+    taken.push_back({align_down(place, granule), align_up(place + chunk.read_bytes, granule)});
+  }
+  uint64_t kept_bytes = 0;
+  for (const Gap& place : taken) kept_bytes += place.end - place.begin;
+  Room room(segments, std::move(taken), most);
+  take_others(chunks, most - std::min(most, kept_bytes), granule, room);
+  plan.cache_segments = std::move(room).segments();
+  plan.cache_bytes = plan.cache_segments.empty() ? 0 : plan.cache_segments.back();
+}
+
+}  // namespace wsm

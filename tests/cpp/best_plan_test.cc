@@ -1,0 +1,110 @@
+#include "plan/best_plan.h"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "support/models.h"
+#include "support/plan_checks.h"
+#include "util/align.h"
+#include "util/check.h"
+
+namespace wsm {
+namespace {
+
+using testing::ModelBuilder;
+using testing::random_model;
+using testing::uniform_model;
+
+constexpr uint64_t kUnit = 32 * kMiB;
+
+Rates fast_link() { return {.disk_bytes_per_s = 2e9, .h2d_bytes_per_s = 50e9, .compute_s = {}}; }
+
+// An odd cycle in two places takes turns at the seam; where computing takes long, a third place
+// is worth its memory, where it does not, homes are.
+TEST(BestPlan, WeighsTheSeamAgainstHomes) {
+  const ModelSpec spec = uniform_model(13, 4, kUnit / 4);
+  const Limits limits{.device_bytes = 6 * kUnit, .host_bytes = 20 * kUnit};
+  for (const double compute_s : {0.0, 0.0005, 0.005}) {
+    Rates rates = fast_link();
+    rates.compute_s.assign(13, compute_s);
+    const double best = simulate(best_plan(spec, limits, rates), rates).pass_s;
+    for (uint32_t ahead = 1; ahead <= 4; ++ahead) {
+      Limits other = limits;
+      other.lookahead_units = ahead;
+      EXPECT_LE(best, simulate(make_plan(spec, other), rates).pass_s * 1.006);
+    }
+  }
+}
+
+TEST(BestPlan, KeepsTheUnitThatMakesTheArenaLarge) {
+  ModelBuilder model;
+  model.shard("model.safetensors", 4096, 1000);
+  model.unit("embed", {model.tensor("embed", 16 * kUnit)});
+  for (int i = 0; i < 40; ++i) {
+    const std::string name = "layers." + std::to_string(i);
+    model.unit(name, {model.tensor(name, kUnit)});
+  }
+  const Limits limits{.device_bytes = 20 * kUnit, .host_bytes = 80 * kUnit};
+  const Plan usual = make_plan(model.spec, limits);
+  const Plan best = best_plan(model.spec, limits, fast_link());
+  EXPECT_EQ(best.units[0].place_bytes, 0u);
+  EXPECT_GE(best.device_home_bytes, usual.device_home_bytes);
+  EXPECT_LE(best.arena_bytes, 4 * kUnit);
+}
+
+TEST(BestPlan, WhatIsAskedForIsNotVaried) {
+  const ModelSpec spec = uniform_model(12, 4, kUnit / 4);
+  const Limits limits{.device_bytes = 8 * kUnit,
+                      .host_bytes = 4 * kUnit,
+                      .staging_bytes = kUnit,
+                      .lookahead_units = 3};
+  const Plan plan = best_plan(spec, limits, fast_link());
+  EXPECT_EQ(plan.lookahead_units, 3u);
+  EXPECT_EQ(plan.staging_bytes(), make_plan(spec, limits).staging_bytes());
+}
+
+TEST(BestPlan, WhatWasTriedLeavesNoWarnings) {
+  const ModelSpec spec = uniform_model(5, 2, kUnit / 2);
+  const Limits limits{.device_bytes = 3 * kUnit, .host_bytes = kUnit};
+  EXPECT_TRUE(best_plan(spec, limits, fast_link()).warnings.empty());
+}
+
+TEST(BestPlan, NothingStreamsWhereAllFits) {
+  const ModelSpec spec = uniform_model(4, 2, kUnit / 2);
+  const Plan plan =
+      best_plan(spec, {.device_bytes = 100 * kUnit, .host_bytes = kUnit}, fast_link());
+  EXPECT_EQ(plan.device_home_bytes, plan.model_bytes);
+}
+
+TEST(BestPlan, IsSoundAndNoSlowerThanTheUsualPlan) {
+  int planned = 0;
+  for (uint64_t seed = 0; seed < 150; ++seed) {
+    SCOPED_TRACE(concat("seed ", seed));
+    std::mt19937_64 random(seed);
+    const ModelSpec spec = random_model(random, 4 * kMiB);
+    const Limits limits{.device_bytes = random() % (64 * kMiB),
+                        .host_bytes = random() % (64 * kMiB)};
+    Plan usual;
+    try {
+      usual = make_plan(spec, limits);
+    } catch (const InvalidArgument&) {
+      EXPECT_THROW(best_plan(spec, limits, fast_link()), InvalidArgument);
+      continue;
+    }
+    ++planned;
+    const Rates rates = fast_link();
+    const Plan best = best_plan(spec, limits, rates);
+    EXPECT_LE(simulate(best, rates).pass_s, simulate(usual, rates).pass_s * (1 + 1e-9));
+    testing::expect_budgets_held(limits, best);
+    testing::expect_chunks_sound(spec, best);
+    testing::expect_places_disjoint(spec, best);
+    testing::expect_tensors_placed(spec, best);
+    testing::expect_bytes_covered(spec, best);
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_GT(planned, 50);
+}
+
+}  // namespace
+}  // namespace wsm

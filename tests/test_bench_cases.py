@@ -1,0 +1,282 @@
+"""The benchmarks' cases, peers and charts on models of a few MB: what they count, and what they
+say when a figure must not stand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import bars
+import cases
+import chart
+import cuptitrace
+import forward
+import passes
+import peers
+import scaling
+from by_hand import TwoBuffers
+from cases import disk
+from context import Context
+
+from wsm_ext.synthetic import make_llama_checkpoint
+
+CPU = torch.device("cpu")
+TINY = {"hidden": 64, "intermediate": 176, "heads": 4, "kv_heads": 2, "vocab": 512}
+
+
+def arguments(folder: Path, case: str, *words: str) -> list[str]:
+    sizes = ["--preset", "tiny", "--layers", "3", "--device", "cpu", "--folder", str(folder)]
+    budgets = ["--staging", "2MiB", "--chunk-mb", "0.25", "--leaf-arena", "1MiB"]
+    work = ["--shapes", "1x4", "--compute-shape", "2x8", "--passes", "2", "--repeats", "1"]
+    return ["--case", case, *sizes, *budgets, *work, *words]
+
+
+# -- bars ------------------------------------------------------------------------------------------
+
+
+def test_a_figure_is_judged_by_the_sense_of_its_bar() -> None:
+    assert bars.judge(1, {"figure": 0.985})["verdict"] == "met"
+    assert bars.judge(1, {"figure": 0.984})["verdict"] == "MISSED"
+    assert bars.judge(2, {"figure": 1.02})["verdict"] == "met"
+    assert bars.judge(2, {"figure": 1.03})["verdict"] == "MISSED"
+
+
+def test_a_figure_that_breaks_a_condition_misses_its_bar() -> None:
+    kept = {"figure": 1.2, "conditions": {"below 0.95": True}}
+    assert bars.judge(11, kept)["verdict"] == "met"
+    broken = {"figure": 1.2, "conditions": {"below 0.95": False}}
+    assert bars.judge(11, broken)["verdict"] == "MISSED (below 0.95)"
+
+
+@pytest.mark.parametrize("how", ["skipped", "failed"])
+def test_a_case_without_a_figure_says_why(how: str) -> None:
+    verdict = bars.judge(8, {how: "no GPU"})
+    assert (verdict["figure"], verdict["verdict"]) == (None, how)
+    assert bars.rows([verdict])[0][2:] == ("-", ">= 6", f"{how}: no GPU")
+
+
+def test_every_bar_has_a_case() -> None:
+    assert {case.number for case in cases.CASES if case.number} == set(bars.BARS)
+    assert [case.name for case in cases.find("12,disk,1")] == ["busy", "disk", "ram"]
+    with pytest.raises(ValueError, match="unknown case 13, nothing; known: 1 ram, 2 compute"):
+        cases.find("1,13,nothing")
+
+
+# -- measures --------------------------------------------------------------------------------------
+
+
+def test_kernels_that_overlap_are_busy_once() -> None:
+    assert cuptitrace.union_us([(0, 10), (5, 12), (20, 30), (21, 22)]) == 22
+    events = [
+        {"cat": "kernel", "ts": 0, "dur": 10},
+        {"cat": "kernel", "ts": 5, "dur": 5},
+        {"cat": "gpu_memcpy", "ts": 10, "dur": 10},
+        {"cat": "kernel", "ts": 20, "dur": 20},
+    ]
+    share = cuptitrace.busy_share(events)
+    assert (share["busy_us"], share["wall_us"], share["share"]) == (30, 40, 0.75)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        cuptitrace.busy_share([{"cat": "gpu_memcpy", "ts": 0, "dur": 1}])
+
+
+def test_runs_alternate_and_their_order_turns() -> None:
+    order: list[str] = []
+    tick = itertools.count()
+
+    def sample(name: str) -> float:
+        order.append(name)
+        return next(tick)
+
+    got = passes.alternate({"a": lambda: sample("a"), "b": lambda: sample("b")}, 3)
+    assert "".join(order) == "abbaab"
+    assert got == {"a": [0, 3, 4], "b": [1, 2, 5]}
+
+
+def test_cases_on_a_small_model_leave_records_with_verdicts(tmp_path: Path) -> None:
+    out = tmp_path / "cases.json"
+    words = arguments(tmp_path / "model", "2,9,10,11,8,resident", "--json", str(out))
+    assert forward.main(words) == 0
+    records = {record["case"]: record["results"] for record in json.loads(out.read_text())}
+    assert list(records) == ["compute", "wrapper", "swap", "leaf", "pinning", "resident"]
+    assert records["compute"]["all_layers_stream"]
+    assert records["wrapper"]["conditions"] == {"other bits than the plain model's": True}
+    assert 0 < records["swap"]["figure"] < 10_000
+    leaf = records["leaf"]
+    assert leaf["plan"]["arena_bytes"] <= 1 << 20
+    moved, model = leaf["runs"]["1x1"]["bytes_per_pass"], leaf["plan"]["model_bytes"]
+    assert moved == pytest.approx(model, rel=0.4)  # the next pass is prefetched in this one
+    assert "needs --device cuda" in records["pinning"]["skipped"]
+    for name, results in records.items():
+        assert ("verdict" in results) == (name != "resident")
+
+
+def test_a_case_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Context) -> Any:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Context, "disk_ceiling", fail)
+    out = tmp_path / "cases.json"
+    words = arguments(tmp_path / "model", "disk,swap", "--json", str(out))
+    assert forward.main(words) == 1
+    first, second = (record["results"] for record in json.loads(out.read_text()))
+    assert first["verdict"]["why"] == "OSError: the disk is gone"
+    assert second["verdict"]["verdict"] in ("met", "MISSED")
+
+
+class Disk:
+    """A disk whose rate is known."""
+
+    @property
+    def best(self) -> dict[str, float]:
+        return {"GB_per_s": 2.0}
+
+    def sample(self) -> None:
+        pass
+
+
+def test_half_cached_reads_the_other_half_and_is_judged_by_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk.coldness, "make_cold", lambda shards: {s.name: 0 for s in shards})
+    monkeypatch.setattr(Context, "disk_ceiling", lambda self: Disk())
+    words = arguments(tmp_path, "half", "--disk-shapes", "1x1", "--disk-passes", "3")
+    context = Context(forward.parse_arguments(words))
+    results = disk.half_cached(context)
+    plan, run = results["plan"], results["runs"]["1x1"]
+    assert all(results["conditions"].values())
+    assert plan["disk_home_bytes"] / plan["model_bytes"] == pytest.approx(0.5, abs=0.06)
+    pass_s = run["seconds_per_pass"]["median"]
+    least_s = run["bytes_per_pass"] / 2e9
+    assert results["figure"] == pytest.approx(pass_s / least_s, rel=0.2)
+
+
+def test_a_process_is_timed_until_it_says_the_word() -> None:
+    said: list[str] = []
+    command = [sys.executable, "-c", "print('output after all')"]
+    assert 0 < disk.seconds_until("output", command, said) < 60
+    assert said == ["after all"]
+    with pytest.raises(RuntimeError, match="boom"):
+        disk.seconds_until("output", [sys.executable, "-c", "raise SystemExit('boom')"])
+
+
+# -- peers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama_checkpoint(tmp_path_factory.mktemp("odd"), layers=3, **TINY)
+
+
+@pytest.mark.parametrize("name", ["two buffers", "wsm arena"])
+def test_peers_compute_what_the_model_does(odd_model: Path, name: str) -> None:
+    job = peers.Job(odd_model, odd_model, CPU, [(1, 4)])
+    wanted_of, got_of = job.plain(), peers.PEERS[name].make(job)
+    with torch.inference_mode():
+        for step in range(4):  # an odd number of layers: the places change roles every pass
+            ids = torch.randint(0, 512, (2, 3 + step))
+            wanted, got = (m(input_ids=ids, use_cache=False).logits for m in (wanted_of, got_of))
+            assert torch.equal(wanted, got)
+    if hasattr(got_of, "close"):
+        got_of.close()
+
+
+def test_two_buffers_hold_no_more_than_two_layers(odd_model: Path) -> None:
+    layers = peers.Job(odd_model, odd_model, CPU, []).plain().model.layers
+    sizes = {sum(p.numel() for p in layer.parameters()) for layer in layers}
+    streamed = TwoBuffers(layers, CPU)
+    assert [place.numel() for place in streamed.places] == 2 * list(sizes)
+    assert sum(p.numel() for p in layers.parameters()) == 0
+
+
+def test_a_peer_is_measured_by_the_layers_bytes(odd_model: Path) -> None:
+    got = peers.measure("two buffers", peers.Job(odd_model, odd_model, CPU, [(1, 4)]), passes=2)
+    run = got["runs"]["1x4"]
+    nbytes = run["layers_GB_per_s"] * 1e9 * run["seconds_per_pass"]["median"]
+    hidden, wide = TINY["hidden"], TINY["intermediate"]
+    layer = 3 * hidden * wide + 2 * hidden * hidden + 2 * hidden * hidden // 2 + 2 * hidden
+    assert nbytes == pytest.approx(3 * layer * 2)
+
+
+def test_a_peer_that_takes_too_long_or_fails_says_so(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"device": "cpu", "shapes": [(1, 1)], "passes": 1}
+    late = peers.run_peer("resident", tmp_path, limit_s=0.01, **settings)
+    assert late["failed"] == "not done after 0.01 s"
+    broken = peers.run_peer("resident", tmp_path / "none", limit_s=120, **settings)
+    assert "none" in broken["failed"]
+
+
+# -- costs and charts ------------------------------------------------------------------------------
+
+
+def test_order_of_growth() -> None:
+    assert scaling.orders({10: 1.0, 100: 10.0, 1000: 1000.0}) == {"10 to 100": 1, "100 to 1000": 2}
+
+
+def test_synthetic_models_plan_and_construct(tmp_path: Path) -> None:
+    planned = scaling.synthetic_plan(10)()
+    assert planned.model_bytes == 10 * scaling.TENSORS * 4 << 20
+    assert planned.disk_home_bytes > 0 < planned.host_home_bytes
+    file = tmp_path / "chain.safetensors"
+    width = scaling.WIDTH
+    save_file({f"layers.{i}.weight": torch.zeros(width, width) for i in range(100)}, file)
+    got = scaling.construct_child(100, file, traced=True)
+    assert got["python_bytes"] > 100 * 100
+    assert got["weights_bytes"] == 100 * width * width * 4
+
+
+def peers_record(**rates: float) -> dict[str, Any]:
+    runs = {name: {"runs": {"1x2048": {"layers_GB_per_s": r}}} for name, r in rates.items()}
+    return {
+        "benchmark": "peers",
+        "environment": {"gpu": {"name": "GPU X"}, "date": "2026-01-02T03:04:05"},
+        "checkpoint": {"layers": 12},
+        "results": {**runs, "broken": {"failed": "not installed"}},
+    }
+
+
+def test_charts_are_drawn_from_records(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "peers.svg"
+    chart.draw([peers_record(wsm=53.8, other=8.25)], out)
+    drawn = out.read_text()
+    assert all(text in drawn for text in ("wsm", "other", "53.8", "8.2", "GPU X, 2026-01-02"))
+    assert "broken" not in drawn
+    first = out.read_bytes()
+    chart.draw([peers_record(wsm=53.8, other=8.25)], out)
+    assert out.read_bytes() == first
+
+    case = {**peers_record(), "benchmark": "forward"}
+    verdicts = [bars.judge(1, {"figure": 0.99}), bars.judge(8, {"skipped": "no GPU"})]
+    chart.draw([{**case, "results": {"verdict": verdict}} for verdict in verdicts], out)
+    drawn = out.read_text()
+    assert "0.99 (bar &gt;= 0.985)" in drawn
+    assert "pinning" not in drawn
+
+
+def test_a_chart_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no peer"):
+        chart.draw_peers(peers_record(), tmp_path / "x.svg")
+    with pytest.raises(ValueError, match="no case"):
+        chart.draw_cases([{"results": {}}], tmp_path / "x.svg")
+
+
+def test_shapes_of_a_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = forward.parse_arguments(["--folder", "f", "--shapes", "8x2048,1x1"])
+    assert isinstance(parsed, argparse.Namespace)
+    assert parsed.shapes == [(8, 2048), (1, 1)]
+    with pytest.raises(SystemExit):
+        forward.parse_arguments(["--folder", "f", "--shapes", "8x"])
+    assert "--shapes" in capsys.readouterr().err

@@ -1,0 +1,260 @@
+"""Other budgets between passes: the same bits, and what stays is not loaded again."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import Net, make_net, on_meta, save, tokens
+
+import wsm_ext as wsm
+from wsm_ext import device_memory
+
+MIB = 1 << 20
+LAYER = 7 * MIB
+SETTINGS = {"chunk_mb": 1.0, "poison": True}
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    return make_net()
+
+
+@pytest.fixture(scope="module")
+def folder(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(net, tmp_path_factory.mktemp("net"), shards=3)
+
+
+def streamed_net(net: Net, folder: Path | None, device: torch.device, **budgets: Any) -> Any:
+    module = on_meta(net) if folder else net
+    return wsm.stream(module, folder, device=device, config=SETTINGS, **budgets)
+
+
+def check(streamed: Any, net: Net, device: torch.device, seed: int = 0) -> None:
+    x = tokens(2, 5, seed=seed)
+    expected = net.to(device)(x.to(device)).cpu()
+    net.to("cpu")
+    assert torch.equal(streamed(x.to(device)).cpu(), expected)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def test_more_device_memory_loads_only_what_is_new(
+    device: torch.device, net: Net, folder: Path
+) -> None:
+    with streamed_net(net, folder, device, device_memory="30MiB", host_memory="90MiB") as streamed:
+        check(streamed, net, device)
+        before = streamed.plan.device_home_bytes
+        read = streamed.stats()["totals"]["disk_bytes"]
+        streamed.resize(device_memory="38MiB")
+        after = streamed.plan.device_home_bytes
+        assert after > before
+        # What became resident is read; what streams is in the host cache already.
+        for seed in range(3):
+            check(streamed, net, device, seed)
+        assert streamed.stats()["totals"]["disk_bytes"] - read <= after
+        assert streamed.stats()["passes"] == 4
+        assert streamed.plan.device_budget_bytes == 38 * MIB
+
+
+def test_homes_that_stay_keep_their_memory(net: Net, folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(device_memory, "allocate", allocate := _Allocations())
+    cpu = torch.device("cpu")
+    with streamed_net(net, folder, cpu, device_memory="36MiB", host_memory="90MiB") as streamed:
+        names = [name for name, _ in net.named_parameters()]
+        resident = {n for n in names if not _is_absent(streamed, n)}
+        places = {n: net_parameter(streamed, n).data_ptr() for n in resident}
+        allocate.sizes.clear()
+        streamed.resize(host_memory="60MiB")
+        assert {n for n in names if not _is_absent(streamed, n)} == resident
+        assert {n: net_parameter(streamed, n).data_ptr() for n in resident} == places
+        assert len(allocate.sizes) == 1  # the arena
+        check(streamed, net, cpu)
+
+
+class _Allocations:
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._allocate = device_memory.allocate
+
+    def __call__(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        self.sizes.append(nbytes)
+        return self._allocate(nbytes, device)
+
+
+def net_parameter(streamed: Any, name: str) -> torch.Tensor:
+    return streamed.module.get_parameter(name)
+
+
+def _is_absent(streamed: Any, name: str) -> bool:
+    return type(net_parameter(streamed, name)) is not torch.nn.Parameter
+
+
+def test_shrink_gives_device_memory_back(device: torch.device, net: Net, folder: Path) -> None:
+    with streamed_net(net, folder, device, device_memory="60MiB", host_memory="90MiB") as streamed:
+        check(streamed, net, device)
+        before = streamed.stats()["memory"]["device_bytes"]
+        streamed.shrink("10MiB")
+        assert streamed.stats()["memory"]["device_bytes"] <= before - 10 * MIB
+        check(streamed, net, device)
+        with pytest.raises(ValueError, match="too small"):
+            streamed.shrink("30MiB")
+        with pytest.raises(ValueError, match="in all"):
+            streamed.shrink("1GiB")
+        check(streamed, net, device)
+
+
+def test_host_memory_grows_and_shrinks(device: torch.device, net: Net, folder: Path) -> None:
+    with streamed_net(net, folder, device, device_memory="30MiB", host_memory="20MiB") as streamed:
+        check(streamed, net, device)
+        for size in ("50MiB", "12MiB", "90MiB", "20MiB"):
+            streamed.resize(host_memory=size)
+            memory = streamed.stats()["memory"]
+            assert memory["host_bytes"] <= memory["host_budget_bytes"]
+            check(streamed, net, device)
+        assert streamed.plan.disk_home_bytes > 0
+
+
+def test_everything_fits_and_then_no_more(device: torch.device, net: Net, folder: Path) -> None:
+    with streamed_net(net, folder, device, device_memory="30MiB", host_memory="20MiB") as streamed:
+        streamed.resize(device_memory="200MiB")
+        assert not streamed.plan.streams
+        assert "forward" not in streamed.module.layers[0].__dict__
+        check(streamed, net, device)
+        streamed.resize(device_memory="30MiB")
+        assert streamed.plan.streams
+        check(streamed, net, device)
+
+
+def test_random_budgets_one_after_another(device: torch.device, net: Net, folder: Path) -> None:
+    seed = random.SystemRandom().randrange(1 << 30)
+    print("seed", seed)
+    chosen = random.Random(seed)
+    with streamed_net(net, folder, device, device_memory="30MiB", host_memory="20MiB") as streamed:
+        for step in range(8):
+            streamed.resize(
+                device_memory=chosen.randrange(24, 50) * MIB,
+                host_memory=chosen.randrange(4, 90) * MIB,
+            )
+            check(streamed, net, device, step)
+        streamed.close()
+        assert all(parameter.is_meta for parameter in streamed.module.parameters())
+
+
+def test_weights_from_ram_are_put_back_and_moved_again() -> None:
+    net, cpu = make_net(), torch.device("cpu")
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    resident = make_net()
+    with streamed_net(net, None, cpu, device_memory="30MiB", host_memory="90MiB") as streamed:
+        check(streamed, resident, cpu)
+        streamed.resize(device_memory="50MiB")
+        check(streamed, resident, cpu)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+
+
+def test_what_cannot_be_planned_changes_nothing(net: Net, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
+        plan = streamed.plan
+        for budgets in ({"device_memory": "1MiB"}, {"host_memory": "10KiB"}):
+            with pytest.raises(ValueError, match="too small"):
+                streamed.resize(**budgets)
+        with pytest.raises(ValueError, match="device_memory"):
+            streamed.resize(device_memory="much")
+        assert streamed.plan is plan
+        check(streamed, net, cpu)
+    with pytest.raises(RuntimeError, match="closed"):
+        streamed.resize(device_memory="50MiB")
+
+
+def test_not_inside_a_forward(net: Net, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
+        seen: list[str] = []
+
+        def hook(*_: Any) -> None:
+            with pytest.raises(RuntimeError, match="between passes"):
+                streamed.resize(device_memory="50MiB")
+            seen.append("asked")
+
+        handle = streamed.module.layers[2].mlp.register_forward_hook(hook)
+        check(streamed, net, cpu)
+        handle.remove()
+        assert seen == ["asked"]
+
+
+def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
+        inside, go_on, order = threading.Event(), threading.Event(), []
+
+        def hook(*_: Any) -> None:
+            inside.set()
+            assert go_on.wait(30)
+            order.append("forward")
+
+        def resize() -> None:
+            streamed.resize(device_memory="50MiB")
+            order.append("resize")
+
+        handle = streamed.module.layers[2].mlp.register_forward_hook(hook)
+        passing = threading.Thread(target=lambda: streamed(tokens(1, 3)))
+        passing.start()
+        assert inside.wait(30)
+        resizing = threading.Thread(target=resize)
+        resizing.start()
+        go_on.set()
+        passing.join(30)
+        resizing.join(30)
+        handle.remove()
+        assert order == ["forward", "resize"]
+        check(streamed, net, cpu)
+
+
+def test_less_is_planned_where_the_device_has_less(
+    net: Net, folder: Path, monkeypatch: Any
+) -> None:
+    real = device_memory.allocate
+    taken = 0
+
+    def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+        nonlocal taken
+        if taken + nbytes > 40 * MIB:
+            taken = 0
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        taken += nbytes
+        return real(nbytes, device)
+
+    monkeypatch.setattr(device_memory, "allocate", allocate)
+    cpu = torch.device("cpu")
+    budgets = {"device_memory": "60MiB", "host_memory": "20MiB"}
+    with pytest.warns(UserWarning, match=r"the device has no 60.0 MiB .*planned again with 3"):
+        streamed = streamed_net(net, folder, cpu, **budgets)
+    with streamed:
+        assert streamed.stats()["memory"]["device_bytes"] <= 40 * MIB
+        assert any("planned again" in text for text in streamed.plan.warnings)
+        check(streamed, net, cpu)
+
+
+def test_out_of_memory_in_a_forward_says_what_to_do(net: Net, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
+
+        def hook(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        handle = streamed.module.layers[2].mlp.register_forward_hook(hook)
+        with pytest.raises(torch.OutOfMemoryError, match=r"shrink\('1GiB'\)") as caught:
+            streamed(tokens(1, 3))
+        assert str(caught.value).count("shrink") == 1
+        handle.remove()
+        check(streamed, net, cpu)

@@ -1,0 +1,382 @@
+"""`wsm bench`: how close streamed passes come to this machine's ceilings, on the user's own model.
+
+The ceilings first: the link to the device, and the disk under the model's own files. Then passes:
+by the budgets given, all from RAM, all from a cold disk; and the time that computing alone takes,
+by one layer that is called again and again, so that nothing moves. The least time of a pass is that
+of its slowest part; how close a pass comes is that least over its time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .budgets import host_available
+from .checkpoint import Checkpoint
+from .report import synchronize
+from .sizes import format_bytes
+
+MIB = 1 << 20
+GB = 1e9
+STAGING_BYTES = 256 * MIB
+# Block bytes and readers at once: the cells that have won on drives so far.
+DISK_CELLS = ((256 << 10, 16), (MIB, 8), (MIB, 16), (4 * MIB, 8))
+CELL_SECONDS = 0.4
+LAYER_CALLS = 12
+
+Step = Callable[[str], None]
+
+
+class LinkProbe:
+    """Copies of 16 MiB out of pinned memory, back to back: the most that the link can do.
+
+    On a GPU they are enqueued behind a kernel that holds the stream, and timed by events. On the
+    host device the link is a copy from memory to memory.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        chunk_bytes: int = 16 * MIB,
+        total_bytes: int = 512 * MIB,
+    ) -> None:
+        self.device, self.chunk_bytes = device, chunk_bytes
+        cuda = device.type == "cuda"
+        self.source = torch.empty(total_bytes, dtype=torch.uint8, pin_memory=cuda)
+        pattern = torch.arange(min(total_bytes, 1 << 30) // 4, dtype=torch.int32).view(torch.uint8)
+        for part in self.source.split(pattern.numel()):
+            part.copy_(pattern[: part.numel()])
+        self.target = torch.empty(2 * chunk_bytes, dtype=torch.uint8, device=device)
+        self._sample()  # warm-up
+
+    def _copy_all(self) -> None:
+        chunk = self.chunk_bytes
+        for i, begin in enumerate(range(0, self.source.numel(), chunk)):
+            place = (i % 2) * chunk
+            self.target[place : place + chunk].copy_(
+                self.source[begin : begin + chunk], non_blocking=True
+            )
+
+    def _sample(self) -> float:
+        """GB/s of one run over the source."""
+        if self.device.type != "cuda":
+            begin_s = time.perf_counter()
+            self._copy_all()
+            return self.source.numel() / (time.perf_counter() - begin_s) / GB
+        with torch.cuda.device(self.device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            torch.cuda._sleep(20_000_000)  # about 10 ms: all copies are enqueued by then
+            begin.record()
+            self._copy_all()
+            end.record()
+            torch.cuda.synchronize()
+            return float(self.source.numel() / (begin.elapsed_time(end) * 1e-3) / GB)
+
+
+def measure_link(device: torch.device) -> float:
+    """Bytes/s from pinned memory to the device, the median of a few samples."""
+    total = (512 if device.type == "cuda" else 128) * MIB
+    probe = LinkProbe(device, total_bytes=total)
+    return statistics.median(probe._sample() for _ in range(5)) * GB
+
+
+@dataclass(frozen=True)
+class DiskCell:
+    """One way to read the files: `threads` blocks of `block_bytes` at once."""
+
+    block_bytes: int
+    threads: int
+    direct: bool
+    bytes_per_s: float
+
+
+def measure_disk(paths: Sequence[Path]) -> DiskCell:
+    """The best of a few ways to read the files, past the page cache where they allow that."""
+    largest = max(paths, key=lambda path: path.stat().st_size)
+    with _Reads(largest) as reads:
+        cells = [reads.measure(block, threads) for block, threads in DISK_CELLS]
+    return max(cells, key=lambda cell: cell.bytes_per_s)
+
+
+class _Reads:
+    """A file open for direct reads, else for buffered ones."""
+
+    def __init__(self, path: Path) -> None:
+        self.bytes = path.stat().st_size
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            os.preadv(self.fd, [mmap.mmap(-1, mmap.PAGESIZE)], 0)
+            self.direct = True
+        except OSError:
+            self.fd = os.open(path, os.O_RDONLY)
+            self.direct = False
+
+    def __enter__(self) -> _Reads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def measure(self, block_bytes: int, threads: int) -> DiskCell:
+        """Every thread reads blocks of its own stretch, from its begin again at its end."""
+        block = min(block_bytes, max(mmap.PAGESIZE, self.bytes // mmap.PAGESIZE * mmap.PAGESIZE))
+        blocks = max(1, self.bytes // block)
+        used = min(threads, blocks)
+        deadline = time.perf_counter() + CELL_SECONDS
+
+        def read(thread: int) -> int:
+            buffer = mmap.mmap(-1, block)  # aligned to pages
+            first, count = blocks * thread // used, max(1, blocks // used)
+            done = index = 0
+            while time.perf_counter() < deadline:
+                done += os.preadv(self.fd, [buffer], (first + index % count) * block)
+                index += 1
+            return done
+
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(used) as pool:
+            total = sum(pool.map(read, range(used)))
+        return DiskCell(block, used, self.direct, total / (time.perf_counter() - begin))
+
+
+@dataclass
+class Run:
+    """Passes back to back: what they moved and took, each a mean."""
+
+    name: str
+    seconds: float
+    h2d_bytes: int
+    disk_bytes: int
+    cached_share: float  # of the file bytes, those that the page cache had
+    streams: bool
+
+    def parts(self, link: float, disk: float, compute_s: float) -> dict[str, float]:
+        """The least seconds of a pass, by what would take them."""
+        return {
+            "computing": compute_s,
+            "link": self.h2d_bytes / link,
+            "disk": self.disk_bytes * (1 - self.cached_share) / disk,
+        }
+
+
+def run_bench(
+    folder: Path,
+    *,
+    device: torch.device,
+    open_model: Callable[..., Any],
+    batch: int,
+    tokens: int,
+    passes: int,
+    step: Step = lambda _: None,
+) -> dict[str, Any]:
+    """Measure ceilings, then passes. `open_model(**budgets)` streams the folder's model.
+
+    Without arguments it takes the user's budgets; `device_memory`, `host_memory` and `config`
+    replace them. The result is what `print_bench` shows: plain, for JSON.
+    """
+    shards = [Path(shard) for shard in Checkpoint.open(folder).shards]
+    step("the link to the device")
+    link = measure_link(device)
+    step("the disk")
+    disk = measure_disk(shards)
+
+    def forwards(model: Any, count: int) -> None:
+        vocab = model.config.get_text_config().vocab_size
+        ids = torch.randint(0, vocab, (batch, tokens)).to(device)
+        with torch.inference_mode():
+            for _ in range(count):
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        synchronize(device)
+
+    def run(name: str, model: Any, cold: bool) -> Run:
+        forwards(model, 1)  # fills the cache
+        if cold:
+            _drop(shards)
+        before = model.stats()
+        begin = time.perf_counter()
+        forwards(model, passes)
+        seconds = time.perf_counter() - begin
+        return _difference(name, before, model.stats(), seconds, passes, model.plan.streams)
+
+    runs: list[Run] = []
+    skipped: dict[str, str] = {}
+    step("passes by your budgets")
+    with open_model() as model:
+        plan = model.plan
+        runs.append(run("your budgets", model, cold=False))
+    arena = 2 * (max(unit.bytes for unit in plan.units) + MIB // 16)
+    alone = {"arena_bytes": arena, "home_bytes": 0}
+    staging = min(STAGING_BYTES, max(plan.model_bytes // 4, 2 * MIB)) // MIB
+    whole = plan.model_bytes + plan.model_bytes // 64 + 8 * MIB + staging * MIB
+    device_bytes = arena + 24 * MIB
+    compute_s = 0.0
+    step("passes from a cold disk")
+    config = {**alone, "cpu_cache_cap_layers": 0, "staging_mb": staging}
+    with open_model(device_memory=device_bytes, host_memory=staging * MIB, config=config) as model:
+        runs.append(run("from disk", model, cold=True))
+        step("one layer again and again")
+        compute_s = layer_seconds(model, lambda: forwards(model, 1), device)
+    if whole <= host_available():
+        step("passes from RAM")
+        with open_model(device_memory=device_bytes, host_memory=whole, config=alone) as model:
+            runs.append(run("from RAM", model, cold=False))
+    else:
+        skipped["from RAM"] = f"{format_bytes(whole)} of host memory are not free"
+    return {
+        "batch": batch,
+        "tokens": tokens,
+        "passes": passes,
+        "model_bytes": plan.model_bytes,
+        "link_bytes_per_s": link,
+        "disk": asdict(disk),
+        "compute_s_per_pass": compute_s,
+        "runs": [_closeness(one, link, disk.bytes_per_s, compute_s) for one in runs],
+        "skipped": skipped,
+    }
+
+
+def layer_seconds(model: Any, forward: Callable[[], None], device: torch.device) -> float:
+    """Seconds that the layers of a pass take to compute: one layer's, times the layers.
+
+    A unit that is called again and again stays in its place, so only computing is left. 0 where
+    there is no stack of layers, or its layers would not stay.
+    """
+    layers = [unit for unit in model._units if unit.layer is not None]
+    if not layers:
+        return 0.0
+    stack = [unit for unit in layers if unit.stack == layers[-1].stack]
+    count = 1 + max(unit.layer for unit in stack if unit.layer is not None)
+    layer = model.module.get_submodule(f"{stack[0].stack}.{count - 1}")
+    inputs: list[tuple[Any, Any]] = []
+    handle = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        forward()
+    finally:
+        handle.remove()
+    args, kwargs = inputs[0]
+    seconds, moved = [], []
+    with torch.inference_mode():
+        for _ in range(LAYER_CALLS):
+            synchronize(device)
+            before = model.stats()["totals"]["demand_loads"]
+            begin = time.perf_counter()
+            layer(*args, **kwargs)
+            synchronize(device)
+            seconds.append(time.perf_counter() - begin)
+            moved.append(model.stats()["totals"]["demand_loads"] - before)
+    still = [s for s, m in zip(seconds, moved, strict=True) if m == 0][1:]
+    return statistics.median(still) * count if still else 0.0
+
+
+def _drop(shards: Sequence[Path]) -> None:
+    """Asks the kernel to forget what it has of the files; what it keeps is told by the readers."""
+    for shard in shards:
+        fd = os.open(shard, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def _difference(
+    name: str,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    seconds: float,
+    passes: int,
+    streams: bool,
+) -> Run:
+    def moved(key: str) -> int:
+        return int(after["totals"][key] - before["totals"][key])
+
+    def read(stats: dict[str, Any], mode: str) -> int:
+        return sum(reader[f"{mode}_bytes"] for reader in stats["readers"].values())
+
+    buffered, direct = (read(after, m) - read(before, m) for m in ("buffered", "direct"))
+    return Run(
+        name,
+        seconds / passes,
+        moved("h2d_bytes") // passes,
+        moved("disk_bytes") // passes,
+        buffered / max(buffered + direct, 1),
+        streams,
+    )
+
+
+def _closeness(run: Run, link: float, disk: float, compute_s: float) -> dict[str, Any]:
+    parts = run.parts(link, disk, compute_s)
+    limit = max(parts, key=lambda part: parts[part])
+    return {
+        **asdict(run),
+        "least_s": parts,
+        "limit": limit,
+        "closeness": min(parts[limit] / run.seconds, 1.0) if parts[limit] else None,
+    }
+
+
+def print_bench(console: Console, result: dict[str, Any]) -> None:
+    """The ceilings, then each run with a bar that shows how close it comes."""
+    disk = result["disk"]
+    ceilings = Table(title="ceilings of this machine", title_justify="left", show_header=False)
+    ceilings.add_column(style="bold")
+    ceilings.add_column(justify="right")
+    ceilings.add_column()
+    link_rate = f"{result['link_bytes_per_s'] / GB:.2f} GB/s"
+    ceilings.add_row("link to the device", link_rate, "copies of 16 MiB")
+    how = f"{disk['threads']} x {format_bytes(disk['block_bytes'])}"
+    how += ", direct" if disk["direct"] else ", through the page cache: the files refuse O_DIRECT"
+    ceilings.add_row("disk under the files", f"{disk['bytes_per_s'] / GB:.2f} GB/s", how)
+    if result["compute_s_per_pass"]:
+        computing = f"{result['compute_s_per_pass']:.4f} s"
+        ceilings.add_row("computing", computing, "one layer, times the layers")
+    console.print(ceilings)
+    size = f"{result['batch']} x {result['tokens']} tokens"
+    title = f"passes of {size}, {format_bytes(result['model_bytes'])} of weights"
+    table = Table(title=title, title_justify="left")
+    for column in ("run", "s/pass", "link GB/s", "disk GB/s", "limit"):
+        left = column in ("run", "limit")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    table.add_column("how close", no_wrap=True)
+    for run in result["runs"]:
+        table.add_row(*_cells(run))
+    console.print(table)
+    for run in result["runs"]:
+        if run["cached_share"] > 0.01:
+            share = f"{run['cached_share']:.0%} of the file reads came from the page cache"
+            console.print(f"{run['name']}: {share}", highlight=False, markup=False)
+    for name, why in result["skipped"].items():
+        console.print(f"{name}: skipped, {why}", highlight=False, markup=False)
+
+
+def _cells(run: dict[str, Any]) -> list[str]:
+    def rate(nbytes: int) -> str:
+        return f"{nbytes / run['seconds'] / GB:.2f}" if nbytes else "-"
+
+    close = run["closeness"]
+    return [
+        run["name"],
+        f"{run['seconds']:.4f}",
+        rate(run["h2d_bytes"]),
+        rate(run["disk_bytes"]),
+        run["limit"] if run["streams"] else "computing: nothing streams",
+        "" if close is None else f"{_bar(close)} {close:4.0%}",
+    ]
+
+
+def _bar(share: float, width: int = 10) -> str:
+    full = round(share * width)
+    return "█" * full + "░" * (width - full)

@@ -1,0 +1,69 @@
+"""What does not stream: a module's buffers, which live on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import sources
+from .checkpoint import Checkpoint
+
+
+class Buffers:
+    """Puts a module's buffers on the device, until `restore`.
+
+    Persistent ones come from the checkpoint. So do parameters without a single element, which no
+    unit has. Raises ValueError naming a buffer that has no bytes, or another shape.
+    """
+
+    def __init__(
+        self, module: nn.Module, checkpoint: Checkpoint | None, device: torch.device
+    ) -> None:
+        self._device = device
+        self._replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        try:
+            for prefix, owner in module.named_modules():
+                self._place_empty_parameters(owner)
+                self._place_buffers(owner, prefix, checkpoint)
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        for held, key, found in self._replaced:
+            held[key] = found
+        self._replaced.clear()
+
+    def _replace(self, held: dict[str, Any], key: str, value: torch.Tensor) -> None:
+        self._replaced.append((held, key, held[key]))
+        held[key] = value
+
+    def _place_empty_parameters(self, owner: nn.Module) -> None:
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and parameter.numel() == 0:
+                empty = torch.empty_like(parameter, device=self._device)
+                self._replace(owner._parameters, key, nn.Parameter(empty, False))
+
+    def _place_buffers(self, owner: nn.Module, prefix: str, checkpoint: Checkpoint | None) -> None:
+        for key, buffer in owner._buffers.items():
+            if buffer is None:
+                continue
+            name = f"{prefix}.{key}" if prefix else key
+            value = buffer
+            persistent = key not in owner._non_persistent_buffers_set
+            if checkpoint is not None and persistent and name in checkpoint.tensors:
+                value = sources.read_tensor(checkpoint, name)
+                if value.shape != buffer.shape:
+                    raise ValueError(
+                        f"buffer {name!r} has shape {list(buffer.shape)}, the checkpoint's has"
+                        f" {list(value.shape)}"
+                    )
+                value = value.to(buffer.dtype)
+            elif buffer.is_meta:
+                raise ValueError(
+                    f"buffer {name!r} is on meta and the checkpoint does not have it: build the"
+                    " module with its buffers real (only parameters on meta)"
+                )
+            self._replace(owner._buffers, key, value.to(self._device))

@@ -1,0 +1,79 @@
+"""The device memory of a plan: the arena, and a block for each of its homes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _engine
+from .sources import Source
+
+PLACE_ALIGNMENT = 256
+
+# What a block holds: the names and sizes of its tensors, in their order.
+_Contents = tuple[tuple[str, int], ...]
+
+
+def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    """`nbytes` of device memory that begin at a multiple of 256 bytes."""
+    with torch.inference_mode(False):
+        if device.type != "cpu":
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        block = torch.empty(nbytes + PLACE_ALIGNMENT, dtype=torch.uint8)
+        start = -block.data_ptr() % PLACE_ALIGNMENT
+        return block[start : start + nbytes]
+
+
+@dataclass
+class DeviceMemory:
+    """Arena and home blocks as uint8 tensors, and which blocks hold their bytes already."""
+
+    arena: torch.Tensor
+    homes: list[torch.Tensor] = field(default_factory=list)
+    loaded: list[bool] = field(default_factory=list)
+    contents: list[_Contents] = field(default_factory=list)
+
+    @staticmethod
+    def allocate(
+        plan: _engine.PlannedModel,
+        source: Source,
+        device: torch.device,
+        before: DeviceMemory | None = None,
+    ) -> DeviceMemory:
+        """Memory for the plan. Blocks of `before` that the plan has too are taken over; `before` is
+        emptied, so that what is freed can serve what is new.
+
+        Raises torch.OutOfMemoryError.
+        """
+        stay: dict[_Contents, torch.Tensor] = {}
+        if before is not None:
+            stay = dict(zip(before.contents, before.homes, strict=True))
+            before.clear(device)
+        wanted = [
+            tuple(source.tensors[tensor][:2] for tensor in tensors)
+            for _, tensors in plan.home_blocks
+        ]
+        stay = {contents: block for contents, block in stay.items() if contents in wanted}
+        memory = DeviceMemory(allocate(plan.arena_bytes, device))
+        for (nbytes, _), contents in zip(plan.home_blocks, wanted, strict=True):
+            block = stay.get(contents)
+            fits = block is not None and block.numel() >= nbytes
+            memory.homes.append(block if block is not None and fits else allocate(nbytes, device))
+            memory.loaded.append(fits)
+            memory.contents.append(contents)
+        return memory
+
+    def clear(self, device: torch.device) -> None:
+        self.arena = torch.empty(0, dtype=torch.uint8)
+        self.homes, self.loaded, self.contents = [], [], []
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def addresses(self) -> tuple[int, list[tuple[int, bool]]]:
+        """Of the arena, and of each home block with whether it is loaded."""
+        blocks = zip(self.homes, self.loaded, strict=True)
+        return (
+            self.arena.data_ptr() if self.arena.numel() else 0,
+            [(block.data_ptr(), loaded) for block, loaded in blocks],
+        )

@@ -1,0 +1,435 @@
+"""Measures what a pass depends on: the disk under a checkpoint, the link to the device, and what
+one layer computes. Each takes about half a second; `rates` decides what is measured, and remembers.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import inspect
+import mmap
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _engine
+from .budgets import device_available
+from .device_memory import allocate
+from .sizes import format_bytes
+from .units import Unit, find_units
+
+_MIB = 1 << 20
+# More than most caches hold: a pass copies other bytes each time.
+_SOURCE_BYTES = 256 * _MIB
+_TARGET_BYTES = 64 * _MIB
+_SPAN_BYTES = 16 * _MIB  # the largest chunk that the planner makes: what is read at once
+_LEAST_SPANS = 4  # fewer are read too soon to tell anything
+_MOST_READ_BYTES = 2048 * _MIB
+_READ_SECONDS = 0.6
+_PATIENCE_S = 10
+_READS_IN_FLIGHT = 16
+_SMALL_VOCABULARY = 1024
+_COMPUTE_SECONDS = 1.0
+_PROBE_TOKENS = 16
+
+
+NOTHING_TO_READ = f"less than {format_bytes(_LEAST_SPANS * _SPAN_BYTES)} to read"
+
+
+class NotMeasuredError(Exception):
+    """Something cannot be measured here; the message says why."""
+
+
+# -- the link --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Link:
+    """A copy of n bytes takes `copy_overhead_s + n / bytes_per_s`."""
+
+    bytes_per_s: float
+    copy_overhead_s: float
+
+
+def measure_link(device: torch.device) -> Link:
+    """Copies of 16 MiB and of 1 MiB as the engine makes them: out of pinned memory on the copy
+    stream of a GPU, from memory to memory on the host device.
+
+    Raises NotMeasuredError where the memory for that is refused, or the device fails.
+    """
+    try:
+        return _link_of(*_time_copies(device, [16 * _MIB, _MIB]))
+    except (MemoryError, torch.cuda.OutOfMemoryError, _engine.EngineError) as error:
+        raise NotMeasuredError(f"copies could not be made: {error}") from error
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what was taken here counts in no budget
+
+
+def _time_copies(device: torch.device, sizes: list[int]) -> list[float]:
+    target = allocate(_TARGET_BYTES, device)
+    index = -1
+    if device.type == "cuda":
+        index = device.index
+        torch.cuda.synchronize(device)  # work under way may still use what the target was before
+    return _engine.time_copies(index, target.data_ptr(), _TARGET_BYTES, _SOURCE_BYTES, sizes)
+
+
+def _link_of(large_s: float, small_s: float) -> Link:
+    """From the seconds of a copy of 16 MiB and of one of 1 MiB."""
+    if large_s <= small_s:  # noise
+        return Link(16 * _MIB / large_s, 0.0)
+    rate = 15 * _MIB / (large_s - small_s)
+    overhead = small_s - _MIB / rate
+    if overhead < 0:
+        return Link(16 * _MIB / large_s, 0.0)
+    return Link(rate, overhead)
+
+
+# -- the disk --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """16 MiB of a file that are read one after another. `cached`: all in the page cache."""
+
+    path: Path
+    offset: int
+    cached: bool
+
+
+def find_spans(paths: Sequence[Path], direct: str = "auto") -> list[Span]:
+    """At most 2 GiB of the files, of which every beginning is spread evenly over them.
+
+    None where they are too small to tell anything. With direct="on" nothing counts as cached: the
+    page cache is not read.
+    """
+    places = []
+    for path in paths:
+        size = path.stat().st_size
+        places += [(path, at) for at in range(0, size - _SPAN_BYTES + 1, _SPAN_BYTES)]
+    if len(places) < _LEAST_SPANS:
+        return []
+    count = min(len(places), _MOST_READ_BYTES // _SPAN_BYTES)
+    # Multiples of the golden ratio, by rank: no two alike, and evenly spread however many.
+    ranks = sorted(range(len(places)), key=lambda i: i * 0.6180339887498949 % 1)
+    chosen = sorted(range(len(places)), key=ranks.__getitem__)[:count]
+    return [
+        Span(path, at, direct != "on" and _cached(path, at))
+        for path, at in map(places.__getitem__, chosen)
+    ]
+
+
+def _cached(path: Path, offset: int) -> bool:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return _engine.in_page_cache(fd, offset, _SPAN_BYTES)
+    finally:
+        os.close(fd)
+
+
+def measure_disk(spans: Sequence[Span], direct: str = "auto") -> float:
+    """Bytes per second at which the spans are read: past the page cache (O_DIRECT) where they are
+    not in it and the files allow it, else through it. At most about 0.6 s.
+
+    Raises NotMeasuredError where a read fails, or there is nothing to read.
+    """
+    if not spans:
+        raise NotMeasuredError(NOTHING_TO_READ)
+    buffered = direct == "off" or all(span.cached for span in spans)
+    try:
+        if not buffered:
+            try:
+                return _Readers(spans, direct=True).run()
+            except OSError as error:
+                if direct == "on" or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+        return _Readers(spans, direct=False).run()
+    except OSError as error:
+        raise NotMeasuredError(f"reading failed: {error}") from error
+
+
+class _Readers:
+    """Threads that read blocks in turn, as the engine's readers do, until the time is over."""
+
+    def __init__(self, spans: Sequence[Span], direct: bool) -> None:
+        cores = os.cpu_count() or 1
+        self._direct = direct
+        self._block = 256 << 10 if direct and cores >= 8 else _MIB
+        self._threads = _READS_IN_FLIGHT if direct else min(cores, _READS_IN_FLIGHT)
+        self._spans = spans
+        self._lock = threading.Lock()
+        self._read_bytes = 0
+        self._error: OSError | None = None
+        self._deadline = 0.0
+
+    def run(self) -> float:
+        flags = os.O_RDONLY | (os.O_DIRECT if self._direct else 0)
+        files: dict[Path, int] = {}
+        try:
+            for span in self._spans:
+                if span.path not in files:
+                    files[span.path] = os.open(span.path, flags)
+            rate = self._read(files)
+        except NotMeasuredError:
+            files.clear()  # a thread still reads: its files stay open
+            raise
+        finally:
+            for fd in files.values():
+                os.close(fd)
+        return rate
+
+    def _read(self, files: dict[Path, int]) -> float:
+        blocks = self._blocks(files)
+        begin = time.perf_counter()
+        self._deadline = begin + _READ_SECONDS
+        # Daemons: a drive that does not answer must not hold up the end of the process.
+        threads = [
+            threading.Thread(target=self._work, args=(blocks,), daemon=True)
+            for _ in range(self._threads)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, self._deadline + _PATIENCE_S - time.perf_counter()))
+            if thread.is_alive():
+                raise NotMeasuredError(f"reads have not ended in {_PATIENCE_S} s")
+        seconds = time.perf_counter() - begin
+        if self._error is not None:
+            raise self._error
+        return self._read_bytes / seconds
+
+    def _blocks(self, files: dict[Path, int]) -> Iterator[tuple[int, int, bool]]:
+        for span in self._spans:
+            for offset in range(span.offset, span.offset + _SPAN_BYTES, self._block):
+                yield files[span.path], offset, span.cached
+
+    def _work(self, blocks: Iterator[tuple[int, int, bool]]) -> None:
+        with mmap.mmap(-1, self._block) as buffer:
+            while time.perf_counter() < self._deadline and self._error is None:
+                with self._lock:
+                    fd, offset, cached = next(blocks, (-1, 0, False))
+                if fd < 0:
+                    return
+                try:
+                    count = os.preadv(fd, [buffer], offset)
+                    if not self._direct and not cached:  # evict nothing that others use
+                        os.posix_fadvise(fd, offset, self._block, os.POSIX_FADV_DONTNEED)
+                except OSError as error:
+                    self._error = error
+                    return
+                with self._lock:
+                    self._read_bytes += count
+
+
+# -- one layer's compute ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Seconds that a forward computes: each layer, and what lies outside them by unit name.
+
+    `rest_s` is what no unit accounts for. `tokens`: as many were run, then the layer's time scaled.
+    """
+
+    layer_s: float
+    others: dict[str, float]
+    rest_s: float
+    tokens: int
+
+
+def measure_layer(module: nn.Module, device: torch.device, batch: int, tokens: int) -> Compute:
+    """The compute of a transformers model at `batch` x `tokens`, from two of its layers.
+
+    `module` is only looked at: two layers of its shape are made on the device with made-up
+    weights. Where a forward takes long, fewer tokens are run and the times scaled.
+
+    Raises NotMeasuredError where the model cannot be cut to two layers, or has no room.
+    """
+    try:
+        return _measure_two_layers(_two_layers(module, device), device, batch, tokens)
+    except NotMeasuredError:
+        raise
+    except torch.cuda.OutOfMemoryError as error:
+        raise NotMeasuredError("the device has not enough memory for two layers") from error
+    except Exception as error:  # any model's constructor and forward
+        raise NotMeasuredError(
+            f"two of its layers cannot be run: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure_two_layers(model: Any, device: torch.device, batch: int, tokens: int) -> Compute:
+    units = [unit for unit in find_units(model, "layer") if not unit.exclusive]
+    if not any(unit.layer is not None for unit in units):
+        raise NotMeasuredError("its layers are not found")
+    known = inspect.signature(model.forward).parameters
+    inputs = {"use_cache": False, "logits_to_keep": 1}
+    inputs = {key: value for key, value in inputs.items() if key in known}
+    vocabulary = min(model.config.get_text_config().vocab_size, _SMALL_VOCABULARY)
+
+    def run(count: int) -> _Times:
+        ids = torch.randint(0, vocabulary, (batch, count), device=device)
+        with torch.inference_mode(), _Stopwatch(units, device) as watch:
+            model(input_ids=ids, **inputs)
+        return watch.times()
+
+    return _compute_of(run, units, tokens)
+
+
+_Times = tuple[float, dict[str, float]]  # of the whole forward, and of units by name
+
+
+def _compute_of(run: Callable[[int], _Times], units: list[Unit], tokens: int) -> Compute:
+    layers = [unit.name for unit in units if unit.layer is not None]
+    count = min(tokens, _PROBE_TOKENS)
+    run(count)  # warm-up
+    samples = [run(count)]
+    afford = int(count * _COMPUTE_SECONDS / 2 / max(samples[0][0], 1e-9))
+    if count < tokens and afford > count:
+        count = min(tokens, afford)
+        samples = [run(count)]
+    while len(samples) < 5 and len(samples) * samples[0][0] < _COMPUTE_SECONDS:
+        samples.append(run(count))
+    total, by_unit = sorted(samples, key=lambda sample: sample[0])[(len(samples) - 1) // 2]
+    layer = statistics.mean(by_unit[name] for name in layers)
+    others = {name: seconds for name, seconds in by_unit.items() if name not in layers}
+    rest = max(0.0, total - sum(by_unit.values()))
+    if count < tokens:
+        fewer = max(1, count // 4)
+        _, at_fewer = run(fewer)
+        layer_at_fewer = statistics.mean(at_fewer[name] for name in layers)
+        layer = _extrapolated((fewer, layer_at_fewer), (count, layer), tokens)
+    # What lies outside the layers hardly grows: the head sees one token of each sequence.
+    return Compute(layer, others, rest, count)
+
+
+def _extrapolated(fewer: tuple[int, float], more: tuple[int, float], tokens: int) -> float:
+    """A part of the time is the weights' and does not grow; the rest grows with the tokens."""
+    count, seconds = more
+    slope = 0.0 if count == fewer[0] else (seconds - fewer[1]) / (count - fewer[0])
+    return seconds + min(max(slope, 0.0), seconds / count) * (tokens - count)
+
+
+class _Stopwatch:
+    """Times a forward and the units in it, by hooks; on a GPU by events."""
+
+    def __init__(self, units: list[Unit], device: torch.device) -> None:
+        self._units = units
+        self._device = device
+        self._marks: dict[str, list[Any]] = {unit.name: [] for unit in units}
+        self._whole: list[Any] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Stopwatch:
+        for unit in self._units:
+            marks = self._marks[unit.name]
+            note = self._noter(marks)
+            self._hooks.append(unit.module.register_forward_pre_hook(note))
+            self._hooks.append(unit.module.register_forward_hook(note))
+        self._whole.append(self._now())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._whole.append(self._now())
+        for hook in self._hooks:
+            hook.remove()
+
+    def times(self) -> _Times:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        by_unit = {
+            name: sum(self._between(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True))
+            for name, marks in self._marks.items()
+        }
+        return self._between(*self._whole), by_unit
+
+    def _noter(self, marks: list[Any]) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            marks.append(self._now())
+
+        return note
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        if self._device.type != "cuda":
+            return float(end - begin)
+        return float(begin.elapsed_time(end)) / 1000
+
+
+def _two_layers(module: nn.Module, device: torch.device) -> Any:
+    """The model with two layers, on the device; with a small vocabulary where it would not fit."""
+    try:
+        from transformers import PreTrainedModel
+
+        from .transformers_loader import _build
+    except ImportError as error:
+        raise NotMeasuredError("transformers is not installed") from error
+    if not isinstance(module, PreTrainedModel):
+        raise NotMeasuredError("it is not a transformers model")
+    room = device_available(device, 0) // 2
+    if device.type == "cpu":
+        room = min(room, 4 << 30)  # more takes longer to write than all else to measure
+    for vocabulary in (None, _SMALL_VOCABULARY):
+        config = _cut(module.config, vocabulary)
+        model = _build(config, type(module), module.dtype)
+        needed = sum(p.numel() * p.element_size() for p in model.parameters())
+        if needed <= room:
+            return _fill(model, device)
+    raise NotMeasuredError(
+        f"two of its layers need {format_bytes(needed)}, more than there is room"
+    )
+
+
+def _cut(config: Any, vocabulary: int | None) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers < 2:
+        raise NotMeasuredError("its config has no num_hidden_layers to cut")
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == layers:  # one entry for each layer
+            setattr(text, key, value[:2])
+    text.num_hidden_layers = 2
+    if vocabulary is not None:
+        text.vocab_size = min(text.vocab_size, vocabulary)
+        text.pad_token_id = None  # may lie outside
+    return config
+
+
+def _fill(model: nn.Module, device: torch.device) -> nn.Module:
+    """Made-up weights: random on a GPU, where bits that change cost power and clock; on the CPU one
+    value, which is quicker to write."""
+    made: dict[int, nn.Parameter] = {}
+    for owner in model.modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                if device.type == "cuda" and values.is_floating_point():
+                    values.uniform_(-0.02, 0.02)
+                else:
+                    values.fill_(0.01)
+                made[id(parameter)] = nn.Parameter(values, requires_grad=False)
+            owner._parameters[key] = made[id(parameter)]
+        for key, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[key] = buffer.to(device)
+    return model.eval()

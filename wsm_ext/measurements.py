@@ -1,0 +1,129 @@
+"""Remembers measurements between runs, in one JSON file of the user's cache folder.
+
+An entry is for one machine, device or file system, and version of this package, all of which are in
+its key; it expires after 30 days. Losing the file costs a second or two, so nothing about it is an
+error: what cannot be read or written is said once in the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+
+_log = logging.getLogger("wsm_ext")
+
+_FORMAT = 1
+_KEPT_SECONDS = 30 * 86400
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def cache_file() -> Path:
+    """Under `$XDG_CACHE_HOME`, else `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # A path that is not absolute counts as unset: so says the specification.
+    folder = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))
+    return folder / "wsm_ext" / "measurements.json"
+
+
+def key_of(what: str, *where: str) -> str:
+    """The name of an entry: what was measured, on what, of this machine and version."""
+    return " | ".join((what, *where, platform.node() or "unknown", f"wsm_ext {__version__}"))
+
+
+def device_name(device: torch.device) -> str:
+    """The same for the same card, however the devices are numbered."""
+    if device.type != "cuda":
+        return f"host {platform.machine()}, {os.cpu_count()} cores"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} {getattr(properties, 'uuid', device.index)}"
+
+
+def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
+    """Source and type of the mount that holds `path` (device numbers change between boots)."""
+    resolved = path.resolve()
+    best, found = -1, "unknown"
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        # "36 35 98:0 /root /point rw,noatime master:1 - ext4 /dev/sda1 rw"
+        before, _, after = line.partition(" - ")
+        fields, rest = before.split(), after.split()
+        if len(fields) < 5 or len(rest) < 2:
+            continue
+        point = Path(_unescaped(fields[4]))
+        depth = len(point.parts)
+        if depth >= best and resolved.is_relative_to(point):  # of two on one point, the later
+            best, found = depth, f"{_unescaped(rest[1])} {rest[0]}"
+    return found
+
+
+def _unescaped(text: str) -> str:
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, character)
+    return text
+
+
+class Measurements:
+    """The entries of one file. `get` and `put`; every `put` is written at once."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = cache_file() if path is None else path
+        self._entries = self._load()
+
+    def get(self, key: str) -> Any | None:
+        """The value, or None where there is none, or one that has expired."""
+        entry = self._entries.get(key)
+        if entry is None or not 0 <= time.time() - entry["time"] <= _KEPT_SECONDS:
+            return None
+        return entry["value"]
+
+    def put(self, key: str, value: Any) -> None:
+        """`value`: what JSON can hold."""
+        self._entries = self._load(quiet=True)  # what another process has added meanwhile
+        self._entries[key] = {"value": value, "time": time.time()}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._replace(json.dumps({"format": _FORMAT, "entries": self._entries}, indent=1))
+        except OSError as error:
+            _log.warning("measurements are not kept for the next run: %s", error)
+
+    def _replace(self, text: str) -> None:
+        """Readers see the old file or the new one, never a part."""
+        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text + "\n")
+            os.replace(name, self._path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    def _load(self, quiet: bool = False) -> dict[str, Any]:
+        try:
+            content = json.loads(self._path.read_text())
+            entries = content["entries"] if content["format"] == _FORMAT else {}
+            return {
+                key: {"value": e["value"], "time": float(e["time"])} for key, e in entries.items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if not quiet:
+                _log.warning(
+                    "%s is ignored, and written anew when something is measured: %s",
+                    self._path,
+                    error or type(error).__name__,
+                )
+            return {}

@@ -1,0 +1,252 @@
+"""How fast each link is, and where that is known from: measured now, before, or assumed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _engine, measure
+from .config import Config
+from .measure import Compute, Link, NotMeasuredError, Span
+from .measurements import Measurements, device_name, file_system, key_of
+from .sources import Source
+from .units import Unit
+
+_log = logging.getLogger("wsm_ext")
+
+_CPU = torch.device("cpu")
+Sizes = tuple[int, int]  # of a workload: sequences, and tokens of each
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Bytes per second. `source`: "measured", "cached" (measured before) or "default" (assumed)."""
+
+    bytes_per_s: float
+    source: str
+    note: str = ""
+
+    @property
+    def known(self) -> bool:
+        return self.source != "default"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is predicted from. `compute` is None where it is not known; `compute_note` says why."""
+
+    disk: Rate
+    h2d: Rate
+    copy_overhead_s: float
+    host_computes: bool  # the host device: a forward holds up the thread that calls it
+    compute: Compute | None = None
+    compute_source: str = "default"
+    compute_note: str = "not measured"
+    workload: Sizes | None = None
+
+    def for_units(self, units: Sequence[Unit], source: Source) -> _engine.Rates:
+        """As the engine takes them, with the compute of each unit."""
+        rates = _engine.Rates()
+        rates.disk_bytes_per_s = self.disk.bytes_per_s
+        rates.h2d_bytes_per_s = self.h2d.bytes_per_s
+        rates.copy_overhead_s = self.copy_overhead_s
+        rates.host_computes = self.host_computes
+        rates.compute_s = [] if self.compute is None else _by_unit(self.compute, units, source)
+        return rates
+
+    def at(self, module: nn.Module, device: torch.device, workload: Sizes) -> Rates:
+        """The same links, and the compute of another workload."""
+        compute, source, note = compute_at(module, device, workload)
+        return replace(
+            self, compute=compute, compute_source=source, compute_note=note, workload=workload
+        )
+
+
+def _by_unit(compute: Compute, units: Sequence[Unit], source: Source) -> list[float]:
+    """A layer's seconds go to its units by their bytes; what no unit has, to the first."""
+    sizes = [
+        sum(source.tensors[source.index_of[slot.name]][1] for slot in unit.slots) for unit in units
+    ]
+    layers: dict[tuple[str | None, int], int] = {}
+    for unit, size in zip(units, sizes, strict=True):
+        if unit.layer is not None:
+            layer = (unit.stack, unit.layer)
+            layers[layer] = layers.get(layer, 0) + size
+    seconds = []
+    for unit, size in zip(units, sizes, strict=True):
+        if unit.layer is None:
+            seconds.append(compute.others.get(unit.name, 0.0))
+        else:
+            seconds.append(compute.layer_s * size / max(1, layers[unit.stack, unit.layer]))
+    if seconds:
+        seconds[0] += compute.rest_s
+    return seconds
+
+
+def default_rates(device: torch.device) -> Rates:
+    """Assumed, not measured: the engine's own defaults."""
+    rates = _engine.Rates()
+    return Rates(
+        Rate(rates.disk_bytes_per_s, "default"),
+        Rate(rates.h2d_bytes_per_s, "default"),
+        rates.copy_overhead_s,
+        device.type == "cpu",
+    )
+
+
+def gather(
+    module: nn.Module,
+    paths: Sequence[Path],
+    device: torch.device,
+    config: Config,
+    workload: Sizes | None,
+) -> Rates:
+    """Measure, or take what was measured in the last 30 days on this machine.
+
+    `paths`: the checkpoint's files; none where the weights lie in RAM. `workload`: what compute is
+    measured at; None leaves it out. What cannot be measured is assumed, and its note says why.
+    """
+    if config.measure is False:
+        return default_rates(device)
+    known = Measurements()
+    assumed = default_rates(device)
+    h2d, overhead_s = assumed.h2d, assumed.copy_overhead_s
+    try:
+        link, source = _link(known, device)
+        h2d, overhead_s = Rate(link.bytes_per_s, source), link.copy_overhead_s
+    except NotMeasuredError as error:
+        h2d = Rate(h2d.bytes_per_s, h2d.source, str(error))
+    try:
+        disk = _disk(known, paths, config.direct) if paths else _memory(known)
+    except NotMeasuredError as error:
+        disk = Rate(assumed.disk.bytes_per_s, "default", str(error))
+    compute, source, note = compute_at(module, device, workload)
+    rates = Rates(disk, h2d, overhead_s, device.type == "cpu", compute, source, note, workload)
+    _log.info(
+        "disk %.2f GB/s (%s), link %.2f GB/s (%s), compute %s",
+        disk.bytes_per_s / 1e9,
+        disk.source,
+        h2d.bytes_per_s / 1e9,
+        h2d.source,
+        f"{compute.layer_s * 1e3:.2f} ms a layer ({source})" if compute else note,
+    )
+    return rates
+
+
+def compute_at(
+    module: nn.Module, device: torch.device, workload: Sizes | None
+) -> tuple[Compute | None, str, str]:
+    """The compute at a workload, its source, and why it is None."""
+    if workload is None:
+        return None, "default", "no workload=(sequences, tokens) was given"
+    known = Measurements()
+    shape = _shape_of(module)
+    key = key_of("compute", device_name(device), f"torch {torch.__version__}", str(workload), shape)
+    try:
+        compute, source = _remembered(
+            known,
+            key,
+            lambda: asdict(measure.measure_layer(module, device, *workload)),
+            _as_compute,
+        )
+    except NotMeasuredError as error:
+        return None, "default", str(error)
+    return compute, source, ""
+
+
+def _shape_of(module: nn.Module) -> str:
+    """What decides a transformers model's compute, but the number of its layers."""
+    config: Any = getattr(module, "config", None)
+    text = config.to_json_string() if hasattr(config, "to_json_string") else ""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{type(module).__name__} {getattr(module, 'dtype', None)} {digest}"
+
+
+def _remembered(
+    known: Measurements, key: str, take: Callable[[], Any], read: Callable[[Any], Any]
+) -> tuple[Any, str]:
+    value = known.get(key)
+    if value is not None:
+        try:
+            return read(value), "cached"
+        except (TypeError, ValueError, KeyError, AttributeError):
+            _log.warning("the entry %r of the measurements is damaged: measured anew", key)
+    value = take()
+    known.put(key, value)
+    return read(value), "measured"
+
+
+def _link(known: Measurements, device: torch.device) -> tuple[Link, str]:
+    key = key_of("link", device_name(device))
+    return _remembered(known, key, lambda: asdict(measure.measure_link(device)), _as_link)
+
+
+def _memory(known: Measurements) -> Rate:
+    """The "disk" of weights that lie in RAM: copies from memory to memory."""
+    link, source = _link(known, _CPU)
+    return Rate(link.bytes_per_s, source, "the weights lie in RAM")
+
+
+def _disk(known: Measurements, paths: Sequence[Path], direct: str) -> Rate:
+    """Of what is in the page cache and what is not, each by its own rate, as the bytes divide."""
+    try:
+        spans = measure.find_spans(paths, direct)
+    except OSError as error:
+        raise NotMeasuredError(str(error)) from error
+    if not spans:
+        raise NotMeasuredError(measure.NOTHING_TO_READ)
+    seconds_per_byte = 0.0
+    sources = []
+    for cached in (False, True):
+        part = [span for span in spans if span.cached == cached]
+        if part:
+            rate, source = _disk_part(known, part, direct)
+            seconds_per_byte += len(part) / len(spans) / rate
+            sources.append(source)
+    share = sum(span.cached for span in spans) / len(spans)
+    note = f"{share:.0%} in the page cache" if share else ""
+    return Rate(1 / seconds_per_byte, "measured" if "measured" in sources else "cached", note)
+
+
+def _disk_part(known: Measurements, spans: Sequence[Span], direct: str) -> tuple[float, str]:
+    kind = "page cache" if spans[0].cached else f"disk (direct {direct})"
+    mounts = sorted({file_system(span.path) for span in spans})
+    return _remembered(
+        known,
+        key_of(kind, *mounts),
+        lambda: measure.measure_disk(spans, direct),
+        _positive,
+    )
+
+
+def _positive(value: Any) -> float:
+    rate = float(value)
+    if not 0 < rate < math.inf:
+        raise ValueError
+    return rate
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not 0 <= seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
+def _as_link(value: Any) -> Link:
+    return Link(_positive(value["bytes_per_s"]), _seconds(value["copy_overhead_s"]))
+
+
+def _as_compute(value: Any) -> Compute:
+    others = {str(name): _seconds(seconds) for name, seconds in value["others"].items()}
+    return Compute(
+        _seconds(value["layer_s"]), others, _seconds(value["rest_s"]), int(value["tokens"])
+    )
