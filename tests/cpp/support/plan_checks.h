@@ -240,7 +240,7 @@ inline void expect_device_budget_used(const ModelSpec& spec, const Limits& limit
   for (const HomeBlock& block : plan.home_blocks) {
     uint64_t bytes = 0;
     for (const uint32_t t : block.tensors) {
-      bytes += align_up(spec.tensors[t].bytes, kPlaceAlignment);
+      bytes += device_tensor_bytes(spec.tensors[t]);
     }
     homes.add(bytes);
   }
@@ -248,7 +248,6 @@ inline void expect_device_budget_used(const ModelSpec& spec, const Limits& limit
   for (uint32_t u = 0; u < plan.units.size(); ++u) {
     for (size_t i = 0; i < plan.units[u].tensors.size(); ++i) {
       const uint32_t t = spec.units[u].tensors[i];
-      const uint64_t bytes = device_tensor_bytes(spec.tensors[t]);
       candidate[t] = !plan.units[u].tensors[i].resident;
       if (streamed_tensor_bytes(spec.tensors[t]) == plan.units[u].place_bytes) last[t] = true;
     }
