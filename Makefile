@@ -13,7 +13,7 @@ CPP_FORMATTED = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc' -o
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .NOTPARALLEL:
-.PHONY: help setup build test test-cpp test-py test-gpu bench demo lint format clean
+.PHONY: help setup build test test-cpp test-py test-gpu compatibility bench demo lint format clean
 
 help:
 	@echo "make demo      stream a small model under budgets smaller than it, and check the result"
@@ -22,6 +22,7 @@ help:
 	@echo "make build     the module, installed in .venv so that edits of wsm_ext take effect"
 	@echo "make test-cpp | test-py | lint | format"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
+	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
 	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
 
 $(READY): requirements-dev.txt requirements-dev-nodeps.txt scripts/setup.sh
@@ -54,6 +55,9 @@ test-py: build
 test-gpu: export WSM_REQUIRE_GPU := 1
 test-gpu: build test-cpp-debug
 	$(BIN)/python -m pytest -m gpu
+
+compatibility: build
+	$(BIN)/python tests/compatibility.py
 
 bench: build
 	cmake --preset release

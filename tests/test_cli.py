@@ -113,7 +113,7 @@ def failure(arguments, capsys):
         (["--device", "mps"], "mps"),
         (["--device-memory", "lots"], "device_memory"),
         (["--host-memory", "1KiB"], "host_.* too small"),
-        (["--dtype", "float16"], "float16"),
+        (["--dtype", "float17"], "float17"),
         (["--units", "model.layers.99"], "model.layers.99"),
         (["--lookahead", "-1"], "lookahead_units"),
     ],

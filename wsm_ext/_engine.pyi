@@ -65,7 +65,7 @@ class PlannedModel:
     def place(self, unit: int) -> tuple[int, int]: ...
     home_blocks: list[tuple[int, list[int]]]
     device_bytes: int
-    def tensor_places(self, unit: int) -> list[tuple[int | None, int]]: ...
+    def tensor_places(self, unit: int) -> list[tuple[int | None, int, int]]: ...
     def shards_on_disk(self) -> set[int]: ...
 
 class ReaderChoice(Enum):
@@ -117,7 +117,7 @@ class Engine:
 
 def plan_model(
     shards: Sequence[tuple[str, int, int]],
-    tensors: Sequence[tuple[str, int, list[tuple[int, int, int, int]]]],
+    tensors: Sequence[tuple[str, int, list[tuple[int, int, int, int]], int]],
     units: Sequence[tuple[str, str, list[int], bool]],
     limits: Limits,
     rates: Rates | None = None,

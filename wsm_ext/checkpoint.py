@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .arrival import Arrival
+
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX_BYTES = 512 << 20
 
@@ -64,16 +66,25 @@ class Extent:
 
 @dataclass(frozen=True)
 class TensorImage:
-    """Where a tensor's bytes come from. The extents cover it exactly once."""
+    """Where a tensor's bytes come from. The extents cover it exactly once.
+
+    With an arrival transform they bring what the tensor of this dtype and shape is made of.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     extents: tuple[Extent, ...]
+    arrival: Arrival | None = None
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def arriving_bytes(self) -> int:
+        """What the extents bring."""
+        return self.nbytes if self.arrival is None else self.arrival.nbytes
 
 
 def assemble(name: str, parts: Sequence[TensorImage], shape: Sequence[int]) -> TensorImage:
@@ -84,6 +95,11 @@ def assemble(name: str, parts: Sequence[TensorImage], shape: Sequence[int]) -> T
     extents: list[Extent] = []
     position = 0
     for part in parts:
+        if part.arrival is not None:
+            raise CheckpointError(
+                f"{name!r} cannot be assembled: {part.name!r} is made when its bytes arrive; give"
+                " tensors as they are in the file"
+            )
         if part.dtype != first.dtype:
             raise CheckpointError(
                 f"{name!r} cannot be assembled: {first.name!r} is {first.dtype},"
@@ -102,11 +118,15 @@ def assemble(name: str, parts: Sequence[TensorImage], shape: Sequence[int]) -> T
 
 @dataclass
 class Checkpoint:
-    """Tensor images by name, over `shards`: real files, symbolic links resolved."""
+    """Tensor images by name, over `shards`: real files, symbolic links resolved.
+
+    `computed`: parameters that no file has, since they can be computed. Their values are in RAM.
+    """
 
     shards: list[Path]
     tensors: dict[str, TensorImage]
     metadata: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Checkpoint:

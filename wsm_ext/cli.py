@@ -166,7 +166,7 @@ def _streaming() -> argparse.ArgumentParser:
     parser.add_argument("--reader", choices=("auto", "uring", "pread"), help="how files are read")
     parser.add_argument("--direct", choices=("auto", "on", "off"), help="read past the page cache")
     parser.add_argument(
-        "--dtype", default="auto", help="the checkpoint's dtype, where its config is wrong"
+        "--dtype", default="auto", help="what to compute in; tensors of another dtype are cast"
     )
     parser.add_argument("--revision", metavar="REV", help="the hub revision")
     parser.add_argument(

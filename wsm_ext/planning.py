@@ -211,7 +211,9 @@ class Planner:
         self, units: list[Unit], source: Source, budgets: Budgets
     ) -> tuple[_engine.Limits, list[str]]:
         members = [unit_tensors(unit, source) for unit in units]
-        sizes = [sum(source.tensors[tensor][1] for tensor in tensors) for tensors in members]
+        # As on the way through the arena: what arrives, and what is made of it.
+        taken = [arriving + made for _, arriving, _, made in source.tensors]
+        sizes = [sum(taken[tensor] for tensor in tensors) for tensors in members]
         layers: dict[tuple[str | None, int], int] = {}
         for unit, size in zip(units, sizes, strict=True):
             if unit.layer is not None:

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from . import _engine
+from .arrival import Arrival
 from .backward import Backward
 from .compiling import between_graphs, break_graph, never_compiled
 from .device_memory import DeviceMemory
 from .passes import Passes, current_task
 from .placeholder import StreamedParameter
 from .sources import Source, live
-from .streamed_unit import StreamedUnit, Swap
+from .streamed_unit import Arriving, StreamedUnit, Swap
 from .tensors import map_tensors, tensors_in
 from .units import Unit
 
@@ -64,6 +65,9 @@ class Residency:
             self._end_lingering,
         )
         self._arena_storage = memory.arena.untyped_storage().data_ptr()
+        # By slot name: what makes the parameter. By unit: what is made when it arrives.
+        self._made: dict[str, Arrival] = {}
+        self._arriving: dict[int, list[Arriving]] = {}
         try:
             holders: set[int] = set()
             for index, unit in enumerate(units):
@@ -71,7 +75,8 @@ class Residency:
                 swaps = self._place(index, unit, source, memory, arena)
                 if planned.streamed_bytes(index):
                     place = planned.place(index)
-                    streamed = StreamedUnit(engine, index, unit.name, swaps, arena, place)
+                    arriving = self._arriving.get(index, [])
+                    streamed = StreamedUnit(engine, index, unit.name, swaps, arena, place, arriving)
                     self._streamed[index] = streamed
                     self._wrap(unit.module, self._streamed_forward(unit, streamed))
                     holders.add(id(unit.module))
@@ -98,8 +103,17 @@ class Residency:
         copy = torch.empty(parameter.shape, dtype=parameter.dtype)
         if resident:
             return copy.copy_(parameter.detach())
-        self._engine.fetch(unit, tensor, copy.data_ptr())
+        self._fetch(unit, tensor, self._made.get(name), copy)
         return copy
+
+    def _fetch(self, unit: int, tensor: int, arrival: Arrival | None, target: torch.Tensor) -> None:
+        """Fill `target`, which is in RAM."""
+        if arrival is None:
+            self._engine.fetch(unit, tensor, target.data_ptr())
+            return
+        arrived = torch.empty(arrival.nbytes, dtype=torch.uint8)
+        self._engine.fetch(unit, tensor, arrived.data_ptr())
+        arrival.write(arrived, target)
 
     def undo(self) -> None:
         """Leave the module as it was found."""
@@ -120,10 +134,12 @@ class Residency:
         members = unit_tensors(unit, source)
         places = self._planned.tensor_places(index)
         swaps: list[Swap] = []
+        made: set[int] = set()
         for slot in unit.slots:
             tensor = members.index(source.index_of[slot.name])
-            block, offset = places[tensor]
+            block, offset, image_offset = places[tensor]
             resident = block is not None
+            arrival = source.arrivals.get(source.index_of[slot.name])
             found = live(slot)
             nbytes = found.numel() * found.element_size()
             held = arena if block is None else memory.homes[block]
@@ -133,6 +149,16 @@ class Residency:
             parameters: dict[str, Any] = slot.owner._parameters
             self._undo.append(functools.partial(parameters.__setitem__, slot.key, found))
             self._placed[slot.name] = (index, tensor, resident, placed)
+            if arrival is not None:
+                self._made[slot.name] = arrival
+                if tensor not in made and resident:
+                    whole = torch.empty(found.shape, dtype=found.dtype)
+                    self._fetch(index, tensor, arrival, whole)
+                    placed.copy_(whole)
+                elif tensor not in made:
+                    arrived = memory.arena[image_offset : image_offset + arrival.nbytes]
+                    self._arriving.setdefault(index, []).append((arrival, arrived, placed))
+                made.add(tensor)
             if resident:
                 parameters[slot.key] = placed
                 continue

@@ -6,13 +6,14 @@ The result is what the planner takes: shards, tensor images, and for each slot i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from . import _engine
-from .checkpoint import Checkpoint, CheckpointError, Extent, TensorImage
+from .arrival import Arrival, Part
+from .checkpoint import Checkpoint, CheckpointError, TensorImage
 from .units import Slot, Unit
 
 _MOST_NAMED = 10
@@ -56,8 +57,13 @@ class Source:
 
     shards: list[tuple[str, int, int]] = field(default_factory=list)  # path, bytes, alignment
     memory: list[int] = field(default_factory=list)  # address, or 0 for a file
-    tensors: list[tuple[str, int, list[tuple[int, int, int, int]]]] = field(default_factory=list)
+    # name, bytes that arrive, extents, bytes of what is made of them (0: they are the parameter)
+    tensors: list[tuple[str, int, list[tuple[int, int, int, int]], int]] = field(
+        default_factory=list
+    )
     index_of: dict[str, int] = field(default_factory=dict)  # slot name -> index into tensors
+    arrivals: dict[int, Arrival] = field(default_factory=dict)  # by index into tensors
+    kept: list[torch.Tensor] = field(default_factory=list)  # what `memory` points to besides
     # The module's own tensors by shard, where the bytes come from RAM.
     owned: dict[int, Owned] = field(default_factory=dict)
 
@@ -89,6 +95,8 @@ def from_checkpoint(units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
     problems: list[str] = []
     for slot in slots:
         names = [name for name in tied[id(live(slot))] if name in checkpoint.tensors]
+        if not names and slot.name in checkpoint.computed:
+            continue
         if not names:
             problems.append(f"{slot.name} is not in the checkpoint")
             continue
@@ -98,13 +106,33 @@ def from_checkpoint(units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
         chosen[slot.name] = name
         problems += _mismatch(slot, checkpoint.tensors[name])
     _raise_for(problems)
-    return _source_of_images(
+    source = _source_of_images(
         checkpoint, {slot: checkpoint.tensors[name] for slot, name in chosen.items()}
+    )
+    for slot in slots:
+        if slot.name not in chosen:
+            value = checkpoint.computed[slot.name]
+            source.kept.append(value)
+            source.index_of[slot.name] = _add_shard(source, slot.name, value)
+    return source
+
+
+def _not_plain(name: str, parameter: torch.Tensor) -> str | None:
+    """Why the parameter cannot be streamed, if it is not just its bytes."""
+    kind = type(parameter)
+    if kind in (nn.Parameter, torch.Tensor):
+        return None
+    return (
+        f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: only plain tensors can be"
+        " streamed. If it is quantised (torchao, bitsandbytes), stream the module as it was before"
     )
 
 
 def _mismatch(slot: Slot, image: TensorImage) -> list[str]:
     parameter = live(slot)
+    refused = _not_plain(slot.name, parameter)
+    if refused:
+        return [refused]
     problems = []
     if tuple(parameter.shape) != tuple(image.shape):
         problems.append(
@@ -136,22 +164,27 @@ def _source_of_images(checkpoint: Checkpoint, images: dict[str, TensorImage]) ->
         alignment = _engine.direct_alignment(str(path))
         source.shards.append((str(path), path.stat().st_size, alignment))
         source.memory.append(0)
-    seen: dict[tuple[Extent, ...], int] = {}
+    seen: dict[TensorImage, int] = {}
     for slot_name, image in images.items():
-        if image.extents not in seen:
-            seen[image.extents] = len(source.tensors)
+        key = replace(image, name="")
+        if key not in seen:
+            index = seen[key] = len(source.tensors)
             extents = [(e.shard, e.offset, e.nbytes, e.tensor_offset) for e in image.extents]
-            source.tensors.append((slot_name, image.nbytes, extents))
-        source.index_of[slot_name] = seen[image.extents]
+            placed_bytes = 0
+            if image.arrival is not None:
+                source.arrivals[index] = image.arrival
+                placed_bytes = image.nbytes
+            source.tensors.append((slot_name, image.arriving_bytes, extents, placed_bytes))
+        source.index_of[slot_name] = seen[key]
     return source
 
 
 def _same_bytes(checkpoint: Checkpoint, a: str, b: str) -> bool:
     one, two = checkpoint.tensors[a], checkpoint.tensors[b]
+    if (one.dtype, one.shape, one.arrival) != (two.dtype, two.shape, two.arrival):
+        return False
     if one.extents == two.extents:
         return True
-    if one.nbytes != two.nbytes:
-        return False
     return all(
         x == y for x, y in zip(_blocks(checkpoint, one), _blocks(checkpoint, two), strict=True)
     )
@@ -201,19 +234,22 @@ def from_module(units: Iterable[Unit]) -> Source:
 
 
 def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
-    if type(parameter) not in (nn.Parameter, torch.Tensor):
-        raise ValueError(
-            f"parameter {name!r} is a {type(parameter).__name__}: only plain tensors can be"
-            " streamed. Quantised tensor subclasses are not supported"
-        )
+    problem = _not_plain(name, parameter)
+    if problem:
+        raise ValueError(problem)
     owned = Owned.of(name, parameter)
     assert owned.data is not None
+    source.owned[len(source.shards)] = owned
+    _add_shard(source, name, owned.data)
+
+
+def _add_shard(source: Source, name: str, data: torch.Tensor) -> int:
+    """A contiguous tensor in RAM as a shard of its own; its index among the tensors."""
     shard = len(source.shards)
-    nbytes = parameter.numel() * parameter.element_size()
-    source.shards.append((name, nbytes, 1))
-    source.memory.append(owned.data.data_ptr())
-    source.tensors.append((name, nbytes, [(shard, 0, nbytes, 0)]))
-    source.owned[shard] = owned
+    source.shards.append((name, data.nbytes, 1))
+    source.memory.append(data.data_ptr())
+    source.tensors.append((name, data.nbytes, [(shard, 0, data.nbytes, 0)], 0))
+    return len(source.tensors) - 1
 
 
 def surplus(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
@@ -237,7 +273,11 @@ def check_surplus(module: nn.Module, checkpoint: Checkpoint) -> None:
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """One small tensor (a buffer), read into RAM."""
     image = checkpoint.tensors[name]
+    tensor = torch.empty(image.shape, dtype=image.dtype)
+    if tensor.numel() == 0:
+        return tensor
     data = bytearray().join(_blocks(checkpoint, image))
-    if not data:
-        return torch.empty(image.shape, dtype=image.dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(image.dtype).reshape(image.shape).clone()
+    arrived = torch.frombuffer(data, dtype=torch.uint8).clone()
+    arrival = image.arrival or Arrival((Part(0, image.dtype, image.shape),))
+    arrival.write(arrived, tensor)
+    return tensor

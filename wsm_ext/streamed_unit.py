@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from . import _engine
+from .arrival import Arrival
 from .compiling import never_compiled
 from .placeholder import StreamedParameter
 
 # A module's parameters, the key in them, what is there while the unit is taken, and what else.
 Swap = tuple[dict[str, Any], str, nn.Parameter, StreamedParameter]
+
+# What makes a parameter, the bytes it is made of, and the parameter.
+Arriving = tuple[Arrival, torch.Tensor, nn.Parameter]
 
 _ABSENT = 0x7FFFFFFF  # a version that nothing is ever saved at
 
@@ -33,10 +37,12 @@ class StreamedUnit:
         swaps: list[Swap],
         memory: torch.Tensor,
         place: tuple[int, int],
+        arriving: list[Arriving],
     ) -> None:
         self.index = index
         self.name = name
         self.swaps = swaps
+        self._arriving = arriving
         self._engine = engine
         self._memory = memory  # the parameters are views of it, and share its version
         self._begin, self._end = place[0], place[0] + place[1]
@@ -51,11 +57,20 @@ class StreamedUnit:
     @never_compiled
     def take(self, stream: int) -> None:
         self._engine.acquire(self.index, stream)
-        self._taken += 1
-        if self._taken == 1:
+        if self._taken == 0:
+            self._arrive(stream)
             _set_version(self._memory, self._version)
+        self._taken += 1
         for parameters, key, placed, _ in self.swaps:
             parameters[key] = placed
+
+    def _arrive(self, stream: int) -> None:
+        try:
+            for arrival, arrived, placed in self._arriving:
+                arrival.write(arrived, placed)
+        except BaseException:
+            self._engine.release(self.index, stream)
+            raise
 
     @never_compiled
     def give(self, stream: int) -> None:
@@ -69,7 +84,7 @@ class StreamedUnit:
 
     def dissolve(self) -> None:
         """The module gets its own parameters back: leave it alone from now on."""
-        self.swaps = []
+        self.swaps, self._arriving = [], []
         self._memory = torch.empty(0)
 
 

@@ -7,12 +7,14 @@ gets is a Checkpoint under the module's names. No tensor is read here.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ _log = logging.getLogger("wsm_ext")
 
 _DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _NOT_DOWNLOADED = ["original/*", "consolidated*"]
+_VARIANT = re.compile(
+    r"model\.(?:safetensors\.index\.)?([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"
+)
 
 
 def from_pretrained(
@@ -51,11 +56,11 @@ def from_pretrained(
 ) -> StreamedModule:
     """Stream the transformers model in the folder `path`, or behind the hub id `path`.
 
-    `dtype` is "auto" (what the config says) or a dtype; the checkpoint's tensors must have it, for
-    nothing is cast on the way. `auto_class` is a transformers class, or its name, for a config
-    whose `architectures` does not decide. On a GPU, device_memory="auto" leaves room for one
-    sequence of 4096 tokens and its KV cache; state `workload` for others. The other arguments are
-    those of `stream`.
+    `dtype` is "auto" (what the config says) or a dtype: tensors that have another are cast when
+    they arrive, as transformers does it, what it keeps in fp32 included. `auto_class` is a
+    transformers class, or its name, for a config whose `architectures` does not decide. On a GPU,
+    device_memory="auto" leaves room for one sequence of 4096 tokens and its KV cache; state
+    `workload` for others. The other arguments are those of `stream`.
     """
     folder = resolve_folder(path, revision=revision, local_files_only=local_files_only)
     module, checkpoint = prepare(folder, dtype=dtype, auto_class=auto_class)
@@ -84,13 +89,13 @@ def prepare(
     main_dtype = _main_dtype(dtype, config, checkpoint)
     model = _build(config, auto_class, main_dtype)
 
-    images = place(model, checkpoint, main_dtype, dtype)
+    images, computed = place(model, checkpoint, main_dtype)
 
     _load_generation_config(model, folder)
     _never_compile(model)
     model.eval()
     view = {name: replace(image, name=name) for name, image in images.items()}
-    return model, replace(checkpoint, tensors=view)
+    return model, replace(checkpoint, tensors=view, computed=computed)
 
 
 def resolve_folder(
@@ -133,32 +138,90 @@ def resolve_folder(
 def _read_config(folder: Path) -> PreTrainedConfig:
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{folder} holds an adapter (adapter_config.json); adapters are not supported: "
-            "merge it into its base model first"
+            f"{folder} holds an adapter (adapter_config.json), not a model: merge it into its base"
+            " model first (peft's merge_and_unload), or stream the base model and put the adapter"
+            " on it"
         )
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a transformers model")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = (
-            quantization.get("quant_method")
-            if isinstance(quantization, Mapping)
-            else getattr(quantization, "quant_method", None)
-        )
         raise CheckpointError(
-            f"{folder} is quantized (quantization_config: {getattr(method, 'value', method)}); "
-            "quantized models are not supported"
+            f"{folder} has no config.json: it is not a transformers model{_instead(folder)}"
         )
+    try:
+        # Code that comes with a checkpoint is never run, nor is anybody asked whether it may be.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a config is validated by its own class, as that likes
+        raise CheckpointError(_unreadable(folder, error)) from error
+    _refuse_kernels(folder, config)
+    _refuse_quantized(folder, config)
     return config
+
+
+def _instead(folder: Path) -> str:
+    if (folder / "model_index.json").is_file():
+        return (
+            ", but a diffusers pipeline (model_index.json): load its models with diffusers, and"
+            " stream() them"
+        )
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f"; its folders {', '.join(inner)} have one: give one of them" if inner else ""
+
+
+def _unreadable(folder: Path, error: Exception) -> str:
+    try:
+        described = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError:
+        described = None
+    if isinstance(described, dict) and "auto_map" in described:
+        return (
+            f"{folder}: its model type {described.get('model_type')!r} is not one of transformers"
+            f" {transformers.__version__}, and code that comes with a checkpoint (auto_map) is"
+            " never run: build the module yourself, and stream() it"
+        )
+    return f"{folder / 'config.json'} cannot be read by transformers: {error}"
+
+
+def _refuse_kernels(folder: Path, config: PreTrainedConfig) -> None:
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = getattr(part, "_attn_implementation", None)
+        if isinstance(attention, str) and "/" in attention:
+            raise CheckpointError(
+                f"{folder}: config.json asks for the attention kernel {attention!r}, code from the"
+                " hub, which is never run: take attn_implementation out of config.json"
+            )
+
+
+def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, Mapping)
+        else getattr(quantization, "quant_method", None)
+    )
+    raise CheckpointError(
+        f"{folder} is quantized (quantization_config: {getattr(method, 'value', method)}), and"
+        " quantized models are not supported: take the model's unquantized checkpoint, or load this"
+        " one with transformers, call dequantize(), and save it with save_pretrained()"
+    )
 
 
 def _open_weights(folder: Path, config: PreTrainedConfig) -> Checkpoint:
     named = getattr(config, "transformers_weights", None)
     if named is not None:
         raise CheckpointError(
-            f"{folder}: config.json names its weights itself ({named}), not supported"
+            f"{folder}: config.json names its weights itself (transformers_weights: {named}), which"
+            " is not supported: rename that file to model.safetensors, and take the entry out"
         )
+    names = {path.name for path in folder.glob("model*.safetensors*")}
+    if not names & {"model.safetensors", "model.safetensors.index.json"}:
+        variants = {found[1] for name in names if (found := _VARIANT.fullmatch(name))}
+        if variants:
+            raise CheckpointError(
+                f"{folder} has its weights as a variant only ({', '.join(sorted(variants))}), which"
+                " from_pretrained does not choose: rename the file to model.safetensors, or the"
+                " index to model.safetensors.index.json"
+            )
     return Checkpoint.open(folder)
 
 
@@ -221,7 +284,7 @@ def _builder(config: PreTrainedConfig, auto_class: Any) -> Any:
     if isinstance(auto_class, str):
         found = getattr(transformers, auto_class, None)
     if hasattr(found, "from_config"):
-        return found.from_config
+        return partial(found.from_config, trust_remote_code=False)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         model_class: Any = found
         return model_class._from_config

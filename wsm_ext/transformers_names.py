@@ -1,15 +1,18 @@
 """Which tensor of a checkpoint belongs to which parameter, by transformers' own rules.
 
-The order is that of `PreTrainedModel.from_pretrained`: rename, tie, then judge what is missing and
-surplus, dtypes and shapes. Whatever transformers would do with the tensors' bytes (casts, fused
-experts, transposes) is refused by name.
+The order is that of `PreTrainedModel.from_pretrained`: rename, convert, tie, then judge what is
+missing and surplus, shapes and dtypes. Conversions (fused experts, transposes) are transformers'
+own operations, run by `transforms`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from .checkpoint import Checkpoint, CheckpointError, TensorImage
+from .transforms import cast, convert
 
 _log = logging.getLogger("wsm_ext")
 
@@ -34,18 +38,19 @@ def place(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     main_dtype: torch.dtype,
-    asked: str | torch.dtype,
-) -> dict[str, TensorImage]:
-    """An image for every parameter of the model, under all of its names, and for its buffers.
+) -> tuple[dict[str, TensorImage], dict[str, torch.Tensor]]:
+    """An image for every parameter of the model, under all of its names, and for its buffers; the
+    values of parameters that transformers computes, and does not save.
 
     Ties the model's parameters, and gives them the dtypes that transformers would.
     """
-    images, surplus = _match_names(model, checkpoint)
+    images, conversions, surplus = _match_names(model, checkpoint)
+    first_of = _convert(model, checkpoint, conversions, images)
     _tie(model, images)
-    _check_names(model, images, surplus)
-    _settle_dtypes(model, images, main_dtype, asked)
+    computed = _check_names(model, images, surplus)
     _check_shapes(model, images)
-    return images
+    _settle_dtypes(model, images, main_dtype, first_of)
+    return images, _compute(model, computed)
 
 
 def meta_parameter(like: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -59,44 +64,98 @@ def meta_parameter(like: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
     return twin
 
 
+@dataclass
+class _Conversion:
+    """A rule of transformers, and the checkpoint's tensors that it takes together."""
+
+    rule: WeightConverter
+    patterns: list[str] = field(default_factory=list)  # which of the rule's each key matches
+    keys: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{', '.join(map(repr, self.rule.operations))} of {_some(self.keys)}"
+
+    def run(
+        self, model: PreTrainedModel, name: str, tensors: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What the rule makes of the tensors, which are those of `keys`; `name` is the first."""
+        rule = copy(self.rule)
+        rule.collected_tensors = {pattern: [] for pattern in self.patterns}
+        for pattern, tensor in zip(self.patterns, tensors, strict=True):
+            rule.collected_tensors[pattern].append(tensor)
+        made: Any = rule.convert(name, model=model, config=model.config)
+        if isinstance(made, tuple):  # transformers 5.0: with the errors
+            made = made[0]
+        return {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
+
+
 def _match_names(
     model: PreTrainedModel, checkpoint: Checkpoint
-) -> tuple[dict[str, TensorImage], set[str]]:
-    """Images under the model's names, and the tensors that the model has no place for."""
+) -> tuple[dict[str, TensorImage], dict[str, _Conversion], set[str]]:
+    """Images under the model's names, conversions by the first name that they make, and the tensors
+    that the model has no place for."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     places = model.state_dict()
     prefix = model.base_model_prefix
     images: dict[str, TensorImage] = {}
+    conversions: dict[str, _Conversion] = {}
     surplus: set[str] = set()
-    converted: list[str] = []
-    # Some renamings keep state and rely on this order.
+    # Some renamings keep state and rely on this order; so do lists of experts.
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, places)
         if name not in places and key in places:
-            name, pattern = rename_source_key(
-                key, [], [], base_model_prefix=prefix, meta_state_dict=places
-            )
+            name, pattern = rename_source_key(key, [], [], prefix, places)
         if name not in places:
             surplus.add(name if pattern is None else key)
         elif pattern is not None:
-            converted.append(f"{key} -> {name} ({_operations(converters, pattern)})")
+            conversion = conversions.setdefault(name, _Conversion(rule_of[pattern]))
+            conversion.patterns.append(pattern)
+            conversion.keys.append(key)
         elif name in images:
             _log.warning("%s and %s are both %s; the first is used", images[name].name, key, name)
         else:
             images[name] = checkpoint.tensors[key]
-    if converted:
-        raise CheckpointError(
-            f"{type(model).__name__}: transformers converts these tensors while it loads them, "
-            f"which is not supported yet: {_some(converted)}"
-        )
-    return images, surplus
+    return images, conversions, surplus
 
 
-def _operations(converters: Iterable[WeightConverter], pattern: str) -> str:
-    rule = next(rule for rule in converters if pattern in rule.source_patterns)
-    return ", ".join(map(repr, rule.operations))
+def _convert(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    conversions: Mapping[str, _Conversion],
+    images: dict[str, TensorImage],
+) -> dict[str, str]:
+    """Add the images of what the conversions make. By name: the first name of its conversion."""
+    places = model.state_dict()
+    first_of: dict[str, str] = {}
+    for first, conversion in conversions.items():
+
+        def run(
+            tensors: Sequence[torch.Tensor],
+            conversion: _Conversion = conversion,
+            first: str = first,
+        ) -> dict[str, torch.Tensor]:
+            return conversion.run(model, first, tensors)
+
+        try:
+            made = convert(run, [checkpoint.tensors[key] for key in conversion.keys])
+        except Exception as error:  # whatever an operation of transformers may raise
+            raise CheckpointError(
+                f"{type(model).__name__}: {first} cannot be made by transformers' {conversion}:"
+                f" {error}"
+            ) from error
+        for name, image in made.items():
+            if name not in places or name in images:
+                what = "has no place for it" if name not in places else "has it from elsewhere"
+                raise CheckpointError(
+                    f"{type(model).__name__}: transformers' {conversion} makes {name}, but the"
+                    f" model {what}"
+                )
+            images[name] = image
+            first_of[name] = first
+    return first_of
 
 
 def _tie(model: PreTrainedModel, images: dict[str, TensorImage]) -> None:
@@ -119,13 +178,13 @@ def _tie(model: PreTrainedModel, images: dict[str, TensorImage]) -> None:
 
 def _check_names(
     model: PreTrainedModel, images: Mapping[str, TensorImage], surplus: set[str]
-) -> None:
+) -> list[str]:
+    """Raise for names that should not be missing or surplus. Returns parameters that may be."""
     places = {name for name in model.state_dict() if not name.endswith("_extra_state")}
     keys = SimpleNamespace(missing_keys=places - images.keys(), unexpected_keys=surplus)
     model._adjust_missing_and_unexpected_keys(keys)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    # A parameter has no value of its own, so it is needed even where transformers would do without.
-    missing = parameters - images.keys()
+    missing = parameters & keys.missing_keys
     lost = sorted(keys.missing_keys - parameters)
     if lost:
         _log.warning("not in the checkpoint, buffers keep their initial values: %s", _some(lost))
@@ -136,31 +195,54 @@ def _check_names(
         problems.append(f"tensors that the model has no place for: {_some(keys.unexpected_keys)}")
     if problems:
         raise CheckpointError(f"{type(model).__name__}: " + "; ".join(problems))
+    return sorted(parameters - images.keys())
+
+
+def _compute(model: PreTrainedModel, names: list[str]) -> dict[str, torch.Tensor]:
+    """What transformers makes of parameters that its checkpoints need not have (positions as
+    sines)."""
+    values: dict[str, torch.Tensor] = {}
+    for name in names:
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
+        absent = owner._parameters[key]
+        value = nn.Parameter(torch.zeros_like(absent, device="cpu"), requires_grad=False)
+        owner._parameters[key] = value
+        try:
+            model._init_weights(owner)
+        finally:
+            owner._parameters[key] = absent
+        values[name] = value.detach().contiguous()
+    if names:
+        _log.warning("not in the checkpoint, computed by transformers: %s", _some(names))
+    return values
 
 
 def _settle_dtypes(
     model: PreTrainedModel,
-    images: Mapping[str, TensorImage],
+    images: dict[str, TensorImage],
     main_dtype: torch.dtype,
-    asked: str | torch.dtype,
+    first_of: Mapping[str, str],
 ) -> None:
-    """Give each parameter the dtype that transformers would load it with; the file must have it."""
+    """Give each image and its parameter the dtype that transformers would load it with."""
     plan = model._get_dtype_plan(main_dtype)
     pattern, key_of, _ = build_glob_alternation(list(plan))
-    wrong = []
-    for name, parameter in list(model.named_parameters()):
+    places = model.state_dict()
+
+    def wanted(name: str) -> torch.dtype:
+        name = first_of.get(name, name)  # what one conversion makes has one dtype
         match = pattern.search(name) if plan else None
-        wanted = plan[key_of[str(match.lastgroup)]] if match else parameter.dtype
-        if images[name].dtype != wanted:
-            wrong.append(f"{name} (file {_short(images[name].dtype)}, wanted {_short(wanted)})")
-        elif parameter.dtype != wanted:
-            _replace_parameter(model, parameter, meta_parameter(parameter, wanted))
-    if wrong:
-        source = "config.json" if asked == "auto" else "the dtype argument"
-        raise ValueError(
-            f"{source} asks for {_short(main_dtype)}, and casting while loading is not supported "
-            f"yet: pass the checkpoint's own dtype. Tensors that differ: {_some(wrong)}"
-        )
+        dtype: torch.dtype = plan[key_of[str(match.lastgroup)]] if match else places[name].dtype
+        return dtype
+
+    settled: dict[int, TensorImage] = {}  # tied names share an image: that of the first
+    for name, image in images.items():
+        if id(image) not in settled:
+            settled[id(image)] = cast(image, wanted(name))
+    images.update({name: settled[id(image)] for name, image in images.items()})
+    for name, parameter in list(model.named_parameters()):
+        if name in images and images[name].dtype != parameter.dtype:
+            _replace_parameter(model, parameter, meta_parameter(parameter, images[name].dtype))
 
 
 def _replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
@@ -185,7 +267,3 @@ def _some(names: Iterable[str]) -> str:
     ordered = sorted(names, key=dot_natural_key)
     more = len(ordered) - _NAMES_SHOWN
     return ", ".join(ordered[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

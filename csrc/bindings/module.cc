@@ -40,7 +40,7 @@ struct PlannedModel {
 
 using ShardTuple = std::tuple<std::string, uint64_t, uint32_t>;
 using ExtentTuple = std::tuple<uint32_t, uint64_t, uint64_t, uint64_t>;
-using TensorTuple = std::tuple<std::string, uint64_t, std::vector<ExtentTuple>>;
+using TensorTuple = std::tuple<std::string, uint64_t, std::vector<ExtentTuple>, uint64_t>;
 using UnitTuple = std::tuple<std::string, std::string, std::vector<uint32_t>, bool>;
 
 PlannedModel plan_model(const std::vector<ShardTuple>& shards,
@@ -52,8 +52,8 @@ PlannedModel plan_model(const std::vector<ShardTuple>& shards,
   for (const auto& [path, bytes, alignment] : shards) {
     planned.spec.shards.push_back({path, bytes, alignment});
   }
-  for (const auto& [name, bytes, extents] : tensors) {
-    TensorSpec tensor{name, bytes, {}};
+  for (const auto& [name, bytes, extents, placed_bytes] : tensors) {
+    TensorSpec tensor{name, bytes, {}, placed_bytes};
     for (const auto& [shard, offset, length, at] : extents) {
       tensor.extents.push_back({shard, offset, length, at});
     }
@@ -263,15 +263,17 @@ void bind_plan(py::module_& m) {
                                }
                                return bytes;
                              })
-      // (home block, offset in it) of each of the unit's tensors; the arena is None.
+      // (home block, offset in it, offset of the image) of each of the unit's tensors; the arena is
+      // None, and has the images.
       .def("tensor_places", [](const PlannedModel& p, uint32_t unit) {
         py::list places;
         for (const TensorPlace& place : p.plan.units.at(unit).tensors) {
           if (place.resident) {
             const size_t block = p.plan.block_at(place.offset);
-            places.append(py::make_tuple(block, place.offset - p.plan.home_blocks[block].offset));
+            places.append(py::make_tuple(block, place.offset - p.plan.home_blocks[block].offset,
+                                         uint64_t{0}));
           } else {
-            places.append(py::make_tuple(py::none(), place.offset));
+            places.append(py::make_tuple(py::none(), place.offset, place.image_offset));
           }
         }
         return places;

@@ -109,8 +109,8 @@ class Engine {
   void acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt);
   void release(uint32_t unit, StreamHandle stream);
 
-  // Copies the bytes of the unit's tensor (an index into UnitSpec::tensors) that is not resident
-  // into host memory, from the host cache or the shard. Allowed at any time.
+  // Copies the image of the unit's tensor (an index into UnitSpec::tensors) into host memory, from
+  // the host cache or the shard. Allowed at any time, but not for what is resident as it is.
   void fetch(uint32_t unit, uint32_t tensor, std::byte* target) const;
 
   void close();

@@ -131,9 +131,17 @@ void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
   check(unit < plan_.units.size(), "there is no unit ", unit);
   const UnitPlan& planned = plan_.units[unit];
   check(tensor < planned.tensors.size(), "unit ", unit, " has no tensor ", tensor);
-  check(!planned.tensors[tensor].resident, "a resident tensor is fetched from its home");
-  const uint64_t begin = planned.tensors[tensor].offset;
-  const uint64_t end = begin + spec_.tensors[spec_.units[unit].tensors[tensor]].bytes;
+  const TensorSpec& spec = spec_.tensors[spec_.units[unit].tensors[tensor]];
+  if (planned.tensors[tensor].resident) {
+    check(spec.placed_bytes > 0, "a resident tensor is fetched from its home");
+    for (const Extent& extent : spec.extents) {
+      read_buffered(*shards_[extent.shard], extent.offset, extent.bytes,
+                    target + extent.tensor_offset);
+    }
+    return;
+  }
+  const uint64_t begin = planned.tensors[tensor].image_offset;
+  const uint64_t end = begin + spec.bytes;
   const auto [first, count] = conductor_->chunks_of(unit);
   for (uint32_t c = first; c < first + count; ++c) {
     const Chunk& chunk = plan_.chunks[c];

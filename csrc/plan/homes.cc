@@ -33,7 +33,7 @@ class Search {
     }
     for (const UnitSpec& unit : spec.units) {
       for (const uint32_t t : unit.tensors) {
-        uses_.push_back({device_tensor_bytes(spec.tensors[t]), rank[t]});
+        uses_.push_back({streamed_tensor_bytes(spec.tensors[t]), rank[t]});
       }
     }
     make_samples();
@@ -223,7 +223,7 @@ std::vector<Place> streamed_places(const ModelSpec& spec, const std::vector<bool
     Place& place = places.emplace_back();
     place.exclusive = unit.exclusive;
     for (const uint32_t t : unit.tensors) {
-      if (!resident[t]) place.bytes += device_tensor_bytes(spec.tensors[t]);
+      if (!resident[t]) place.bytes += streamed_tensor_bytes(spec.tensors[t]);
     }
   }
   return places;
@@ -248,9 +248,10 @@ bool refill(const ModelSpec& spec, const Search& search, DeviceHomes& homes,
       continue;
     }
     if (users) {
-      const auto empties = [&](uint32_t u) { return homes.places[u].bytes == bytes; };
+      const uint64_t streamed = streamed_tensor_bytes(spec.tensors[t]);
+      const auto empties = [&](uint32_t u) { return homes.places[u].bytes == streamed; };
       if (std::any_of((*users)[t].begin(), (*users)[t].end(), empties)) continue;
-      for (const uint32_t u : (*users)[t]) homes.places[u].bytes -= bytes;
+      for (const uint32_t u : (*users)[t]) homes.places[u].bytes -= streamed;
     }
     homes.resident[t] = true;
     homes.kept.push_back(t);

@@ -30,6 +30,9 @@ struct TensorSpec {
   std::string name;
   uint64_t bytes = 0;
   std::vector<Extent> extents;
+  // The parameter's own size where it is made of the image by an arrival transform (a cast, a
+  // transpose); 0 where the image is the parameter.
+  uint64_t placed_bytes = 0;
 };
 
 // What is loaded and released together.

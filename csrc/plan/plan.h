@@ -53,6 +53,9 @@ struct Chunk {
 struct TensorPlace {
   bool resident = false;  // false: `offset` is in the arena; true: in the homes
   uint64_t offset = 0;
+  // Where its image lands: at `offset`, or in scratch of the unit's place that an arrival transform
+  // reads. An image that is to be transformed and resident lands nowhere: see Engine::fetch.
+  uint64_t image_offset = 0;
 };
 
 // One piece of device memory for resident tensors. Offsets in the homes count all blocks, with gaps

@@ -105,7 +105,7 @@ std::vector<uint64_t> lay_out_homes(const ModelSpec& spec, const Limits& limits,
   return offsets;
 }
 
-// The unit's tensors one after another in its place, in file order.
+// The unit's images one after another in its place, in file order; after them what transforms make.
 void place_tensors(const ModelSpec& spec, const UnitSpec& unit, const DeviceHomes& homes,
                    const std::vector<uint64_t>& home_offsets, const FileOrder& order,
                    UnitPlan& plan) {
@@ -113,14 +113,21 @@ void place_tensors(const ModelSpec& spec, const UnitSpec& unit, const DeviceHome
   std::vector<uint32_t> streamed;  // indices into unit.tensors
   for (uint32_t i = 0; i < unit.tensors.size(); ++i) {
     const uint32_t t = unit.tensors[i];
-    plan.tensors[i] = {.resident = homes.resident[t], .offset = home_offsets[t]};
+    plan.tensors[i] = {
+        .resident = homes.resident[t], .offset = home_offsets[t], .image_offset = home_offsets[t]};
     if (!homes.resident[t]) streamed.push_back(i);
   }
   order.sort(streamed.begin(), streamed.end(), [&](uint32_t i) { return unit.tensors[i]; });
   uint64_t end = plan.place_offset;
   for (const uint32_t i : streamed) {
+    plan.tensors[i].offset = plan.tensors[i].image_offset = end;
+    end += align_up(spec.tensors[unit.tensors[i]].bytes, kPlaceAlignment);
+  }
+  for (const uint32_t i : streamed) {
+    const uint64_t placed_bytes = spec.tensors[unit.tensors[i]].placed_bytes;
+    if (placed_bytes == 0) continue;
     plan.tensors[i].offset = end;
-    end += device_tensor_bytes(spec.tensors[unit.tensors[i]]);
+    end += align_up(placed_bytes, kPlaceAlignment);
   }
 }
 
@@ -131,7 +138,7 @@ void cut_streamed(const ModelSpec& spec, uint64_t chunk_bytes, Plan& plan) {
     for (uint32_t i = 0; i < unit.tensors.size(); ++i) {
       const TensorSpec& tensor = spec.tensors[spec.units[u].tensors[i]];
       const bool resident = unit.tensors[i].resident;
-      append_fragments(tensor, resident ? kNone : u, unit.tensors[i].offset, fragments);
+      append_fragments(tensor, resident ? kNone : u, unit.tensors[i].image_offset, fragments);
       if (!resident) unit.streamed_bytes += tensor.bytes;
     }
     find_stretches(fragments);
@@ -150,7 +157,11 @@ void cut_resident(const ModelSpec& spec, uint64_t chunk_bytes, Plan& plan) {
       const uint32_t t = spec.units[u].tensors[i];
       if (!plan.units[u].tensors[i].resident || seen[t]) continue;
       seen[t] = true;
-      append_fragments(spec.tensors[t], u, plan.units[u].tensors[i].offset, fragments);
+      if (spec.tensors[t].placed_bytes > 0) {
+        plan.device_home_bytes += spec.tensors[t].bytes;  // made at start, of what `fetch` brings
+        continue;
+      }
+      append_fragments(spec.tensors[t], u, plan.units[u].tensors[i].image_offset, fragments);
     }
   }
   plan.first_resident_chunk = static_cast<uint32_t>(plan.chunks.size());

@@ -43,7 +43,12 @@ std::vector<std::vector<uint32_t>> tensors_by_size(const ModelSpec& spec,
 }  // namespace
 
 uint64_t device_tensor_bytes(const TensorSpec& tensor) {
-  return align_up(tensor.bytes, kPlaceAlignment);
+  const bool transformed = tensor.placed_bytes > 0;
+  return align_up(transformed ? tensor.placed_bytes : tensor.bytes, kPlaceAlignment);
+}
+
+uint64_t streamed_tensor_bytes(const TensorSpec& tensor) {
+  return align_up(tensor.bytes, kPlaceAlignment) + align_up(tensor.placed_bytes, kPlaceAlignment);
 }
 
 ResidencyOrder residency_order(const ModelSpec& spec) {

@@ -9,8 +9,11 @@
 
 namespace wsm {
 
-// Bytes that a tensor takes in device memory.
+// Bytes that a tensor takes in device memory where it is resident.
 uint64_t device_tensor_bytes(const TensorSpec& tensor);
+
+// The same in its unit's place, where a transform needs its image beside it.
+uint64_t streamed_tensor_bytes(const TensorSpec& tensor);
 
 // The order in which tensors become resident, each used one once: those of exclusive units first,
 // then small ones, then rounds, each of which takes the largest tensor that is left of every unit.

@@ -124,6 +124,22 @@ TEST(Engine, ResidentTensorsAreLoadedOnceAndStay) {
   EXPECT_LE(engine.totals().disk_bytes, plan.device_home_bytes + 4 * plan.disk_home_bytes);
 }
 
+TEST(Engine, ImagesOfTransformsArriveInScratchOrAreFetched) {
+  ModelShape shape;
+  shape.transformed = true;
+  StreamedModel model(7, shape);
+  for (const uint64_t homes : {uint64_t{0}, model.bytes() / 2, model.bytes()}) {
+    Limits l = limits(3 * model.largest_unit_bytes(), model.bytes() / 4);
+    l.home_bytes = homes;
+    EngineOptions options;
+    options.poison = true;
+    Engine& engine = model.open(model.plan(l), options);
+    engine.load_resident(0, {});
+    for (int pass = 0; pass < 3; ++pass) ASSERT_EQ(model.pass(model.all_units()), "") << homes;
+    for (const uint32_t unit : model.all_units()) ASSERT_EQ(model.wrong_fetch(unit), "") << homes;
+  }
+}
+
 TEST(Engine, ShardsInMemoryAreNoDiskBytes) {
   ModelShape shape;
   shape.in_memory = true;

@@ -79,10 +79,12 @@ class Machine {
     for (size_t i = 0; i < plan_.units[u].tensors.size(); ++i) {
       const TensorPlace place = plan_.units[u].tensors[i];
       const auto& memory = place.resident ? homes_ : arena_;
-      for (const Extent& extent : spec_.tensors[spec_.units[u].tensors[i]].extents) {
+      const TensorSpec& tensor = spec_.tensors[spec_.units[u].tensors[i]];
+      if (place.resident && tensor.placed_bytes > 0) continue;  // its image is not loaded
+      for (const Extent& extent : tensor.extents) {
         const auto from = shards_[extent.shard].begin() + static_cast<ptrdiff_t>(extent.offset);
         const auto at =
-            memory.begin() + static_cast<ptrdiff_t>(place.offset + extent.tensor_offset);
+            memory.begin() + static_cast<ptrdiff_t>(place.image_offset + extent.tensor_offset);
         if (!std::equal(from, from + static_cast<ptrdiff_t>(extent.bytes), at)) return false;
       }
     }
@@ -241,6 +243,49 @@ TEST(Planner, ATiedTensorStreamsTwiceAndIsCountedOnce) {
   EXPECT_EQ(plan.model_bytes, 5000u);
   EXPECT_EQ(plan.host_home_bytes, 10000u);
   EXPECT_EQ(plan.read_ahead_bytes, 10000u);
+}
+
+// The image of `b`, 600 bytes, becomes a parameter of 300.
+ModelSpec transformed_model() {
+  ModelBuilder model;
+  model.shard("s");
+  const uint32_t a = model.tensor("a", 512);
+  const uint32_t b = model.tensor("b", 600);
+  const uint32_t c = model.tensor("c", 100);
+  model.spec.tensors[b].placed_bytes = 300;
+  model.unit("u", {a, b, c});
+  return model.spec;
+}
+
+TEST(Planner, AStreamedTransformHasItsImageInScratchBesideIt) {
+  const Plan plan = make_plan(transformed_model(),
+                              {.device_bytes = 2 * kMiB, .host_bytes = kMiB, .home_bytes = 0});
+  const UnitPlan& unit = plan.units[0];
+  EXPECT_EQ(unit.tensors[0].offset, 0u);
+  EXPECT_EQ(unit.tensors[1].image_offset, 512u);
+  EXPECT_EQ(unit.tensors[2].offset, 512u + 768u);
+  EXPECT_EQ(unit.tensors[1].offset, 512u + 768u + 256u);
+  EXPECT_EQ(unit.place_bytes, 512u + 768u + 256u + 512u);
+  EXPECT_EQ(unit.streamed_bytes, 1212u);
+  EXPECT_EQ(plan.chunks.size(), 1u);
+  EXPECT_EQ(plan.arena_bytes, unit.place_bytes);
+}
+
+TEST(Planner, AResidentTransformTakesOnlyWhatItBecomes) {
+  const Plan plan = make_plan(transformed_model(), {.device_bytes = 2 * kMiB, .host_bytes = kMiB});
+  EXPECT_EQ(plan.homes_bytes, 512u + 512u + 256u);
+  EXPECT_EQ(plan.device_home_bytes, 1212u);
+  ASSERT_EQ(plan.chunks.size(), 1u);
+  EXPECT_EQ(plan.chunks[0].payload_bytes, 612u);  // the caller makes `b` of what `fetch` brings
+}
+
+TEST(Planner, ResidentTransformsAloneNeedNoHostMemoryOfTheirs) {
+  ModelSpec spec = transformed_model();
+  spec.units[0].tensors = {1};
+  const Plan plan = make_plan(spec, {.device_bytes = 2 * kMiB, .host_bytes = kMiB});
+  EXPECT_TRUE(plan.chunks.empty());
+  EXPECT_EQ(plan.staging_bytes(), 0u);
+  EXPECT_EQ(plan.homes_bytes, 512u);
 }
 
 TEST(Planner, ReadAheadIsAsAskedFor) {

@@ -64,7 +64,8 @@ inline ModelSpec uniform_model(uint32_t layers, uint32_t tensors, uint64_t tenso
   return model.spec;
 }
 
-// Odd sizes, gaps, several shards, parts in any order, tied tensors, exclusive and empty units.
+// Odd sizes, gaps, several shards, parts in any order, tied and transformed tensors, exclusive and
+// empty units.
 inline ModelSpec random_model(std::mt19937_64& random, uint64_t scale_bytes) {
   const auto below = [&](uint64_t n) { return random() % n; };
   ModelBuilder model;
@@ -105,9 +106,12 @@ inline ModelSpec random_model(std::mt19937_64& random, uint64_t scale_bytes) {
   }
   for (TensorSpec& tensor : model.spec.tensors) {
     std::shuffle(tensor.extents.begin(), tensor.extents.end(), random);
-    if (below(10) > 0) continue;
-    tensor.extents = model.spec.tensors[0].extents;  // the same bytes under two names
-    tensor.bytes = model.spec.tensors[0].bytes;
+    if (below(10) == 0) {
+      tensor.extents = model.spec.tensors[0].extents;  // the same bytes under two names
+      tensor.bytes = model.spec.tensors[0].bytes;
+    }
+    const uint64_t mixed = tensor.bytes * 0x9E3779B97F4A7C15ull >> 32;
+    if (mixed % 8 == 0 && tensor.bytes > 0) tensor.placed_bytes = 1 + mixed % (2 * tensor.bytes);
   }
   return model.spec;
 }

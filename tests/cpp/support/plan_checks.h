@@ -13,6 +13,7 @@
 #include "plan/host_memory.h"
 #include "plan/plan.h"
 #include "plan/planner.h"
+#include "plan/residency.h"
 #include "util/align.h"
 
 namespace wsm::testing {
@@ -153,8 +154,8 @@ inline uint32_t lookahead_around(const ModelSpec& spec, const Plan& plan) {
   return cycle.empty() ? 0 : static_cast<uint32_t>(cycle.size() - 1);
 }
 
-// Each unit's streamed tensors lie apart inside its place; all resident ones lie apart in the
-// homes.
+// Each unit's streamed tensors, and the images of those that are transformed, lie apart inside its
+// place; all resident ones lie apart in the homes.
 inline void expect_tensors_placed(const ModelSpec& spec, const Plan& plan) {
   std::map<uint32_t, uint64_t> homes;
   const auto expect_apart = [&](std::vector<std::pair<uint64_t, uint64_t>> ranges) {
@@ -169,8 +170,19 @@ inline void expect_tensors_placed(const ModelSpec& spec, const Plan& plan) {
     for (size_t i = 0; i < unit.tensors.size(); ++i) {
       const uint32_t t = spec.units[u].tensors[i];
       const TensorPlace place = unit.tensors[i];
-      const uint64_t end = place.offset + spec.tensors[t].bytes;
+      const bool transformed = spec.tensors[t].placed_bytes > 0;
+      const uint64_t bytes = transformed ? spec.tensors[t].placed_bytes : spec.tensors[t].bytes;
+      const uint64_t end = place.offset + bytes;
       EXPECT_EQ(place.offset % kPlaceAlignment, 0u);
+      if (!place.resident && transformed) {
+        const uint64_t image_end = place.image_offset + spec.tensors[t].bytes;
+        EXPECT_EQ(place.image_offset % kPlaceAlignment, 0u);
+        EXPECT_GE(place.image_offset, unit.place_offset);
+        EXPECT_LE(image_end, unit.place_offset + unit.place_bytes);
+        streamed.emplace_back(place.image_offset, image_end);
+      } else if (!place.resident) {
+        EXPECT_EQ(place.image_offset, place.offset);
+      }
       if (!place.resident) {
         streamed.emplace_back(place.offset, end);
         EXPECT_GE(place.offset, unit.place_offset);
@@ -202,9 +214,9 @@ inline void expect_bytes_covered(const ModelSpec& spec, const Plan& plan) {
       const uint32_t t = spec.units[u].tensors[i];
       const TensorPlace place = plan.units[u].tensors[i];
       if (!place.resident) {
-        append_fragments(spec.tensors[t], u, place.offset, streamed);
+        append_fragments(spec.tensors[t], u, place.image_offset, streamed);
         bytes += spec.tensors[t].bytes;
-      } else if (!seen[t]) {
+      } else if (!seen[t] && spec.tensors[t].placed_bytes == 0) {
         append_fragments(spec.tensors[t], u, place.offset, resident);
         seen[t] = true;
       }
@@ -228,7 +240,7 @@ inline void expect_device_budget_used(const ModelSpec& spec, const Limits& limit
   for (const HomeBlock& block : plan.home_blocks) {
     uint64_t bytes = 0;
     for (const uint32_t t : block.tensors) {
-      bytes += align_up(spec.tensors[t].bytes, kPlaceAlignment);
+      bytes += device_tensor_bytes(spec.tensors[t]);
     }
     homes.add(bytes);
   }
@@ -236,14 +248,13 @@ inline void expect_device_budget_used(const ModelSpec& spec, const Limits& limit
   for (uint32_t u = 0; u < plan.units.size(); ++u) {
     for (size_t i = 0; i < plan.units[u].tensors.size(); ++i) {
       const uint32_t t = spec.units[u].tensors[i];
-      const uint64_t bytes = align_up(spec.tensors[t].bytes, kPlaceAlignment);
       candidate[t] = !plan.units[u].tensors[i].resident;
-      if (bytes == plan.units[u].place_bytes) last[t] = true;
+      if (streamed_tensor_bytes(spec.tensors[t]) == plan.units[u].place_bytes) last[t] = true;
     }
   }
   for (size_t t = 0; t < candidate.size(); ++t) {
     if (!candidate[t] || last[t]) continue;
-    const HomeBlocks with = homes.with(align_up(spec.tensors[t].bytes, kPlaceAlignment));
+    const HomeBlocks with = homes.with(device_tensor_bytes(spec.tensors[t]));
     const uint64_t cost = with.cost_bytes() + device_block_bytes(plan.arena_bytes);
     EXPECT_TRUE(with.bytes() > limits.home_bytes.value_or(UINT64_MAX) || cost > limits.device_bytes)
         << "tensor " << t << " would fit";

@@ -20,7 +20,8 @@ struct ModelShape {
   uint32_t shards = 2;
   uint64_t least_tensor_bytes = 20'000;
   uint64_t most_tensor_bytes = 90'000;
-  bool in_memory = false;  // the shards lie in RAM
+  bool in_memory = false;    // the shards lie in RAM
+  bool transformed = false;  // every third tensor is to become one of half its size
   std::vector<uint32_t> exclusive;
 };
 
