@@ -73,7 +73,7 @@ def synthetic_plan(units: int, tensor_bytes: int = 4 * MIB) -> Any:
     count = units * TENSORS
     total = count * tensor_bytes
     tensors = [
-        (f"t{i}", tensor_bytes, [(0, i * tensor_bytes, tensor_bytes, 0)]) for i in range(count)
+        (f"t{i}", tensor_bytes, [(0, i * tensor_bytes, tensor_bytes, 0)], 0) for i in range(count)
     ]
     specs = [
         (f"u{u}", f"layer={u}", list(range(u * TENSORS, (u + 1) * TENSORS)), False)

@@ -186,6 +186,7 @@ void Engine::begin_pass(StreamHandle stream) {
   probes_->begin_pass(passes_);
   PassRecord& record = record_of(passes_++);
   record.counts = board_.counters.read();
+  record.ended = false;
   device_->record(*record.begin, stream);
 }
 
@@ -198,6 +199,7 @@ void Engine::end_pass(StreamHandle stream) {
     PassRecord& record = record_of(passes_ - 1);
     device_->record(*record.end, stream);
     record.counts = board_.counters.read().since(record.counts);
+    record.ended = true;
   }
   std::lock_guard lock(board_.mutex);
   board_.sequence.end_pass();

@@ -138,7 +138,8 @@ class Engine {
   struct PassRecord {
     std::unique_ptr<Event> begin;
     std::unique_ptr<Event> end;
-    Counts counts;  // at the begin; after the end, of the pass
+    Counts counts;       // at the begin; after the end, of the pass
+    bool ended = false;  // a pass that failed may never have been
   };
   PassRecord& record_of(uint64_t pass) { return records_[pass % records_.size()]; }
   PassReport report_of(uint64_t pass);

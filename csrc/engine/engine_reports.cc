@@ -77,6 +77,7 @@ void Engine::sum_ended_passes() {
   const uint64_t kept = records_.size();
   if (passes_ > kept) next_to_sum_ = std::max(next_to_sum_, passes_ - kept);
   for (; next_to_sum_ < passes_ended_; ++next_to_sum_) {
+    if (!record_of(next_to_sum_).ended) continue;
     if (!device_->done(*record_of(next_to_sum_).end)) return;
     const PassReport report = report_of(next_to_sum_);
     ++steady_.passes;

@@ -1,18 +1,17 @@
 #include "plan/best_plan.h"
 
 #include <algorithm>
-#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "util/align.h"
 #include "util/check.h"
 
 namespace wsm {
 namespace {
 
 constexpr uint32_t kMostAhead = 4;
-constexpr size_t kMostFirst = 2;
 constexpr uint64_t kMostStagingFactor = 4;
 constexpr double kWorthwhile = 0.995;  // a change must shorten the pass to this at least
 
@@ -55,20 +54,26 @@ class Choice {
   double pass_s_ = 0;
 };
 
-// At most two, the largest first.
-std::vector<uint32_t> largest_units(const ModelSpec& spec) {
+using Units = std::vector<uint32_t>;
+
+// Which units may be worth keeping whole. One that is larger than the others, an embedding say,
+// makes the whole arena larger. The first and the last hold the places that the next pass begins
+// with: a large one cannot come in while they are there.
+std::vector<Units> worth_keeping(const ModelSpec& spec) {
   std::vector<uint64_t> bytes;
-  for (const UnitSpec& unit : spec.units) {
+  Units large;
+  for (uint32_t u = 0; u < spec.units.size(); ++u) {
     uint64_t& sum = bytes.emplace_back();
-    for (const uint32_t t : unit.tensors) sum += spec.tensors[t].bytes;
+    for (const uint32_t t : spec.units[u].tensors) sum += spec.tensors[t].bytes;
+    if (sum > kMiB) large.push_back(u);
   }
-  std::vector<uint32_t> order(bytes.size());
-  std::iota(order.begin(), order.end(), 0);
-  const size_t count = std::min<size_t>(kMostFirst, order.size());
-  std::partial_sort(order.begin(), order.begin() + static_cast<ptrdiff_t>(count), order.end(),
+  if (large.size() < 3) return {};
+  Units ends{large.back(), large.front()};
+  Units largest = large;
+  std::partial_sort(largest.begin(), largest.begin() + 2, largest.end(),
                     [&](uint32_t a, uint32_t b) { return bytes[a] > bytes[b]; });
-  order.resize(count);
-  return order;
+  largest.resize(2);
+  return {{largest[0]}, largest, {ends[0]}, {ends[1]}, ends};
 }
 
 }  // namespace
@@ -76,11 +81,8 @@ std::vector<uint32_t> largest_units(const ModelSpec& spec) {
 Plan best_plan(const ModelSpec& spec, const Limits& limits, const Rates& rates) {
   Choice best(spec, limits, rates);
   if (best.plan().host_home_bytes + best.plan().disk_home_bytes == 0) return best.plan();
-  // One unit that is larger than the others, an embedding say, makes the whole arena larger.
-  const std::vector<uint32_t> largest = largest_units(spec);
-  for (size_t count = 1; count <= largest.size(); ++count) {
-    best.try_out(
-        [&](Limits& l) { l.first_units.assign(largest.begin(), largest.begin() + count); });
+  for (const Units& units : worth_keeping(spec)) {
+    best.try_out([&](Limits& l) { l.first_units = units; });
   }
   if (!limits.lookahead_units) {
     for (uint32_t ahead = 1; ahead <= kMostAhead; ++ahead) {

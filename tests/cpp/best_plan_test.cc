@@ -53,6 +53,37 @@ TEST(BestPlan, KeepsTheUnitThatMakesTheArenaLarge) {
   EXPECT_LE(best.arena_bytes, 4 * kUnit);
 }
 
+// An arena of two layers: while the head and the embedding lie in one place, and the last layer
+// runs in the other, the first layer cannot come in.
+TEST(BestPlan, KeepsTheEndsWhereTheyHoldUpTheNextPass) {
+  ModelBuilder model;
+  model.shard("model.safetensors", 4096, 1000);
+  model.unit("embed", {model.tensor("embed", kUnit / 3)});
+  for (int i = 0; i < 12; ++i) {
+    const std::string name = "layers." + std::to_string(i);
+    std::vector<uint32_t> tensors;
+    for (int t = 0; t < 4; ++t)
+      tensors.push_back(model.tensor(name + std::to_string(t), kUnit / 4));
+    model.unit(name, tensors);
+  }
+  model.unit("head", {model.tensor("head", kUnit / 3)});
+  const Limits limits{.device_bytes = 3 * kUnit,
+                      .host_bytes = 20 * kUnit,
+                      .arena_bytes = 2 * kUnit,
+                      .home_bytes = kUnit};
+  Rates rates = fast_link();
+  const double copy_s = kUnit / rates.h2d_bytes_per_s;
+  rates.compute_s.assign(14, 1.5 * copy_s);
+  rates.compute_s.front() = rates.compute_s.back() = 0.01 * copy_s;
+  const Plan plan = best_plan(model.spec, limits, rates);
+  EXPECT_EQ(plan.units.front().place_bytes + plan.units.back().place_bytes, 0u);
+  const Simulated s = simulate(plan, rates);
+  EXPECT_LE(s.pass_s, 1.01 * s.compute_s);
+  Limits alone = limits;
+  alone.home_bytes = 0;
+  EXPECT_GT(simulate(make_plan(model.spec, alone), rates).pass_s, 1.03 * s.compute_s);
+}
+
 TEST(BestPlan, WhatIsAskedForIsNotVaried) {
   const ModelSpec spec = uniform_model(12, 4, kUnit / 4);
   const Limits limits{.device_bytes = 8 * kUnit,

@@ -214,9 +214,9 @@ TEST(Simulate, RefusesWhatMakesNoSense) {
 // Whatever the model and the budgets: a pass is never faster than any of its links, and reads no
 // more than the plan says.
 TEST(Simulate, APassIsNeverFasterThanItsSlowestLink) {
-  std::mt19937_64 random(20261123);
   int planned = 0;
-  for (int i = 0; i < 400; ++i) {
+  for (uint64_t i = 0; i < 600; ++i) {
+    std::mt19937_64 random(i);
     const ModelSpec spec = random_model(random, 4 * kMiB);
     Limits limits{.device_bytes = random() % (64 * kMiB), .host_bytes = random() % (64 * kMiB)};
     if (random() % 2) limits.home_bytes = 0;
