@@ -304,6 +304,17 @@ TEST(Engine, PassesReportWhatTheyMoved) {
   }
 }
 
+TEST(Engine, AnAbandonedPassIsNotSummed) {
+  StreamedModel model;
+  Engine& engine = model.open(model.plan(limits(3 * model.largest_unit_bytes(), 0)));
+  ASSERT_EQ(model.pass(model.all_units()), "");
+  engine.begin_pass(0);  // without an end
+  for (int pass = 0; pass < 6; ++pass) ASSERT_EQ(model.pass(model.all_units()), "");
+  const PassSums steady = engine.steady_passes();
+  EXPECT_EQ(steady.passes, 6u);
+  EXPECT_GT(steady.seconds, 0);
+}
+
 TEST(Engine, WrongArgumentsAreErrors) {
   StreamedModel model;
   const Plan plan = model.plan(limits(3 * model.largest_unit_bytes(), 0));
