@@ -6,6 +6,7 @@ this file that takes the checkpoint's folder.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import gc
