@@ -324,7 +324,9 @@ def open_and_drop_often(folder: Path) -> None:
     for index in range(50):
         cycle(index % 2 == 0)
     after = held()
-    assert after[:2] == before[:2], f"threads and descriptors: {before[:2]}, then {after[:2]}"
+    # (A thread that has just been joined may still be seen.)
+    assert after[0] <= before[0], f"{before[0]} threads, then {after[0]}"
+    assert after[1] == before[1], f"{before[1]} descriptors, then {after[1]}"
     # A cycle maps 8 MiB of host memory, so leaving it every second time takes twice this.
     assert after[2] - before[2] < 100 * MIB, f"{(after[2] - before[2]) / MIB:.1f} MiB more"
 
