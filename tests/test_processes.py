@@ -6,6 +6,7 @@ this file that takes the checkpoint's folder.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import gc
@@ -303,6 +304,8 @@ def test_an_exit_without_close(scenario: Callable[[Path], None], folder: Path) -
 def held() -> tuple[int, int, int]:
     """Threads, descriptors and bytes of memory of this process."""
     gc.collect()
+    # Blocks below 32 MiB stay with malloc when they are freed: they are no leak.
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     tasks, descriptors = (len(os.listdir(f"/proc/self/{name}")) for name in ("task", "fd"))
     return tasks, descriptors, pages * mmap.PAGESIZE
@@ -321,7 +324,9 @@ def open_and_drop_often(folder: Path) -> None:
     for index in range(50):
         cycle(index % 2 == 0)
     after = held()
-    assert after[:2] == before[:2], f"threads and descriptors: {before[:2]}, then {after[:2]}"
+    # (A thread that has just been joined may still be seen.)
+    assert after[0] <= before[0], f"{before[0]} threads, then {after[0]}"
+    assert after[1] == before[1], f"{before[1]} descriptors, then {after[1]}"
     # A cycle maps 8 MiB of host memory, so leaving it every second time takes twice this.
     assert after[2] - before[2] < 100 * MIB, f"{(after[2] - before[2]) / MIB:.1f} MiB more"
 
