@@ -226,9 +226,10 @@ def test_order_of_growth() -> None:
 
 
 def test_synthetic_models_plan_and_construct(tmp_path: Path) -> None:
-    planned = scaling.synthetic_plan(10)()
-    assert planned.model_bytes == 10 * scaling.TENSORS * 4 << 20
-    assert planned.disk_home_bytes > 0 < planned.host_home_bytes
+    for compared in (False, True):
+        planned = scaling.synthetic_plan(10, compared)()
+        assert planned.model_bytes == 10 * scaling.TENSORS * 4 << 20
+        assert planned.disk_home_bytes > 0 < planned.host_home_bytes
     file = tmp_path / "chain.safetensors"
     width = scaling.WIDTH
     save_file({f"layers.{i}.weight": torch.zeros(width, width) for i in range(100)}, file)
