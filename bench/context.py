@@ -123,11 +123,17 @@ class Context:
     # -- models ------------------------------------------------------------------------------------
 
     def arena_settings(self) -> tuple[int, dict[str, int]]:
-        """Budget and settings: an arena of --arena-layers layers, homes of --home-bytes."""
-        arena = int(self.arguments.arena_layers * self.ram_source.sizes.layer_place_bytes)
-        homes = self.arguments.home_bytes
+        """Budget and settings: an arena of --arena-layers layers, homes for what is no layer."""
+        sizes = self.ram_source.sizes
+        arena, homes = int(self.arguments.arena_layers * sizes.layer_place_bytes), self.homes(sizes)
         budget = shapes.blocks(arena) + shapes.blocks(homes)
         return budget, {"arena_bytes": arena, "home_bytes": homes}
+
+    def homes(self, sizes: shapes.Sizes) -> int:
+        """--home-bytes; else the embedding's, the last norm's and the head's. They hold the places
+        that the next pass begins with: while they are there, its first layer cannot come in."""
+        asked: int | None = self.arguments.home_bytes
+        return sizes.ends_place_bytes if asked is None else asked
 
     def streamed(self) -> Any:
         """Every layer from the host cache, no device homes, an arena of --arena-layers layers."""

@@ -75,7 +75,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--units", default="auto")
     add("--arena-layers", type=float, default=2.0)
     add("--leaf-arena", type=size, default="1280MiB", help="arena of the case leaf")
-    add("--home-bytes", type=size, default=0, help="device homes; 0: an arena alone")
+    add("--home-bytes", type=size, help="device homes; none but embedding, norm and head, if unset")
     add("--staging", type=size, default=GIB, help="staging ring, and slack beside the host cache")
     add("--lookahead", type=int)
     add("--chunk-mb", type=float)

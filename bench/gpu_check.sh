@@ -101,7 +101,7 @@ do_build() {
 # From outside the repository, so that the installed package is what is tested.
 do_tests() {
   cd "$WORK" || return
-  step "pytest -m gpu" 240 shown python3 -m pytest -q -m gpu -p no:cacheprovider "$root/tests"
+  step "pytest -m gpu" 420 shown python3 -m pytest -q -m gpu -p no:cacheprovider "$root/tests"
   cd "$root" || return
   if have_gtest; then
     step "C++ tests" 120 quiet ctest --test-dir "$native" --output-on-failure -j 8
@@ -145,6 +145,13 @@ do_cases_disk() {
   [ "${KEEP:-0}" = 1 ] || rm -rf "$DISK_FOLDER"
 }
 
+# The time of a pass by the share of the model in RAM.
+do_budgets() {
+  step "budgets" 420 shown python3 "$root/bench/budgets.py" --folder "$DISK_FOLDER" --layers "$DISK_LAYERS" \
+    --bench-read "$native/bench/bench_read" --bytes-per-cell $((512 << 20)) --json "$OUT/budgets.json"
+  [ "${KEEP:-0}" = 1 ] || rm -rf "$DISK_FOLDER"
+}
+
 # peers NAME LIST
 peers() {
   step "$1" 560 shown python3 "$root/bench/peers.py" --peers "$2" --preset 70b --layers "$LAYERS" \
@@ -173,7 +180,7 @@ do_memcheck() {
 [ $# -gt 0 ] || set -- build tests ram disk
 for name in "$@"; do
   case $name in
-    build | tests | ram | disk | memcheck | cases | cases-disk | peers | peers-disk) ;;
+    build | tests | ram | disk | memcheck | budgets | cases | cases-disk | peers | peers-disk) ;;
     *)
       echo "gpu_check: no step '$name'; its first lines list them" >&2
       exit 2

@@ -170,7 +170,7 @@ def test_int8_and_fp8_pass_through_untouched(device: torch.device, tmp_path: Pat
     with wsm.stream(
         empty, tmp_path, device=device, device_memory=24 * MIB, host_memory=256 << 10, config=config
     ) as streamed:
-        assert streamed.plan.disk_home_bytes > 0
+        assert streamed.plan.units[0].streamed_bytes > 0
         for name, parameter in net.named_parameters():
             assert torch.equal(
                 streamed.fetch(name).cpu().view(torch.uint8), parameter.view(torch.uint8)

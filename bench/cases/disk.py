@@ -26,14 +26,15 @@ def from_disk(context: Context, cache: int) -> dict[str, Any]:
     shards = source.shards()
     arena = int(arguments.arena_layers * source.sizes.layer_place_bytes)
     staging_mb = arguments.staging // MIB
-    config: dict[str, Any] = {"arena_bytes": arena, "home_bytes": arguments.home_bytes}
+    homes = arguments.home_bytes or 0  # the disk is the limit: the seam between passes is not
+    config: dict[str, Any] = {"arena_bytes": arena, "home_bytes": homes}
     config["staging_mb"] = staging_mb
     if not cache:
         config["cpu_cache_cap_layers"] = 0
     with open_streamed(
         context,
         source,
-        device_memory=shapes.blocks(arena) + shapes.blocks(arguments.home_bytes),
+        device_memory=shapes.blocks(arena) + shapes.blocks(homes),
         host_memory=staging_mb * MIB + cache,
         config=config,
     ) as model:

@@ -219,4 +219,25 @@ std::optional<ArenaLayout> fit_arena(const std::vector<Place>& places, Lookahead
   return assemble(places, cycle, *place_cycle(cycle, ahead, most));
 }
 
+// By where they begin: one is alone that begins where all before it have ended, and ends where the
+// next begins.
+std::vector<bool> find_alone(const std::vector<Place>& places, const ArenaLayout& layout) {
+  std::vector<uint32_t> order;
+  for (uint32_t u = 0; u < places.size(); ++u) {
+    if (places[u].bytes > 0) order.push_back(u);
+  }
+  std::sort(order.begin(), order.end(),
+            [&](uint32_t a, uint32_t b) { return layout.offsets[a] < layout.offsets[b]; });
+  std::vector<bool> alone(places.size(), false);
+  uint64_t end = 0;
+  for (size_t i = 0; i < order.size(); ++i) {
+    const uint64_t begin = layout.offsets[order[i]];
+    const uint64_t own_end = begin + places[order[i]].bytes;
+    const bool next_is_clear = i + 1 == order.size() || layout.offsets[order[i + 1]] >= own_end;
+    alone[order[i]] = begin >= end && next_is_clear;
+    end = std::max(end, own_end);
+  }
+  return alone;
+}
+
 }  // namespace wsm

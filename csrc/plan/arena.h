@@ -41,4 +41,7 @@ bool arena_fits(const std::vector<Place>& places, Lookahead ahead, uint64_t max_
 std::optional<ArenaLayout> fit_arena(const std::vector<Place>& places, Lookahead ahead,
                                      uint64_t max_bytes);
 
+// Which places are shared with no other at all: a unit stays there once it was loaded.
+std::vector<bool> find_alone(const std::vector<Place>& places, const ArenaLayout& layout);
+
 }  // namespace wsm

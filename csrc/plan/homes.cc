@@ -261,23 +261,49 @@ bool refill(const ModelSpec& spec, const Search& search, DeviceHomes& homes,
   return added;
 }
 
+// Lays the arena out for what streams. False, and nothing is changed, where there is no room.
+bool try_layout(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
+  const std::optional<uint64_t> room = search.arena_room(homes.blocks);
+  if (!room) return false;
+  std::vector<Place> places = streamed_places(spec, homes.resident);
+  auto layout = fit_arena(places, homes.ahead, *room);
+  if (!layout) return false;
+  homes.places = std::move(places);
+  homes.arena = std::move(*layout);
+  return true;
+}
+
+// Keeps the tensors of units that share their place with no other: that is as good as a home, and
+// a home outlives the arena when budgets change.
+bool keep_alone(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
+  const std::vector<bool> alone = find_alone(homes.places, homes.arena);
+  DeviceHomes changed = homes;
+  for (uint32_t u = 0; u < spec.units.size(); ++u) {
+    for (const uint32_t t : spec.units[u].tensors) {
+      if (!alone[u] || changed.resident[t]) continue;
+      changed.resident[t] = true;
+      changed.kept.push_back(t);
+      changed.blocks.add(device_tensor_bytes(spec.tensors[t]));
+    }
+  }
+  if (changed.kept.size() == homes.kept.size()) return false;
+  if (!search.homes_fit(changed.blocks, 0) || !try_layout(spec, search, changed)) return false;
+  homes = std::move(changed);
+  return true;
+}
+
 // Lays the arena out for the tensors chosen so far, then uses what is left, in turns: each tensor
 // that is kept may make the arena smaller.
 void lay_out(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
-  const auto try_layout = [&] {
-    homes.places = streamed_places(spec, homes.resident);
-    auto layout = fit_arena(homes.places, homes.ahead, search.arena_room(homes.blocks).value());
-    if (layout) homes.arena = std::move(*layout);
-    return layout.has_value();
-  };
-  try_layout();
+  try_layout(spec, search, homes);
   for (int round = 0; round < kMaxRefills; ++round) {
     DeviceHomes refilled = homes;
-    if (!refill(spec, search, refilled)) return;
-    std::swap(homes, refilled);
-    if (try_layout()) continue;
-    homes = std::move(refilled);
-    break;
+    const bool more = refill(spec, search, refilled);
+    if (more && try_layout(spec, search, refilled)) {
+      homes = std::move(refilled);
+    } else if (!keep_alone(spec, search, homes)) {
+      break;
+    }
   }
   // A unit whose place becomes empty brings others nearer to each other, and there may be no layout
   // for that. Where places only shrink, they stay clear of each other as they are.

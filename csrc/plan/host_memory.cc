@@ -62,9 +62,18 @@ std::span<Chunk> streamed(Plan& plan) {
   return std::span(plan.chunks).first(plan.first_resident_chunk);
 }
 
-uint64_t streamed_place_bytes(Plan& plan, uint64_t granule) {
+// What the cache may keep: a unit that is alone in its place is read once, and needs no cache.
+std::vector<Chunk*> cacheable(Plan& plan) {
+  std::vector<Chunk*> chunks;
+  for (Chunk& chunk : streamed(plan)) {
+    if (!plan.units[chunk.unit].alone) chunks.push_back(&chunk);
+  }
+  return chunks;
+}
+
+uint64_t places_bytes(const std::vector<Chunk*>& chunks, uint64_t granule) {
   uint64_t bytes = 0;
-  for (const Chunk& chunk : streamed(plan)) bytes += place_bytes(chunk, granule);
+  for (const Chunk* chunk : chunks) bytes += place_bytes(*chunk, granule);
   return bytes;
 }
 
@@ -88,7 +97,7 @@ uint64_t choose_slots(const Limits& limits, const Plan& plan, uint64_t streamed_
 
 // Keeps chunks so that at every point of the pass about the same share of what came before is
 // cached, then whatever still fits.
-void choose_cached(std::span<Chunk> chunks, uint64_t total_bytes, uint64_t budget_bytes,
+void choose_cached(const std::vector<Chunk*>& chunks, uint64_t total_bytes, uint64_t budget_bytes,
                    uint64_t granule) {
   __extension__ typedef unsigned __int128 Wide;  // products of two sizes
   uint64_t seen = 0;
@@ -97,15 +106,15 @@ void choose_cached(std::span<Chunk> chunks, uint64_t total_bytes, uint64_t budge
     chunk.home = Home::kHost;
     cached += bytes;
   };
-  for (Chunk& chunk : chunks) {
-    const uint64_t bytes = place_bytes(chunk, granule);
+  for (Chunk* chunk : chunks) {
+    const uint64_t bytes = place_bytes(*chunk, granule);
     seen += bytes;
     const bool due = Wide(2 * cached + bytes) * total_bytes <= Wide(2) * seen * budget_bytes;
-    if (due && bytes <= budget_bytes - cached) keep(chunk, bytes);
+    if (due && bytes <= budget_bytes - cached) keep(*chunk, bytes);
   }
-  for (Chunk& chunk : chunks) {
-    const uint64_t bytes = place_bytes(chunk, granule);
-    if (chunk.home == Home::kDisk && bytes <= budget_bytes - cached) keep(chunk, bytes);
+  for (Chunk* chunk : chunks) {
+    const uint64_t bytes = place_bytes(*chunk, granule);
+    if (chunk->home == Home::kDisk && bytes <= budget_bytes - cached) keep(*chunk, bytes);
   }
 }
 
@@ -164,7 +173,8 @@ void plan_host_memory(const ModelSpec& spec, const Limits& limits, Plan& plan) {
   for (const Chunk& chunk : plan.chunks) {
     plan.chunk_bytes = std::max(plan.chunk_bytes, place_bytes(chunk, granule));
   }
-  const uint64_t total = streamed_place_bytes(plan, granule);
+  const std::vector<Chunk*> chunks = cacheable(plan);
+  const uint64_t total = places_bytes(chunks, granule);
   const uint64_t slots = choose_slots(limits, plan, total);
   plan.slot_count = static_cast<uint32_t>(std::min<uint64_t>(slots, kNone - 1));
   const uint64_t most =
@@ -173,7 +183,7 @@ void plan_host_memory(const ModelSpec& spec, const Limits& limits, Plan& plan) {
     place_around_kept(limits.kept_cache, most, granule, plan);
     return;
   }
-  choose_cached(streamed(plan), total, std::min(total, most), granule);
+  choose_cached(chunks, total, std::min(total, most), granule);
   pack_cache(plan, granule);
 }
 

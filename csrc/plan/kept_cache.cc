@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <span>
 #include <tuple>
 #include <utility>
 
@@ -101,11 +100,12 @@ void put(Chunk& chunk, uint64_t cache_offset) {
 
 // As many as there is room for, so that at every point of the pass about the same share of those
 // before it was taken; then whatever else fits.
-void take_others(std::span<Chunk> chunks, uint64_t free_bytes, uint64_t granule, Room& room) {
+void take_others(const std::vector<Chunk*>& chunks, uint64_t free_bytes, uint64_t granule,
+                 Room& room) {
   __extension__ typedef unsigned __int128 Wide;  // products of two sizes
   uint64_t total = 0, seen = 0, cached = 0;
-  for (const Chunk& chunk : chunks) {
-    if (chunk.home == Home::kDisk) total += align_up(chunk.read_bytes, granule);
+  for (const Chunk* chunk : chunks) {
+    if (chunk->home == Home::kDisk) total += align_up(chunk->read_bytes, granule);
   }
   const uint64_t budget = std::min(total, free_bytes);
   const auto try_put = [&](Chunk& chunk, uint64_t bytes) {
@@ -114,14 +114,14 @@ void take_others(std::span<Chunk> chunks, uint64_t free_bytes, uint64_t granule,
       cached += bytes;
     }
   };
-  for (Chunk& chunk : chunks) {
-    if (chunk.home != Home::kDisk) continue;
-    const uint64_t bytes = align_up(chunk.read_bytes, granule);
+  for (Chunk* chunk : chunks) {
+    if (chunk->home != Home::kDisk) continue;
+    const uint64_t bytes = align_up(chunk->read_bytes, granule);
     seen += bytes;
-    if (Wide(2 * cached + bytes) * total <= Wide(2) * seen * budget) try_put(chunk, bytes);
+    if (Wide(2 * cached + bytes) * total <= Wide(2) * seen * budget) try_put(*chunk, bytes);
   }
-  for (Chunk& chunk : chunks) {
-    if (chunk.home == Home::kDisk) try_put(chunk, align_up(chunk.read_bytes, granule));
+  for (Chunk* chunk : chunks) {
+    if (chunk->home == Home::kDisk) try_put(*chunk, align_up(chunk->read_bytes, granule));
   }
 }
 
@@ -145,13 +145,16 @@ void place_around_kept(const KeptCache& kept, uint64_t most_bytes, uint64_t gran
   const uint64_t most = align_down(most_bytes, granule);
   const std::vector<uint64_t> segments = clipped(kept.segments, most);
   const KeptRanges ranges(kept.ranges, segments.empty() ? 0 : segments.back());
-  const auto chunks = std::span(plan.chunks).first(plan.first_resident_chunk);
+  std::vector<Chunk*> chunks;  // but for those of units that stay in the arena
+  for (uint32_t c = 0; c < plan.first_resident_chunk; ++c) {
+    if (!plan.units[plan.chunks[c].unit].alone) chunks.push_back(&plan.chunks[c]);
+  }
   std::vector<Gap> taken;
-  for (Chunk& chunk : chunks) {
-    const uint64_t place = ranges.find(chunk.shard, chunk.read_offset, chunk.read_bytes);
+  for (Chunk* chunk : chunks) {
+    const uint64_t place = ranges.find(chunk->shard, chunk->read_offset, chunk->read_bytes);
     if (place == UINT64_MAX) continue;
-    put(chunk, place);
-    taken.push_back({align_down(place, granule), align_up(place + chunk.read_bytes, granule)});
+    put(*chunk, place);
+    taken.push_back({align_down(place, granule), align_up(place + chunk->read_bytes, granule)});
   }
   uint64_t kept_bytes = 0;
   for (const Gap& place : taken) kept_bytes += place.end - place.begin;

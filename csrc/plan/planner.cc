@@ -172,19 +172,24 @@ void plan_device_memory(const ModelSpec& spec, const Limits& limits, const Devic
                         Plan& plan) {
   const FileOrder order(spec);
   const std::vector<uint64_t> home_offsets = lay_out_homes(spec, limits, homes, order, plan);
+  const std::vector<bool> alone = find_alone(homes.places, homes.arena);
   plan.units.resize(spec.units.size());
   for (uint32_t u = 0; u < spec.units.size(); ++u) {
     plan.units[u].place_offset = homes.arena.offsets[u];
     plan.units[u].place_bytes = homes.places[u].bytes;
+    plan.units[u].alone = alone[u];
     place_tensors(spec, spec.units[u], homes, home_offsets, order, plan.units[u]);
   }
   plan.arena_bytes = homes.arena_bytes;
   plan.lookahead_units = homes.ahead.units;
 }
 
+// What a pass moves. A unit that is alone in its place lives on the device, however it got there.
 void sum_homes(Plan& plan) {
-  for (const Chunk& chunk : plan.chunks) {
-    switch (chunk.home) {
+  for (uint32_t c = 0; c < plan.chunks.size(); ++c) {
+    const Chunk& chunk = plan.chunks[c];
+    const bool stays = c < plan.first_resident_chunk && plan.units[chunk.unit].alone;
+    switch (stays ? Home::kDevice : chunk.home) {
       case Home::kDevice:
         plan.device_home_bytes += chunk.payload_bytes;
         break;

@@ -89,14 +89,7 @@ class Simulator {
         present_(plan.units.size(), false),
         last_use_(plan.units.size()),
         slot_free_(std::max(plan.slot_count, 2u) - 1, 0.0) {
-    for (uint32_t u = 0; u < plan_.units.size(); ++u) {
-      if (plan_.units[u].place_bytes == 0) continue;
-      by_place_.push_back(u);
-      longest_place_ = std::max(longest_place_, plan_.units[u].place_bytes);
-    }
-    std::sort(by_place_.begin(), by_place_.end(), [&](uint32_t a, uint32_t b) {
-      return plan_.units[a].place_offset < plan_.units[b].place_offset;
-    });
+    for (const UnitPlan& unit : plan.units) streaming_units_ += unit.place_bytes > 0;
   }
 
   Simulated run() {
@@ -179,20 +172,17 @@ class Simulator {
   // Returns when the host has released those that lie in the unit's place. The link waits until
   // the device is done with them too.
   double evict(uint32_t unit, Waits& waits) {
-    const UnitPlan& place = plan_.units[unit];
-    const uint64_t lowest = place.place_offset - std::min(place.place_offset, longest_place_);
-    auto other = std::lower_bound(
-        by_place_.begin(), by_place_.end(), lowest,
-        [&](uint32_t u, uint64_t offset) { return plan_.units[u].place_offset < offset; });
     double released = 0;
-    for (; other != by_place_.end(); ++other) {
-      if (plan_.units[*other].place_offset >= place.place_offset + place.place_bytes) break;
-      if (!present_[*other] || !places_overlap(place, plan_.units[*other])) continue;
-      present_[*other] = false;
-      const Use& last = uses_[last_use_[*other]];
+    if (plan_.units[unit].alone) return released;
+    std::erase_if(there_, [&](uint32_t other) {
+      if (!places_overlap(plan_.units[unit], plan_.units[other])) return false;
+      present_[other] = false;
+      const Use& last = uses_[last_use_[other]];
       released = std::max(released, last.released);
       waits.place = std::max(waits.place, last.computed);
-    }
+      return true;
+    });
+    there_.push_back(unit);
     return released;
   }
 
@@ -254,7 +244,7 @@ class Simulator {
     const size_t use = uses_.size() - 1;
     const auto reaches = [&](size_t from) {
       const uint64_t between = uses_[use - 1].bytes_till - uses_[from].bytes_till;
-      return use - from <= by_place_.size() &&
+      return use - from <= streaming_units_ &&
              (use - from <= plan_.lookahead_units || between < plan_.read_ahead_bytes);
     };
     while (window_from_ < use && !reaches(window_from_)) ++window_from_;
@@ -274,9 +264,9 @@ class Simulator {
   const Rates& rates_;
   const std::vector<uint32_t>& order_;
   Cache cache_;
-  std::vector<uint32_t> by_place_;  // the units that stream, by where their places begin
-  uint64_t longest_place_ = 0;
-  std::vector<bool> present_;  // in the arena, by unit
+  size_t streaming_units_ = 0;
+  std::vector<bool> present_;    // in the arena, by unit
+  std::vector<uint32_t> there_;  // of these, all whose places others take too
   std::vector<Use> uses_;
   std::vector<size_t> last_use_;  // by unit, into uses_
   size_t window_from_ = 0;        // the use that brought the last one into the window

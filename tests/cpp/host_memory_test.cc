@@ -178,8 +178,8 @@ TEST(HostMemory, SegmentsEndAtChunks) {
   ASSERT_EQ(plan.cache_segments, (std::vector<uint64_t>{256 * kMiB, 512 * kMiB, 640 * kMiB}));
   limits.chunk_bytes = 200 * kMiB;
   limits.device_bytes = 400 * kMiB;
-  const Plan whole = make_plan(uniform_model(3, 1, 200 * kMiB - 8192), limits);
-  EXPECT_EQ(whole.cache_segments.size(), 3u);
+  const Plan whole = make_plan(uniform_model(4, 1, 200 * kMiB - 8192), limits);
+  EXPECT_EQ(whole.cache_segments.size(), 4u);
   EXPECT_EQ(whole.cache_segments[0], 200 * kMiB - 4096);
 }
 

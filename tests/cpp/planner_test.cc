@@ -238,11 +238,27 @@ TEST(Planner, ATiedTensorStreamsTwiceAndIsCountedOnce) {
   const uint32_t table = model.tensor("embed", 5000);
   model.unit("embed", {table});
   model.unit("head", {table});
-  const Plan plan =
-      make_plan(model.spec, {.device_bytes = 2 * kMiB, .host_bytes = kMiB, .home_bytes = 0});
+  const Plan plan = make_plan(
+      model.spec,
+      {.device_bytes = 2 * kMiB, .host_bytes = kMiB, .home_bytes = 0, .lookahead_units = 0});
   EXPECT_EQ(plan.model_bytes, 5000u);
   EXPECT_EQ(plan.host_home_bytes, 10000u);
   EXPECT_EQ(plan.read_ahead_bytes, 10000u);
+}
+
+// A unit whose place nobody else takes is loaded once: it lives on the device, and a pass moves
+// nothing of it.
+TEST(Planner, AUnitAloneInItsPlaceMovesNothing) {
+  ModelBuilder model;
+  model.shard("s");
+  for (const char* name : {"a", "b"}) model.unit(name, {model.tensor(name, 5000)});
+  const Plan plan =
+      make_plan(model.spec, {.device_bytes = 2 * kMiB, .host_bytes = kMiB, .home_bytes = 0});
+  EXPECT_TRUE(plan.units[0].alone);
+  EXPECT_EQ(plan.units[0].streamed_bytes, 5000u);
+  EXPECT_EQ(plan.device_home_bytes, 10000u);
+  EXPECT_EQ(plan.host_home_bytes + plan.disk_home_bytes, 0u);
+  EXPECT_EQ(plan.cache_bytes, 0u);
 }
 
 // The image of `b`, 600 bytes, becomes a parameter of 300.
