@@ -2,9 +2,10 @@
 
     python bench/chart.py bench/results/DATE-h100-peers.json --out docs/peers.svg
     python bench/chart.py bench/results/DATE-h100-cases.json --out docs/cases.svg
+    python bench/chart.py bench/results/DATE-h100-budgets.json --out docs/budgets.svg
 
 What is drawn follows from the record: peers as bars of GB/s, cases as how far each figure is from
-its bar. The background is transparent, and the colours can be read on white and on black.
+its bar, budgets as the time of a pass by the share of the model in RAM. The background is transparent, and the colours can be read on white and on black.
 """
 
 from __future__ import annotations
@@ -108,10 +109,32 @@ def draw_cases(records: list[dict[str, Any]], out: Path) -> None:
     _save(figure, out)
 
 
+def draw_budgets(record: dict[str, Any], out: Path) -> None:
+    """Seconds of a pass by the share in RAM: measured, the slowest link alone, LRU simulated."""
+    runs = record["results"]["runs"]
+    if not runs:
+        raise ValueError("the record has no run")
+    shares = [run["share"] for run in runs]
+    figure, axes = _figure(8)
+    floors = [max(run["floors"].values()) for run in runs]
+    axes.plot(shares, [run["simulated_lru_s"] for run in runs], "--", color=MISSED, label="LRU")
+    axes.plot(shares, floors, color=OTHERS, label="the slowest link alone")
+    measured = [run["seconds_per_pass"] for run in runs]
+    axes.plot(shares, measured, "o", color=OURS, label="wsm, measured")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("% of the model in RAM")
+    axes.set_ylabel("seconds a pass", color=TEXT)
+    axes.legend(frameon=False)
+    axes.set_title(_where(record), loc="left", fontsize=9)
+    _save(figure, out)
+
+
 def draw(records: list[dict[str, Any]], out: Path) -> None:
     """By what was recorded."""
     if records[0]["benchmark"] == "peers":
         draw_peers(records[0], out)
+    elif records[0]["benchmark"] == "budgets":
+        draw_budgets(records[0], out)
     else:
         draw_cases(records, out)
 
@@ -120,7 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="+", help="of peers.py, or of forward.py")
+    parser.add_argument("results", type=Path, nargs="+", help="of peers.py, forward.py, budgets.py")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     records = [record for path in arguments.results for record in json.loads(path.read_text())]

@@ -267,7 +267,34 @@ def test_charts_are_drawn_from_records(tmp_path: Path) -> None:
     assert "pinning" not in drawn
 
 
+def budgets_record(*shares: int) -> dict[str, Any]:
+    runs = [
+        {
+            "share": share,
+            "seconds_per_pass": 3.3 - share / 40,
+            "floors": {"disk_s": 3.2 - share / 40, "h2d_s": 0.5, "compute_s": 0.1},
+            "simulated_lru_s": 3.2,
+        }
+        for share in shares
+    ]
+    return {
+        "benchmark": "budgets",
+        "environment": {"gpu": None, "date": "2026-11-23"},
+        "results": {"runs": runs},
+    }
+
+
+def test_budgets_are_drawn_beside_lru(tmp_path: Path) -> None:
+    out = tmp_path / "budgets.svg"
+    chart.draw([budgets_record(0, 50, 100)], out)
+    drawn = out.read_text()
+    for text in ("LRU", "wsm, measured", "% of the model in RAM"):
+        assert text in drawn
+
+
 def test_a_chart_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no run"):
+        chart.draw_budgets(budgets_record(), tmp_path / "x.svg")
     with pytest.raises(ValueError, match="no peer"):
         chart.draw_peers(peers_record(), tmp_path / "x.svg")
     with pytest.raises(ValueError, match="no case"):
