@@ -5,8 +5,8 @@
     python bench/chart.py bench/results/DATE-h100-budgets.json --out docs/budgets.svg
 
 What is drawn follows from the record: peers as bars of GB/s, cases as how far each figure is from
-its bar, budgets as the time of a pass by the share of the model in RAM. The background is transparent, and
-the colours can be read on white and on black.
+its bar, budgets as the time of a pass by the share of the model in RAM. The background is
+transparent, and the colours can be read on white and on black.
 """
 
 from __future__ import annotations
