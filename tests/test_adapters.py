@@ -183,7 +183,7 @@ def test_a_real_model_and_its_pipeline(device: torch.device) -> None:
         host_memory=8 * MIB,
         config=config,
     ) as streamed:
-        assert streamed.plan.device_home_bytes == 0
+        assert streamed.plan.homes_bytes == 0
         assert torch.equal(embed(streamed), want)
         pipes = [
             pipeline("feature-extraction", model=model, tokenizer=tokenizer, device=device)

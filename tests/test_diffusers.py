@@ -158,7 +158,10 @@ def test_outputs_and_gradients(
     units: str,
     device: torch.device,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Else cuDNN may choose sums whose order varies from run to run.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(4)
     resident, given = make()
     resident.eval().requires_grad_(False)
@@ -177,7 +180,7 @@ def test_outputs_and_gradients(
         units=units,
         config={**config, "staging_mb": 1},
     ) as streamed:
-        assert streamed.plan.device_home_bytes == 0
+        assert streamed.plan.homes_bytes == 0
         for _ in range(2):
             with torch.inference_mode():
                 assert torch.equal(tensors(streamed(**given)), tensors(resident(**given)))

@@ -225,7 +225,11 @@ def inputs(device: torch.device, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("units", ["layer", "group", "leaf"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients(kind: str, units: str, device: torch.device, tmp_path: Path) -> None:
+def test_outputs_and_gradients(
+    kind: str, units: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In eval mode, cuDNN has no backward for recurrent layers.
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
     file = write(make(kind), tmp_path / "net.safetensors")
     resident = make(kind).to(device).requires_grad_(False)
     module = make(kind)
@@ -234,7 +238,7 @@ def test_outputs_and_gradients(kind: str, units: str, device: torch.device, tmp_
         wsm.stream(module, file, **least(module, device, units)) as streamed,
     ):
         warnings.simplefilter("error")
-        assert streamed.plan.device_home_bytes == 0
+        assert streamed.plan.homes_bytes == 0
         for number in range(3):
             x = inputs(device, number)
             with torch.inference_mode():
