@@ -28,7 +28,7 @@ import torch
 from context import Context, open_streamed
 from forward import parse_shapes
 from harness import GB, GIB, MIB
-from passes import forwards, timed_passes
+from passes import forwards, reset_peak, timed_passes
 from watch import Watcher
 
 FILLING = 2  # passes before the clock starts
@@ -83,6 +83,9 @@ def run_share(
     if not cache:
         config["cpu_cache_cap_layers"] = 0
     coldness.make_cold(source.shards())
+    reset_peak(context.device)  # what torch keeps of the run before is given back
+    watcher.peak()
+    time.sleep(0.2)
     before = watcher.peak()
     with open_streamed(
         context,

@@ -25,9 +25,7 @@ _CPU_DEVICE_SHARE = 0.85
 _CUDA_DEVICE_SHARE = 0.85
 # Finer units mean more hooks and log lines: they must shorten the pass to this at least.
 _FINER_IS_WORTH = 0.98
-# Of the time that a unit's bytes take over the link: what its forward is taken to compute, where
-# nobody knows. Without any, nothing would speak for loading ahead.
-_ASSUMED_COMPUTE = 0.2
+
 
 # What the machine gives, for the units of a plan.
 RatesOf = Callable[[list[Unit], Source], _engine.Rates]
@@ -141,12 +139,12 @@ class Planner:
         for index in range(len(self._modes)):
             try:
                 units, source = self._units(index)
-                rates = _rates(units, source, rates_of)
+                rates = _engine.Rates() if rates_of is None else rates_of(units, source)
                 planned = self._plan_units(index, budgets, rates, kept_cache)
             except ValueError as error:
                 refused = refused or error
                 continue
-            seconds = _engine.simulate(planned.plan, rates).pass_seconds
+            seconds = _engine.expected_pass_seconds(planned.plan, rates)
             if best is None or seconds < best[0] * _FINER_IS_WORTH:
                 best = (seconds, planned)
             if not streams(planned.plan) or (before is not None and before.mode == planned.mode):
@@ -239,15 +237,6 @@ class Planner:
 def streams(plan: _engine.PlannedModel) -> bool:
     """Whether anything passes through the arena."""
     return plan.host_home_bytes + plan.disk_home_bytes > 0
-
-
-def _rates(units: list[Unit], source: Source, rates_of: RatesOf | None) -> _engine.Rates:
-    """What plans are compared by."""
-    rates = _engine.Rates() if rates_of is None else rates_of(units, source)
-    if not rates.compute_s:
-        sizes = [sum(source.tensors[t][1] for t in unit_tensors(unit, source)) for unit in units]
-        rates.compute_s = [_ASSUMED_COMPUTE * size / rates.h2d_bytes_per_s for size in sizes]
-    return rates
 
 
 def _unit_specs(units: list[Unit], source: Source) -> list[tuple[str, str, list[int], bool]]:

@@ -326,6 +326,12 @@ void bind_simulator(py::module_& m) {
         return stalls;
       });
   m.def(
+      "expected_pass_seconds",
+      [](const PlannedModel& planned, const Rates& rates) {
+        return expected_pass_s(planned.plan, rates);
+      },
+      py::arg("planned"), py::arg("rates"), py::call_guard<py::gil_scoped_release>());
+  m.def(
       "simulate",
       [](const PlannedModel& planned, const Rates& rates, const std::vector<uint32_t>& order,
          const std::string& policy) {

@@ -98,7 +98,8 @@ void Conductor::poison_released() {
     for (const uint32_t unit : present_) {
       const UnitState& state = board_.units[unit];
       const bool over = state.phase == Phase::kReady && state.used && state.acquired == 0;
-      if (over && !is_resident_load(unit)) idle.push_back(unit);
+      const bool stays = is_resident_load(unit) || plan_.units[unit].alone;
+      if (over && !stays) idle.push_back(unit);
     }
     for (const uint32_t unit : idle) evict(unit, evicted_);
   }

@@ -1,6 +1,7 @@
 #include "plan/best_plan.h"
 
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -12,6 +13,7 @@ namespace wsm {
 namespace {
 
 constexpr uint32_t kMostAhead = 4;
+constexpr double kAssumedCompute[] = {0.1, 0.9};  // of the unit's time over the link
 constexpr uint64_t kMostStagingFactor = 4;
 constexpr double kWorthwhile = 0.995;  // a change must shorten the pass to this at least
 
@@ -20,7 +22,7 @@ class Choice {
  public:
   Choice(const ModelSpec& spec, const Limits& limits, const Rates& rates)
       : spec_(spec), limits_(limits), rates_(rates), plan_(make_plan(spec, limits)) {
-    pass_s_ = simulate(plan_, rates_).pass_s;
+    pass_s_ = expected_pass_s(plan_, rates_);
   }
 
   const Plan& plan() const { return plan_; }
@@ -37,7 +39,7 @@ class Choice {
     } catch (const InvalidArgument&) {
       return;  // what was tried does not fit
     }
-    const double pass_s = simulate(*plan, rates_).pass_s;
+    const double pass_s = expected_pass_s(*plan, rates_);
     if (pass_s > pass_s_ * kWorthwhile) return;
     // Only the caller's own settings are worth a warning.
     plan->warnings = plan_.warnings;
@@ -77,6 +79,19 @@ std::vector<Units> worth_keeping(const ModelSpec& spec) {
 }
 
 }  // namespace
+
+double expected_pass_s(const Plan& plan, const Rates& rates) {
+  if (!rates.compute_s.empty()) return simulate(plan, rates).pass_s;
+  double sum = 0;
+  for (const double share : kAssumedCompute) {
+    Rates assumed = rates;
+    for (const UnitPlan& unit : plan.units) {
+      assumed.compute_s.push_back(share * static_cast<double>(unit.bytes) / rates.h2d_bytes_per_s);
+    }
+    sum += simulate(plan, assumed).pass_s;
+  }
+  return sum / std::size(kAssumedCompute);
+}
 
 Plan best_plan(const ModelSpec& spec, const Limits& limits, const Rates& rates) {
   Choice best(spec, limits, rates);

@@ -67,6 +67,7 @@ struct HomeBlock {
 };
 
 struct UnitPlan {
+  uint64_t bytes = 0;           // payload of all its tensors
   uint64_t place_offset = 0;    // in the arena
   uint64_t place_bytes = 0;     // 0: every tensor is resident, nothing streams
   uint64_t streamed_bytes = 0;  // payload that a load of this unit brings

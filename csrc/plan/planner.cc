@@ -110,6 +110,7 @@ void place_tensors(const ModelSpec& spec, const UnitSpec& unit, const DeviceHome
                    const std::vector<uint64_t>& home_offsets, const FileOrder& order,
                    UnitPlan& plan) {
   plan.tensors.resize(unit.tensors.size());
+  for (const uint32_t t : unit.tensors) plan.bytes += spec.tensors[t].bytes;
   std::vector<uint32_t> streamed;  // indices into unit.tensors
   for (uint32_t i = 0; i < unit.tensors.size(); ++i) {
     const uint32_t t = unit.tensors[i];
