@@ -98,8 +98,7 @@ void Conductor::poison_released() {
     for (const uint32_t unit : present_) {
       const UnitState& state = board_.units[unit];
       const bool over = state.phase == Phase::kReady && state.used && state.acquired == 0;
-      const bool stays = is_resident_load(unit) || plan_.units[unit].alone;
-      if (over && !stays) idle.push_back(unit);
+      if (over && !is_resident_load(unit)) idle.push_back(unit);
     }
     for (const uint32_t unit : idle) evict(unit, evicted_);
   }
