@@ -27,11 +27,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _settings_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _settings_unset(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """No setting of the caller's environment reaches a test, nor what was measured before."""
-    cache = tmp_path / "xdg-cache"
-    cache.mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     for name in list(os.environ):
         if name.startswith("WSM_") and name not in ("WSM_REQUIRE_GPU", "WSM_TEST_SEED"):
             monkeypatch.delenv(name)
