@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .config import Config, engine_options
 from .device_memory import DeviceMemory
 from .plan import Plan
-from .planning import Budgets, Planned, Planner, RatesOf, streams
+from .planning import Budgets, Planned, Planner, streams
 from .predict import files_of, measuring_matters, predict
 from .rates import Rates, Sizes, gather
 from .residency import Residency, stream_getter
@@ -128,7 +128,7 @@ class StreamedModule(nn.Module):
             if workload is not None:
                 self._activation_bytes = self._try_out(workload)
             budgets = Budgets(self._device, *self._asked, self._config, self._activation_bytes)
-            self._start_within(budgets, progress)
+            self._start_with(self._plan_for(budgets), budgets, progress)
         except BaseException:
             self._moved_buffers.restore()
             raise
@@ -146,13 +146,14 @@ class StreamedModule(nn.Module):
 
     # -- starting, and starting again with other budgets -------------------------------------------
 
-    def _start_within(
-        self, budgets: Budgets, progress: Progress | None, before: _engine.Engine | None = None
+    def _start_with(
+        self,
+        planned: Planned,
+        budgets: Budgets,
+        progress: Progress | None,
+        before: _engine.Engine | None = None,
     ) -> None:
-        """Plans and starts; with less, where the device has less memory than it said."""
-        kept = None if before is None else before.kept_cache()
-        self._measure(budgets)
-        planned = self._plan_within(budgets, kept)
+        """Starts by the plan; by a smaller one, where the device has less memory than it said."""
         asked = budgets.device_bytes
         for _ in range(_MOST_TRIES):
             try:
@@ -162,6 +163,7 @@ class StreamedModule(nn.Module):
                 break
             except torch.OutOfMemoryError as error:
                 budgets.device_bytes = int(budgets.device_bytes * _LESS)
+                kept = None if before is None else before.kept_cache()
                 planned = self._plan_within(budgets, kept)
                 planned.warnings.append(
                     f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
@@ -173,22 +175,19 @@ class StreamedModule(nn.Module):
         self._set_plan(planned, budgets)
         self._start(progress, before)
 
+    def _plan_for(self, budgets: Budgets, kept: _engine.KeptCache | None = None) -> Planned:
+        """The plan; the machine is measured as soon as that can matter, and once."""
+        planned = self._plan_within(budgets, kept)
+        if self._rates is not None or not measuring_matters(planned.plan, self._config):
+            return planned
+        files = files_of(planned.source)
+        self._rates = gather(self.module, files, self._device, self._config, self._sizes)
+        return self._plan_within(budgets, kept)
+
     def _plan_within(self, budgets: Budgets, kept: _engine.KeptCache | None) -> Planned:
         before = self._made if self._made is not None and streams(self._made.plan) else None
-        return self._planner.plan(budgets, self._rates_of, kept, before)
-
-    @property
-    def _rates_of(self) -> RatesOf | None:
-        return None if self._rates is None else self._rates.for_units
-
-    def _measure(self, budgets: Budgets) -> None:
-        """Once, as soon as it can matter."""
-        if self._rates is not None:
-            return
-        planned = self._planner.plan(budgets)
-        if measuring_matters(planned.plan, self._config):
-            files = files_of(planned.source)
-            self._rates = gather(self.module, files, self._device, self._config, self._sizes)
+        rates_of = None if self._rates is None else self._rates.for_units
+        return self._planner.plan(budgets, rates_of, kept, before)
 
     def _set_plan(self, planned: Planned, budgets: Budgets) -> None:
         self._made = planned
@@ -271,12 +270,12 @@ class StreamedModule(nn.Module):
         with self._residency.passes.between():
             held = self._memory_held()
             budgets = Budgets(self._device, *asked, self._config, self._activation_bytes, held)
-            self._plan_within(budgets, self._engine.kept_cache())  # may refuse
+            planned = self._plan_for(budgets, self._engine.kept_cache())  # may refuse
             self._carry_counters()
             if self._source.in_ram:
                 self._restart_from_ram(budgets, progress)
             else:
-                self._restart(budgets, progress)
+                self._restart(planned, budgets, progress)
             self._asked = asked
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=2)
@@ -299,12 +298,12 @@ class StreamedModule(nn.Module):
         """Device and host bytes that a new plan may use again."""
         return self._planned.device_bytes, self._engine.memory()[0]
 
-    def _restart(self, budgets: Budgets, progress: Progress | None) -> None:
+    def _restart(self, planned: Planned, budgets: Budgets, progress: Progress | None) -> None:
         before = self._engine
         try:
             self._residency.undo()
             self._finalizer.detach()
-            self._start_within(budgets, progress, before)
+            self._start_with(planned, budgets, progress, before)
         except BaseException:
             self._abandon(before)
             raise
@@ -318,7 +317,7 @@ class StreamedModule(nn.Module):
             self._planner.forget()
             if self._memory is not None:
                 self._memory.clear(self._device)
-            self._start_within(budgets, progress)
+            self._start_with(self._plan_for(budgets), budgets, progress)
         except BaseException:
             self._abandon(before)
             raise

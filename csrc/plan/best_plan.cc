@@ -26,7 +26,6 @@ class Choice {
   }
 
   const Plan& plan() const { return plan_; }
-  const Limits& limits() const { return limits_; }
 
   // Takes the changed limits where they give a faster pass.
   template <typename Change>

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "plan/kept_cache.h"
+#include "plan/spread.h"
 #include "util/align.h"
 #include "util/check.h"
 
@@ -95,27 +96,14 @@ uint64_t choose_slots(const Limits& limits, const Plan& plan, uint64_t streamed_
   return std::clamp(std::min(slots, plan.chunks.size()), kLeastSlots, affordable);
 }
 
-// Keeps chunks so that at every point of the pass about the same share of what came before is
-// cached, then whatever still fits.
-void choose_cached(const std::vector<Chunk*>& chunks, uint64_t total_bytes, uint64_t budget_bytes,
-                   uint64_t granule) {
-  __extension__ typedef unsigned __int128 Wide;  // products of two sizes
-  uint64_t seen = 0;
-  uint64_t cached = 0;
-  const auto keep = [&](Chunk& chunk, uint64_t bytes) {
+void choose_cached(const std::vector<Chunk*>& chunks, uint64_t budget_bytes, uint64_t granule) {
+  uint64_t left = budget_bytes;
+  spread_evenly(chunks, budget_bytes, granule, [&](Chunk& chunk, uint64_t bytes) {
+    if (bytes > left) return false;
+    left -= bytes;
     chunk.home = Home::kHost;
-    cached += bytes;
-  };
-  for (Chunk* chunk : chunks) {
-    const uint64_t bytes = place_bytes(*chunk, granule);
-    seen += bytes;
-    const bool due = Wide(2 * cached + bytes) * total_bytes <= Wide(2) * seen * budget_bytes;
-    if (due && bytes <= budget_bytes - cached) keep(*chunk, bytes);
-  }
-  for (Chunk* chunk : chunks) {
-    const uint64_t bytes = place_bytes(*chunk, granule);
-    if (chunk->home == Home::kDisk && bytes <= budget_bytes - cached) keep(*chunk, bytes);
-  }
+    return true;
+  });
 }
 
 void pack_cache(Plan& plan, uint64_t granule) {
@@ -180,10 +168,10 @@ void plan_host_memory(const ModelSpec& spec, const Limits& limits, Plan& plan) {
   const uint64_t most =
       std::min(limits.host_bytes - plan.staging_bytes(), limits.cache_bytes.value_or(UINT64_MAX));
   if (!limits.kept_cache.ranges.empty()) {
-    place_around_kept(limits.kept_cache, most, granule, plan);
+    place_around_kept(limits.kept_cache, chunks, most, granule, plan);
     return;
   }
-  choose_cached(chunks, total, std::min(total, most), granule);
+  choose_cached(chunks, most, granule);
   pack_cache(plan, granule);
 }
 

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <utility>
 
+#include "plan/spread.h"
 #include "util/align.h"
 
 namespace wsm {
@@ -36,9 +37,7 @@ class Room {
       if (segment_end > begin) gaps_.push_back({begin, segment_end});
       begin = std::max(begin, segment_end);
     }
-    old_end_ = segments_.empty() ? 0 : segments_.back();
-    segment_begin_ = old_end_;
-    end_ = old_end_;
+    end_ = segment_begin_ = segments_.empty() ? 0 : segments_.back();
     for (const Gap& place : taken) used_end_ = std::max(used_end_, place.end);
   }
 
@@ -77,7 +76,6 @@ class Room {
   std::vector<uint64_t> segments_;
   const uint64_t most_;
   std::vector<Gap> gaps_;
-  uint64_t old_end_ = 0;
   uint64_t segment_begin_ = 0;  // of the one that grows
   uint64_t end_ = 0;
   uint64_t used_end_ = 0;
@@ -98,33 +96,6 @@ void put(Chunk& chunk, uint64_t cache_offset) {
   chunk.cache_offset = cache_offset;
 }
 
-// As many as there is room for, so that at every point of the pass about the same share of those
-// before it was taken; then whatever else fits.
-void take_others(const std::vector<Chunk*>& chunks, uint64_t free_bytes, uint64_t granule,
-                 Room& room) {
-  __extension__ typedef unsigned __int128 Wide;  // products of two sizes
-  uint64_t total = 0, seen = 0, cached = 0;
-  for (const Chunk* chunk : chunks) {
-    if (chunk->home == Home::kDisk) total += align_up(chunk->read_bytes, granule);
-  }
-  const uint64_t budget = std::min(total, free_bytes);
-  const auto try_put = [&](Chunk& chunk, uint64_t bytes) {
-    if (const auto place = room.take(bytes)) {
-      put(chunk, *place);
-      cached += bytes;
-    }
-  };
-  for (Chunk* chunk : chunks) {
-    if (chunk->home != Home::kDisk) continue;
-    const uint64_t bytes = align_up(chunk->read_bytes, granule);
-    seen += bytes;
-    if (Wide(2 * cached + bytes) * total <= Wide(2) * seen * budget) try_put(*chunk, bytes);
-  }
-  for (Chunk* chunk : chunks) {
-    if (chunk->home == Home::kDisk) try_put(*chunk, align_up(chunk->read_bytes, granule));
-  }
-}
-
 }  // namespace
 
 KeptRanges::KeptRanges(std::vector<CachedRange> ranges, uint64_t end) : ranges_(std::move(ranges)) {
@@ -141,14 +112,11 @@ uint64_t KeptRanges::find(uint32_t shard, uint64_t offset, uint64_t bytes) const
   return range.cache_offset + (offset - range.offset);
 }
 
-void place_around_kept(const KeptCache& kept, uint64_t most_bytes, uint64_t granule, Plan& plan) {
+void place_around_kept(const KeptCache& kept, const std::vector<Chunk*>& chunks,
+                       uint64_t most_bytes, uint64_t granule, Plan& plan) {
   const uint64_t most = align_down(most_bytes, granule);
   const std::vector<uint64_t> segments = clipped(kept.segments, most);
   const KeptRanges ranges(kept.ranges, segments.empty() ? 0 : segments.back());
-  std::vector<Chunk*> chunks;  // but for those of units that stay in the arena
-  for (uint32_t c = 0; c < plan.first_resident_chunk; ++c) {
-    if (!plan.units[plan.chunks[c].unit].alone) chunks.push_back(&plan.chunks[c]);
-  }
   std::vector<Gap> taken;
   for (Chunk* chunk : chunks) {
     const uint64_t place = ranges.find(chunk->shard, chunk->read_offset, chunk->read_bytes);
@@ -159,7 +127,12 @@ void place_around_kept(const KeptCache& kept, uint64_t most_bytes, uint64_t gran
   uint64_t kept_bytes = 0;
   for (const Gap& place : taken) kept_bytes += place.end - place.begin;
   Room room(segments, std::move(taken), most);
-  take_others(chunks, most - std::min(most, kept_bytes), granule, room);
+  const uint64_t free_bytes = most - std::min(most, kept_bytes);
+  spread_evenly(chunks, free_bytes, granule, [&](Chunk& chunk, uint64_t bytes) {
+    const auto place = room.take(bytes);
+    if (place) put(chunk, *place);
+    return place.has_value();
+  });
   plan.cache_segments = std::move(room).segments();
   plan.cache_bytes = plan.cache_segments.empty() ? 0 : plan.cache_segments.back();
 }

@@ -37,8 +37,10 @@ class KeptRanges {
   std::vector<CachedRange> ranges_;  // by shard and offset
 };
 
-// Gives streamed chunks a home in the cache: those that are kept, then others, spread evenly, in
-// the gaps and behind, up to `most_bytes` in all. Sets the plan's cache and its segments.
-void place_around_kept(const KeptCache& kept, uint64_t most_bytes, uint64_t granule, Plan& plan);
+// Gives these of the plan's chunks a home in the cache: those that are kept, then others, spread
+// evenly, in the gaps and behind, up to `most_bytes` in all. Sets the plan's cache and its
+// segments.
+void place_around_kept(const KeptCache& kept, const std::vector<Chunk*>& chunks,
+                       uint64_t most_bytes, uint64_t granule, Plan& plan);
 
 }  // namespace wsm
