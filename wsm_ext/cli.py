@@ -128,9 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "--update", action="store_true", help="write the hashes anew, of MODEL as it is now"
     )
     verify.add_argument("--revision", metavar="REV", help="the hub revision")
-    verify.add_argument(
-        "--local-files-only", action="store_true", help="ask the hub's cache only"
-    )
+    verify.add_argument("--local-files-only", action="store_true", help="ask the hub's cache only")
     verify.set_defaults(run=_verify)
 
     demo = commands.add_parser(

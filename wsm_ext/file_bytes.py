@@ -66,7 +66,9 @@ class _Reading:
         self._use = use
         self._results: list[R | None] = [None] * len(stretches)
         # As they lie in the files: neighbours are read by several threads at about the same time.
-        order = sorted(range(len(stretches)), key=lambda i: (stretches[i].shard, stretches[i].offset))
+        order = sorted(
+            range(len(stretches)), key=lambda i: (stretches[i].shard, stretches[i].offset)
+        )
         self._next = iter(order)
         self._lock = threading.Lock()
         self._done = 0
@@ -206,7 +208,9 @@ class _File:
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}: {self.path}, offset {offset}") from error
         if got <= 0:
-            raise OSError(f"{self.path} ends at offset {offset}, where {nbytes} bytes should follow")
+            raise OSError(
+                f"{self.path} ends at offset {offset}, where {nbytes} bytes should follow"
+            )
         return memoryview(buffer)[skipped : skipped + min(got, wanted)]
 
     def _read_direct(self, offset: int, nbytes: int, buffer: mmap.mmap) -> int:

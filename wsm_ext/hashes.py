@@ -138,9 +138,8 @@ def sidecar_of(checkpoint: Checkpoint) -> Path:
 def write_sidecar(path: Path, hashes: Mapping[str, Recorded]) -> None:
     """The file appears whole or not at all, and is the same for the same tensors."""
     lines = ",\n".join(
-        f"  {json.dumps(name)}: " + json.dumps(
-            {"dtype": _name(h.dtype), "shape": list(h.shape), "hash": h.digest}
-        )
+        f"  {json.dumps(name)}: "
+        + json.dumps({"dtype": _name(h.dtype), "shape": list(h.shape), "hash": h.digest})
         for name, h in sorted(hashes.items())
     )
     head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in _HEAD.items())
@@ -186,20 +185,21 @@ def read_sidecar(path: Path) -> dict[str, Recorded]:
 
 
 def _recorded(path: Path, name: str, entry: Any) -> Recorded:
-    dtype = shape = digest = ""
-    if isinstance(entry, dict):
-        dtype, shape, digest = (entry.get(key, "") for key in ("dtype", "shape", "hash"))
-    known = getattr(torch, dtype, None) if str(dtype) in _DTYPES else None
-    sized = isinstance(shape, list) and all(
-        type(size) is int and 0 <= size < _MOST_ITEMS for size in shape
-    )
-    hashed = isinstance(digest, str) and _DIGEST.fullmatch(digest)
-    if not isinstance(known, torch.dtype) or not sized or not hashed:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, digest = (entry.get(key) for key in ("dtype", "shape", "hash"))
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype in _DTYPES else None
+    if (
+        not isinstance(known, torch.dtype)
+        or not isinstance(shape, list)
+        or not all(type(size) is int and 0 <= size < _MOST_ITEMS for size in shape)
+        or not isinstance(digest, str)
+        or not _DIGEST.fullmatch(digest)
+    ):
         raise CheckpointError(
             f"{path}: the entry of tensor {name!r} is {_shown(entry)}, not a dtype, a shape and a"
             " hash of 32 digits; write it anew: wsm verify --update"
         )
-    return Recorded(known, tuple(shape), str(digest))
+    return Recorded(known, tuple(shape), digest)
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +87,7 @@ class Image:
     def __init__(self, checker: Checker, parts: list[_Part], nbytes: int) -> None:
         self._checker = checker
         self._parts = parts
+        self._checked = False
         self.nbytes = nbytes
 
     def check(self, memory: torch.Tensor, where: str) -> None:
@@ -98,6 +99,12 @@ class Image:
             if found != part.expected:
                 self._checker.refuse(part, found, where)
         self._checker.counts.bytes += self.nbytes
+
+    def check_once(self, memory: torch.Tensor, where: str) -> None:
+        """The same, for what units share and has one place."""
+        if not self._checked:
+            self.check(memory, where)
+        self._checked = True
 
 
 class UnitCheck:
@@ -218,7 +225,9 @@ class Checker:
             parts += open_parts
         return parts
 
-    def _cut(self, extent: tuple[int, int, int, int]) -> Iterable[tuple[_Stored, tuple[int, int, int]]]:
+    def _cut(
+        self, extent: tuple[int, int, int, int]
+    ) -> Iterable[tuple[_Stored, tuple[int, int, int]]]:
         shard, begin, nbytes, at = extent
         end = begin + nbytes
         while begin < end:

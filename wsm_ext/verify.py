@@ -81,8 +81,7 @@ def _record(checkpoint: Checkpoint, path: Path, progress: Progress | None) -> Ve
         raise CheckpointError(f"{path} is a folder: name a file for the hashes (--sidecar FILE)")
     if not os.access(path.parent, os.W_OK):  # now, not when all is read
         raise CheckpointError(
-            f"{path.parent} cannot be written to: name another file for the hashes"
-            " (--sidecar FILE)"
+            f"{path.parent} cannot be written to: name another file for the hashes (--sidecar FILE)"
         )
     hashes, nbytes, seconds = _hashes_of(checkpoint, list(checkpoint.tensors), progress)
     write_sidecar(path, hashes)
