@@ -94,7 +94,12 @@ def test_a_flipped_bit_is_found_and_named(folder: Path, capsys: Any, name: str, 
     flip(Checkpoint.open(folder), name, at)
     status, said, found = run(folder, capsys)
     assert status == 1
-    assert (found["differ"], found["changed"], found["missing"], found["new"]) == ([name], [], [], [])
+    assert (found["differ"], found["changed"], found["missing"], found["new"]) == (
+        [name],
+        [],
+        [],
+        [],
+    )
     assert f"DIFFERS  {name!r}" in said
     assert "offset" in found["details"][name]
     assert (folder / SIDECAR).read_bytes() == before  # never by itself
@@ -136,7 +141,9 @@ def test_a_file_has_its_sidecar_beside_it_and_a_list_none(folder: Path, capsys: 
     assert verify(Checkpoint.open([file]), folder / f"{file.name}.{SIDECAR}").equal
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(folder: Path, monkeypatch: Any) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    folder: Path, monkeypatch: Any
+) -> None:
     path = folder / SIDECAR
     write_sidecar(path, {"a": Recorded(torch.float32, (1,), "0" * 32)})
     before = path.read_bytes()
