@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from wsm_ext import _engine, cli, file_bytes, hashes
 from wsm_ext.checkpoint import Checkpoint, CheckpointError
 from wsm_ext.hashes import SIDECAR, Piece, Recorded, hash_pieces, read_sidecar, write_sidecar
+from wsm_ext.synthetic import make_llama_checkpoint
 from wsm_ext.verify import verify
 
 
@@ -237,6 +238,24 @@ def test_without_the_package_the_error_says_what_to_install(
     status, said, _ = run(folder, capsys)
     assert status == 2
     assert "pip install xxhash" in said
+
+
+def test_a_command_that_streams_checks_by_the_sidecar(tmp_path: Path, capsys: Any) -> None:
+    size = {"layers": 4, "hidden": 64, "intermediate": 96, "heads": 2, "kv_heads": 2, "vocab": 64}
+    folder = make_llama_checkpoint(tmp_path / "model", shards=1, **size)
+    given = ["prefill", str(folder), "--tokens", "2", "--repeat", "1", "--device", "cpu"]
+    given += ["--no-measure", "--device-memory", "8MiB", "--host-memory", "1MiB", "--verify"]
+    assert cli.main(given) == 2
+    assert f"`wsm verify {folder}` makes them" in capsys.readouterr().err
+    assert cli.main(["verify", str(folder)]) == 0
+    out = tmp_path / "prefill.json"
+    assert cli.main([*given, "--json", str(out)]) == 0
+    verified = json.loads(out.read_text())["stats"]["verified"]
+    checkpoint = Checkpoint.open(folder)
+    assert verified["bytes"] == sum(image.nbytes for image in checkpoint.tensors.values())
+    flip(checkpoint, "model.layers.2.mlp.up_proj.weight", 9)
+    assert cli.main(given) == 2
+    assert "model.layers.2.mlp.up_proj.weight" in capsys.readouterr().err
 
 
 # -- how files are read ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import mmap
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -75,12 +76,10 @@ class _Reading:
         self._at: dict[int, str] = {}  # by thread: what it reads
         self._error: BaseException | None = None
         self._stop = False
-        self._files: list[_File] = []
-        try:
-            self._files += map(_File, files)
-        except BaseException:
-            self._close()
-            raise
+        self._paths = files
+        # By shard: open while stretches of it are left, so never many at once.
+        self._files: dict[int, _File] = {}
+        self._left = Counter(stretch.shard for stretch in stretches)
 
     def run(self, progress: Callable[[int], None] | None, patience_s: float) -> list[R]:
         # Daemons: a read that never ends must not keep the process.
@@ -92,12 +91,9 @@ class _Reading:
             self._watch(threads, progress, patience_s)
         except BaseException:
             self._stop = True
-            raise  # the threads end when their reads do, and the last reference closes the files
+            raise  # the threads end when their reads do
         if self._error is not None:
             raise self._error
-        for file in self._files:
-            file.check_unchanged()
-        self._close()
         return self._results  # type: ignore[return-value]
 
     def _watch(
@@ -132,15 +128,31 @@ class _Reading:
                 if index is None:
                     break
                 stretch = self._stretches[index]
-                self._results[index] = self._use(stretch, self._blocks(stretch, buffer))
+                file = self._open(stretch.shard)
+                self._results[index] = self._use(stretch, self._blocks(file, stretch, buffer))
+                self._done_with(stretch.shard, file)
         except BaseException as error:
             with self._lock:
                 self._error = self._error or error
             self._stop = True
         self._at.pop(threading.get_ident(), None)
 
-    def _blocks(self, stretch: Stretch, buffer: mmap.mmap) -> Blocks:
-        file = self._files[stretch.shard]
+    def _open(self, shard: int) -> _File:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = _File(self._paths[shard])
+            return self._files[shard]
+
+    def _done_with(self, shard: int, file: _File) -> None:
+        with self._lock:
+            self._left[shard] -= 1
+            if self._left[shard]:
+                return
+            del self._files[shard]
+        file.check_unchanged()
+        file.close()
+
+    def _blocks(self, file: _File, stretch: Stretch, buffer: mmap.mmap) -> Blocks:
         offset, end = stretch.offset, stretch.offset + stretch.nbytes
         while offset < end:
             if self._stop:
@@ -152,13 +164,10 @@ class _Reading:
             with self._lock:
                 self._done += len(block)
 
-    def _close(self) -> None:
-        for file in self._files:
-            file.close()
-
 
 class _File:
-    """A file open for direct reads, else for buffered ones. Thread-safe."""
+    """A file open for direct reads, else for buffered ones. Thread-safe. Closed at the latest when
+    nobody refers to it any more."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
