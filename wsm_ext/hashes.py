@@ -108,10 +108,7 @@ def hash_tensors(
 ) -> dict[str, Recorded]:
     """Hashes of these tensors, which lie in the files in one piece each."""
     images = [checkpoint.tensors[name] for name in names]
-    pieces = []
-    for image in images:
-        for extent in image.extents or ():
-            pieces.append(Piece(extent.shard, extent.offset, extent.nbytes))
+    pieces = [Piece(e.shard, e.offset, e.nbytes) for image in images for e in image.extents]
     hashed = iter(hash_pieces(checkpoint.shards, pieces, progress))
     nothing = new_hash().hexdigest()
     return {

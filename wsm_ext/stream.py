@@ -583,7 +583,7 @@ def _checker(checkpoint: Checkpoint | None, config: Config) -> Checker | None:
     if asked is False:
         return None
     if checkpoint is not None:
-        return Checker(checkpoint, None if asked is True else Path(asked))
+        return Checker(checkpoint, None if asked is True else Path(asked).expanduser())
     given = config.describe("verify")
     if config.sources["verify"] == "variable":  # it is meant for others, which have checkpoints
         config.warnings.append(f"{given} has no effect: the weights come from the module itself")
