@@ -16,7 +16,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from wsm_ext import _engine, cli, file_bytes, hashes
-from wsm_ext.checkpoint import Checkpoint, CheckpointError
+from wsm_ext.checkpoint import Checkpoint, CheckpointError, assemble
 from wsm_ext.hashes import SIDECAR, Piece, Recorded, hash_pieces, read_sidecar, write_sidecar
 from wsm_ext.synthetic import make_llama_checkpoint
 from wsm_ext.verify import verify
@@ -140,6 +140,14 @@ def test_a_file_has_its_sidecar_beside_it_and_a_list_none(folder: Path, capsys: 
     with pytest.raises(CheckpointError, match="name the sidecar"):
         verify(Checkpoint.open([file]))
     assert verify(Checkpoint.open([file]), folder / f"{file.name}.{SIDECAR}").equal
+
+
+def test_tensors_that_were_put_together_are_refused(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    parts = [checkpoint.tensors["b.weight"]] * 2
+    checkpoint.tensors["both"] = assemble("both", parts, (128, 64))
+    with pytest.raises(CheckpointError, match="'both' is made of tensors"):
+        verify(checkpoint)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(

@@ -106,8 +106,14 @@ def hash_tensors(
     names: Sequence[str],
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Recorded]:
-    """Hashes of these tensors, which lie in the files in one piece each."""
+    """Hashes of these tensors, which must be as the files have them."""
     images = [checkpoint.tensors[name] for name in names]
+    for image in images:
+        if len(image.extents) > 1 or image.arrival is not None:
+            raise CheckpointError(
+                f"{image.name!r} is made of tensors of the files: hash these, by the checkpoint as"
+                " it was opened"
+            )
     pieces = [Piece(e.shard, e.offset, e.nbytes) for image in images for e in image.extents]
     hashed = iter(hash_pieces(checkpoint.shards, pieces, progress))
     nothing = new_hash().hexdigest()
