@@ -144,10 +144,13 @@ class UnitCheck:
 class Checker:
     """The hashes of one checkpoint, against which its bytes are checked.
 
-    Raises CheckpointError where the sidecar is missing, not valid, or of another checkpoint.
+    `asked`: the setting, as it was given. Raises CheckpointError where the sidecar is missing, not
+    valid, or of another checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint, sidecar: Path | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, sidecar: Path | None, asked: str = "verify=True"
+    ) -> None:
         new_hash()
         self.counts = Counts()
         self._files = checkpoint.shards
@@ -156,7 +159,7 @@ class Checker:
             model = "MODEL" if checkpoint.source is None else checkpoint.source
             option = "" if sidecar is None else f" --sidecar {sidecar}"
             raise CheckpointError(
-                f"verify: there are no hashes at {self._sidecar}; `wsm verify {model}{option}`"
+                f"{asked}: there are no hashes at {self._sidecar}; `wsm verify {model}{option}`"
                 " makes them"
             )
         recorded = read_sidecar(self._sidecar)

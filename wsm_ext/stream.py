@@ -582,9 +582,9 @@ def _checker(checkpoint: Checkpoint | None, config: Config) -> Checker | None:
     asked = config.verify
     if asked is False:
         return None
-    if checkpoint is not None:
-        return Checker(checkpoint, None if asked is True else Path(asked).expanduser())
     given = config.describe("verify")
+    if checkpoint is not None:
+        return Checker(checkpoint, None if asked is True else Path(asked).expanduser(), given)
     if config.sources["verify"] == "variable":  # it is meant for others, which have checkpoints
         config.warnings.append(f"{given} has no effect: the weights come from the module itself")
         return None
