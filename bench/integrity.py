@@ -37,14 +37,18 @@ def rates(checkpoint: wsm.Checkpoint, rounds: int) -> dict[str, Any]:
         for extent in image.extents
     ]
     nbytes = sum(piece.nbytes for piece in pieces)
+    processor: dict[str, list[float]] = {"plain": [], "verify": []}
 
     def plain() -> float:
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), time.process_time()
         read_all(checkpoint.shards, pieces, lambda _, blocks: sum(map(len, blocks)))
+        processor["plain"].append((time.process_time() - before) / nbytes * harness.GB)
         return nbytes / (time.perf_counter() - begin) / harness.GB
 
     def hashed() -> float:
+        before = time.process_time()
         result = verify(checkpoint)
+        processor["verify"].append((time.process_time() - before) / nbytes * harness.GB)
         if not result.equal:
             raise RuntimeError(f"the checkpoint is not as it was hashed: {result.as_dict()}")
         return nbytes / result.seconds / harness.GB
@@ -54,7 +58,13 @@ def rates(checkpoint: wsm.Checkpoint, rounds: int) -> dict[str, Any]:
     ways["best_direct"] = lambda: measure_disk(checkpoint.shards).bytes_per_s / harness.GB
     found = {way: harness.summary(v) for way, v in passes.alternate(ways, rounds).items()}
     ratio = found["verify"]["median"] / found["plain"]["median"]
-    return {"bytes": nbytes, "GB_per_s": found, "verify_to_plain": ratio}
+    return {
+        "bytes": nbytes,
+        "GB_per_s": found,
+        "verify_to_plain": ratio,
+        # Of all threads; tells the cost where other work takes the cores.
+        "cpu_s_per_GB": {way: harness.summary(values) for way, values in processor.items()},
+    }
 
 
 def seconds_of_a_pass(model: Any, ids: torch.Tensor, count: int) -> float:
