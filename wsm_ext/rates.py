@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,28 @@ Sizes = tuple[int, int]  # of a workload: sequences, and tokens of each
 
 @dataclass(frozen=True)
 class Rate:
-    """Bytes per second. `source`: "measured", "cached" (measured before) or "default" (assumed)."""
+    """Bytes per second. `source`: "measured", "cached" (measured before) or "default" (assumed).
+
+    `entries`: under which names it is remembered.
+    """
 
     bytes_per_s: float
     source: str
     note: str = ""
+    entries: tuple[str, ...] = ()
 
     @property
     def known(self) -> bool:
         return self.source != "default"
+
+    def forget(self) -> None:
+        """Passes have shown that it is not so: the next start measures again."""
+        if self.entries:
+            Measurements().drop(self.entries)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, without the names of entries."""
+        return {"bytes_per_s": self.bytes_per_s, "source": self.source, "note": self.note}
 
 
 @dataclass(frozen=True)
@@ -121,7 +135,8 @@ def gather(
     h2d, overhead_s = assumed.h2d, assumed.copy_overhead_s
     try:
         link, source = _link(known, device)
-        h2d, overhead_s = Rate(link.bytes_per_s, source), link.copy_overhead_s
+        h2d = Rate(link.bytes_per_s, source, entries=(_link_key(device),))
+        overhead_s = link.copy_overhead_s
     except NotMeasuredError as error:
         h2d = Rate(h2d.bytes_per_s, h2d.source, str(error))
     try:
@@ -184,15 +199,19 @@ def _remembered(
     return read(value), "measured"
 
 
+def _link_key(device: torch.device) -> str:
+    return key_of("link", device_name(device))
+
+
 def _link(known: Measurements, device: torch.device) -> tuple[Link, str]:
-    key = key_of("link", device_name(device))
+    key = _link_key(device)
     return _remembered(known, key, lambda: asdict(measure.measure_link(device)), _as_link)
 
 
 def _memory(known: Measurements) -> Rate:
     """The "disk" of weights that lie in RAM: copies from memory to memory."""
     link, source = _link(known, _CPU)
-    return Rate(link.bytes_per_s, source, "the weights lie in RAM")
+    return Rate(link.bytes_per_s, source, "the weights lie in RAM", (_link_key(_CPU),))
 
 
 def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> Rate:
@@ -205,26 +224,25 @@ def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> Rate:
         raise NotMeasuredError(measure.NOTHING_TO_READ)
     seconds_per_byte = 0.0
     sources = []
+    entries = []
     for cached in (False, True):
         part = [span for span in spans if span.cached == cached]
         if part:
-            rate, source = _disk_part(known, part, config)
+            entries.append(_disk_key(part, config))
+            rate, source = _remembered(
+                known, entries[-1], partial(measure.measure_disk, part, config), _positive
+            )
             seconds_per_byte += len(part) / len(spans) / rate
             sources.append(source)
     share = sum(span.cached for span in spans) / len(spans)
     note = f"{share:.0%} in the page cache" if share else ""
-    return Rate(1 / seconds_per_byte, "measured" if "measured" in sources else "cached", note)
+    source = "measured" if "measured" in sources else "cached"
+    return Rate(1 / seconds_per_byte, source, note, tuple(entries))
 
 
-def _disk_part(known: Measurements, spans: Sequence[Span], config: Config) -> tuple[float, str]:
+def _disk_key(spans: Sequence[Span], config: Config) -> str:
     kind = "page cache" if spans[0].cached else _how(config)
-    mounts = sorted({file_system(span.path) for span in spans})
-    return _remembered(
-        known,
-        key_of(kind, *mounts),
-        lambda: measure.measure_disk(spans, config),
-        _positive,
-    )
+    return key_of(kind, *sorted({file_system(span.path) for span in spans}))
 
 
 def _how(config: Config) -> str:
