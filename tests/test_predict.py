@@ -49,7 +49,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return found["compute"]
 
     monkeypatch.setattr(measure, "measure_link", lambda device: found["link"])
-    monkeypatch.setattr(measure, "measure_disk", lambda spans, direct: found["disk"])
+    monkeypatch.setattr(measure, "measure_disk", lambda spans, direct: measure.Disk(found["disk"]))
     monkeypatch.setattr(measure, "measure_layer", compute)
     monkeypatch.setattr(
         measure, "find_spans", lambda paths, direct: [measure.Span(paths[0], 0, False)]

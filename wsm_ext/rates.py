@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from . import _engine, measure
-from .config import Config
-from .measure import Compute, Link, NotMeasuredError, Span
+from .config import USUAL_WAY, Config, Way
+from .measure import Compute, Disk, Link, NotMeasuredError, Span
 from .measurements import Measurements, device_name, file_system, key_of
 from .sources import Source
 from .units import Unit
@@ -65,6 +65,7 @@ class Rates:
     compute_source: str = "default"
     compute_note: str = "not measured"
     workload: Sizes | None = None
+    way: Way = USUAL_WAY  # how the disk is read the fastest
 
     def for_units(self, units: Sequence[Unit], source: Source) -> _engine.Rates:
         """As the engine takes them, with the compute of each unit."""
@@ -139,12 +140,13 @@ def gather(
         overhead_s = link.copy_overhead_s
     except NotMeasuredError as error:
         h2d = Rate(h2d.bytes_per_s, h2d.source, str(error))
+    way = USUAL_WAY
     try:
-        disk = _disk(known, paths, config) if paths else _memory(known)
+        disk, way = _disk(known, paths, config) if paths else (_memory(known), way)
     except NotMeasuredError as error:
         disk = Rate(assumed.disk.bytes_per_s, "default", str(error))
     compute, source, note = compute_at(module, device, workload)
-    rates = Rates(disk, h2d, overhead_s, device.type == "cpu", compute, source, note, workload)
+    rates = Rates(disk, h2d, overhead_s, device.type == "cpu", compute, source, note, workload, way)
     _log.info(
         "disk %.2f GB/s (%s), link %.2f GB/s (%s), compute %s",
         disk.bytes_per_s / 1e9,
@@ -214,7 +216,7 @@ def _memory(known: Measurements) -> Rate:
     return Rate(link.bytes_per_s, source, "the weights lie in RAM", (_link_key(_CPU),))
 
 
-def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> Rate:
+def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[Rate, Way]:
     """Of what is in the page cache and what is not, each by its own rate, as the bytes divide."""
     try:
         spans = measure.find_spans(paths, config.direct)
@@ -225,19 +227,29 @@ def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> Rate:
     seconds_per_byte = 0.0
     sources = []
     entries = []
+    notes = []
+    way = USUAL_WAY
     for cached in (False, True):
         part = [span for span in spans if span.cached == cached]
         if part:
             entries.append(_disk_key(part, config))
-            rate, source = _remembered(
-                known, entries[-1], partial(measure.measure_disk, part, config), _positive
+            disk, source = _remembered(
+                known, entries[-1], partial(_measure_disk, part, config), _as_disk
             )
-            seconds_per_byte += len(part) / len(spans) / rate
+            seconds_per_byte += len(part) / len(spans) / disk.bytes_per_s
             sources.append(source)
+            if disk.way != USUAL_WAY:
+                way = disk.way
+                notes.append(str(way))
     share = sum(span.cached for span in spans) / len(spans)
-    note = f"{share:.0%} in the page cache" if share else ""
+    if share:
+        notes.append(f"{share:.0%} in the page cache")
     source = "measured" if "measured" in sources else "cached"
-    return Rate(1 / seconds_per_byte, source, note, tuple(entries))
+    return Rate(1 / seconds_per_byte, source, ", ".join(notes), tuple(entries)), way
+
+
+def _measure_disk(spans: Sequence[Span], config: Config) -> dict[str, Any]:
+    return asdict(measure.measure_disk(spans, config))
 
 
 def _disk_key(spans: Sequence[Span], config: Config) -> str:
@@ -262,6 +274,13 @@ def _seconds(value: Any) -> float:
     if not 0 <= seconds < math.inf:
         raise ValueError
     return seconds
+
+
+def _as_disk(value: Any) -> Disk:
+    way = Way(value["way"]["reader"], int(value["way"]["block_bytes"]))
+    if way.reader not in ("auto", "uring", "pread") or not 0 <= way.block_bytes <= 1 << 30:
+        raise ValueError
+    return Disk(_positive(value["bytes_per_s"]), way)
 
 
 def _as_link(value: Any) -> Link:
