@@ -16,9 +16,10 @@ namespace wsm::testing {
 
 // Outlives the device. Every call that can fail is counted, registrations too.
 struct DeviceLedger {
-  uint64_t fail_at = UINT64_MAX;                // this call, counted from 1, throws
-  bool for_ever = false;                        // and all after it
-  uint64_t most_registered_bytes = UINT64_MAX;  // more are refused
+  uint64_t fail_at = UINT64_MAX;                    // this call, counted from 1, throws
+  bool for_ever = false;                            // and all after it
+  uint64_t most_registered_bytes = UINT64_MAX;      // more are refused
+  std::atomic<uint64_t> fail_at_copy = UINT64_MAX;  // this copy does
   std::atomic<uint64_t> calls{0};
   std::atomic<uint64_t> copies{0};
   std::atomic<int64_t> events{0};
@@ -54,7 +55,7 @@ class FailingDevice final : public Device {
   }
   void copy_to_device(void* target, const void* source, size_t bytes) override {
     call("copy_to_device");
-    ++ledger_.copies;
+    check<Error>(++ledger_.copies != ledger_.fail_at_copy, "the device is broken: copy_to_device");
     inner_->copy_to_device(target, source, bytes);
   }
   void fill(void* target, uint8_t value, size_t bytes) override {
