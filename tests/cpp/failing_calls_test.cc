@@ -39,7 +39,7 @@ constexpr ModelShape kShape{.units = 6,
 // makes thousands alike. WSM_TEST_EVERY=1 tries all.
 uint64_t following(uint64_t nth, uint64_t calls) {
   static const bool every = std::getenv("WSM_TEST_EVERY") != nullptr;
-  constexpr uint64_t kFirst = 30, kLast = 60, kStep = 40;
+  constexpr uint64_t kFirst = 12, kLast = 40, kStep = 100;
   const bool near = every || nth < kFirst || nth + kLast >= calls;
   return near ? nth + 1 : std::min(nth + kStep, calls - kLast);
 }
