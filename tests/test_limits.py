@@ -232,8 +232,12 @@ def group() -> Iterator[Group]:
     made.folder.rmdir()
 
 
+def first_element(layer: int) -> float:
+    return 2.0 ** (layer % 3 - 1)
+
+
 def save_sparse(folder: Path) -> Path:
-    """Layers of zeros, which take no room on the disk, but for their first element: index + 2."""
+    """Layers of zeros, which take no room on the disk, but for their first element."""
     nbytes = WIDTH * WIDTH * 4
     header = json.dumps(
         {
@@ -251,7 +255,7 @@ def save_sparse(folder: Path) -> Path:
         begin = file.tell()
         for index in range(DEPTH):
             file.seek(begin + index * nbytes)
-            file.write(struct.pack("<f", (index % 3 + 1) / 2))
+            file.write(struct.pack("<f", first_element(index)))
         file.truncate(begin + DEPTH * nbytes)
     return folder
 
@@ -263,7 +267,7 @@ def inside_a_group(folder: str, members: str) -> None:
     x = torch.zeros(1, WIDTH)
     x[0, 0] = expected = 1.0
     for index in range(DEPTH):
-        expected *= (index % 3 + 1) / 2
+        expected *= first_element(index)
     with wsm.stream(net, folder, device="cpu", device_memory=64 * MIB) as streamed:
         for _ in range(2):
             with torch.inference_mode():

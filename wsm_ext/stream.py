@@ -152,6 +152,7 @@ class StreamedModule(nn.Module):
         budgets: Budgets,
         progress: Progress | None,
         before: _engine.Engine | None = None,
+        kept: _engine.KeptCache | None = None,
     ) -> None:
         """Starts by the plan; by a smaller one, where the device has less memory than it said."""
         asked = budgets.device_bytes
@@ -163,7 +164,6 @@ class StreamedModule(nn.Module):
                 break
             except torch.OutOfMemoryError as error:
                 budgets.device_bytes = int(budgets.device_bytes * _LESS)
-                kept = None if before is None else before.kept_cache()
                 planned = self._plan_within(budgets, kept)
                 planned.warnings.append(
                     f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
@@ -270,12 +270,13 @@ class StreamedModule(nn.Module):
         with self._residency.passes.between():
             held = self._memory_held()
             budgets = Budgets(self._device, *asked, self._config, self._activation_bytes, held)
-            planned = self._plan_for(budgets, self._engine.kept_cache())  # may refuse
+            kept = self._engine.kept_cache()
+            planned = self._plan_for(budgets, kept)  # may refuse
             self._carry_counters()
             if self._source.in_ram:
                 self._restart_from_ram(budgets, progress)
             else:
-                self._restart(planned, budgets, progress)
+                self._restart(planned, budgets, progress, kept)
             self._asked = asked
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=2)
@@ -298,12 +299,19 @@ class StreamedModule(nn.Module):
         """Device and host bytes that a new plan may use again."""
         return self._planned.device_bytes, self._engine.memory()[0]
 
-    def _restart(self, planned: Planned, budgets: Budgets, progress: Progress | None) -> None:
+    def _restart(
+        self,
+        planned: Planned,
+        budgets: Budgets,
+        progress: Progress | None,
+        kept: _engine.KeptCache,
+    ) -> None:
         before = self._engine
         try:
             self._residency.undo()
             self._finalizer.detach()
-            self._start_with(planned, budgets, progress, before)
+            before.close()  # what it loads ahead must not reach memory that is freed now
+            self._start_with(planned, budgets, progress, before, kept)
         except BaseException:
             self._abandon(before)
             raise
