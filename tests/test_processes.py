@@ -576,14 +576,18 @@ def test_ctrl_c_during_any_call_of_the_engine(net: Net, folder: Path) -> None:
         assert nth == 3 + 2 * len(residency._streamed)
 
 
-def test_close_inside_a_forward_ends_it(net: Net, folder: Path) -> None:
-    streamed = open_net(folder)
-    module = streamed.module
-    hook = module.layers[2].mlp.register_forward_hook(lambda *_: streamed.close())
-    with pytest.raises(wsm.EngineError, match="closed"):
-        result(streamed)
-    hook.remove()
-    assert not any("forward" in inner.__dict__ for inner in module.modules())
-    assert all(parameter.is_meta for parameter in module.parameters())
-    with wsm.stream(module, folder, **STREAMED) as again:
-        assert torch.equal(result(again), result(net))
+def test_close_inside_a_forward_is_refused(net: Net, folder: Path) -> None:
+    refused: list[str] = []
+
+    def close(*_: object) -> None:
+        with pytest.raises(RuntimeError) as error:
+            streamed.close()
+        refused.append(str(error.value))
+
+    with open_net(folder) as streamed:
+        hook = streamed.module.layers[2].mlp.register_forward_hook(close)
+        assert torch.equal(result(streamed), result(net))
+        assert "close() is for between passes" in refused[0]
+        hook.remove()
+        assert torch.equal(result(streamed), result(net))
+    assert not any("forward" in inner.__dict__ for inner in streamed.module.modules())

@@ -446,9 +446,16 @@ class StreamedModule(nn.Module):
         """Wait for what is under way, restore the module, and free all memory. Idempotent.
 
         A forward that another thread is in fails. `stats()` goes on to tell the last figures.
+
+        Raises RuntimeError in the middle of a forward of the calling thread.
         """
         if self._closed:
             return
+        if not self._engine.closed and self._residency.passes.inside():
+            raise RuntimeError(
+                "close() is for between passes, not inside a forward: let it return, or raise out"
+                " of it, first"
+            )
         try:
             if not self._engine.closed:
                 self._give_back_owned()
