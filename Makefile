@@ -13,7 +13,7 @@ CPP_FORMATTED = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc' -o
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .NOTPARALLEL:
-.PHONY: help setup build test test-cpp test-py test-gpu compatibility bench demo lint format clean
+.PHONY: help setup build test test-cpp test-py test-gpu cycles compatibility bench demo lint format clean
 
 help:
 	@echo "make demo      stream a small model under budgets smaller than it, and check the result"
@@ -22,6 +22,7 @@ help:
 	@echo "make build     the module, installed in .venv so that edits of wsm_ext take effect"
 	@echo "make test-cpp | test-py | lint | format"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
+	@echo "make cycles CYCLES=1000  open, use and close a stream so often; nothing may be left behind"
 	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
 	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
 
@@ -57,6 +58,11 @@ test-py: build
 test-gpu: export WSM_REQUIRE_GPU := 1
 test-gpu: build test-cpp-debug
 	$(BIN)/python -m pytest -m gpu
+
+CYCLES ?= 1000
+cycles: export WSM_TEST_CYCLES := $(CYCLES)
+cycles: build
+	$(BIN)/python -m pytest -o timeout=36000 tests/test_processes.py -k nothing_is_left
 
 compatibility: build
 	$(BIN)/python tests/compatibility.py

@@ -6,6 +6,7 @@ leaves no holes, tensor offsets follow from the order and the sizes of the tenso
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -232,6 +233,19 @@ def _choose(folder: Path) -> list[Path]:
     return [folder / name for name in chosen]
 
 
+def _raise_refused(file: Path, error: BaseException) -> None:
+    """What the system refuses this process says nothing about the file."""
+    if isinstance(error, MemoryError):
+        raise MemoryError(
+            f"no memory to read the header of {file}: {error}; free some, or raise the limit on"
+            " address space (ulimit -v), which a whole file must fit into"
+        ) from error
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise OSError(
+            error.errno, f"{error.strerror}: raise the limit on open files (ulimit -n)", str(file)
+        ) from error
+
+
 def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, str]]:
     size = _file_size(file)
     try:
@@ -241,7 +255,8 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
             metadata = header.metadata() or {}
         with open(file, "rb") as stream:
             position = 8 + int.from_bytes(stream.read(8), "little")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
+        _raise_refused(file, error)
         raise CheckpointError(
             f"{file} cannot be read as safetensors: {error}; download it again if it is not whole"
         ) from error

@@ -164,6 +164,7 @@ class StreamedModule(nn.Module):
         budgets: Budgets,
         progress: Progress | None,
         before: _engine.Engine | None = None,
+        kept: _engine.KeptCache | None = None,
     ) -> None:
         """Starts by the plan; by a smaller one, where the device has less memory than it said."""
         asked = budgets.device_bytes
@@ -175,7 +176,6 @@ class StreamedModule(nn.Module):
                 break
             except torch.OutOfMemoryError as error:
                 budgets.device_bytes = int(budgets.device_bytes * _LESS)
-                kept = None if before is None else before.kept_cache()
                 planned = self._plan_within(budgets, kept)
                 planned.warnings.append(
                     f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
@@ -285,12 +285,13 @@ class StreamedModule(nn.Module):
         with self._residency.passes.between():
             held = self._memory_held()
             budgets = Budgets(self._device, *asked, self._config, self._activation_bytes, held)
-            planned = self._plan_for(budgets, self._engine.kept_cache())  # may refuse
+            kept = self._engine.kept_cache()
+            planned = self._plan_for(budgets, kept)  # may refuse
             self._carry_counters()
             if self._source.in_ram:
                 self._restart_from_ram(budgets, progress)
             else:
-                self._restart(planned, budgets, progress)
+                self._restart(planned, budgets, progress, kept)
             self._asked = asked
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=2)
@@ -313,12 +314,19 @@ class StreamedModule(nn.Module):
         """Device and host bytes that a new plan may use again."""
         return self._planned.device_bytes, self._engine.memory()[0]
 
-    def _restart(self, planned: Planned, budgets: Budgets, progress: Progress | None) -> None:
+    def _restart(
+        self,
+        planned: Planned,
+        budgets: Budgets,
+        progress: Progress | None,
+        kept: _engine.KeptCache,
+    ) -> None:
         before = self._engine
         try:
             self._residency.undo()
             self._finalizer.detach()
-            self._start_with(planned, budgets, progress, before)
+            before.close()  # what it loads ahead must not reach memory that is freed now
+            self._start_with(planned, budgets, progress, before, kept)
         except BaseException:
             self._abandon(before)
             raise
@@ -454,9 +462,16 @@ class StreamedModule(nn.Module):
         """Wait for what is under way, restore the module, and free all memory. Idempotent.
 
         A forward that another thread is in fails. `stats()` goes on to tell the last figures.
+
+        Raises RuntimeError in the middle of a forward of the calling thread.
         """
         if self._closed:
             return
+        if not self._engine.closed and self._residency.passes.inside():
+            raise RuntimeError(
+                "close() is for between passes, not inside a forward: let it return, or raise out"
+                " of it, first"
+            )
         try:
             if not self._engine.closed:
                 self._give_back_owned()

@@ -90,7 +90,8 @@ class StreamedUnit:
     def dissolve(self) -> None:
         """The module gets its own parameters back: leave it alone from now on."""
         self.swaps, self._arriving, self._check = [], [], None
-        self._memory = torch.empty(0)
+        with torch.inference_mode(False):  # in the middle of a forward it is still given back
+            self._memory = torch.empty(0)
 
 
 def _version_setter() -> Callable[[torch.Tensor, int], None]:

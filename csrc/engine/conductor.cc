@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "engine/log.h"
+#include "util/threads.h"
 
 namespace wsm {
 
@@ -65,7 +66,7 @@ void Conductor::skip_loaded_homes() {
 }
 
 void Conductor::start() {
-  thread_ = std::thread([this] { run(); });
+  thread_ = start_thread("the schedule", [this] { run(); });
 }
 
 bool Conductor::stop() {
