@@ -13,7 +13,7 @@ CPP_FORMATTED = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc' -o
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .NOTPARALLEL:
-.PHONY: help setup build test test-cpp test-py test-gpu compatibility bench demo lint format clean
+.PHONY: help setup build test test-cpp test-py test-gpu soak compatibility bench demo lint format clean
 
 help:
 	@echo "make demo      stream a small model under budgets smaller than it, and check the result"
@@ -22,6 +22,7 @@ help:
 	@echo "make build     the module, installed in .venv so that edits of wsm_ext take effect"
 	@echo "make test-cpp | test-py | lint | format"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
+	@echo "make soak SECONDS=3600 [SANITIZER=asan|tsan]  random passes over faulty storage for so long"
 	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
 	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
 
@@ -57,6 +58,15 @@ test-py: build
 test-gpu: export WSM_REQUIRE_GPU := 1
 test-gpu: build test-cpp-debug
 	$(BIN)/python -m pytest -m gpu
+
+SECONDS ?= 3600
+SOAK_PRESET = $(or $(SANITIZER),release)
+
+soak: export TSAN_OPTIONS := halt_on_error=1 second_deadlock_stack=1
+soak: $(READY)
+	cmake --preset $(SOAK_PRESET) --log-level=WARNING
+	cmake --build --preset $(SOAK_PRESET) --target wsm_soak
+	$(if $(filter tsan,$(SANITIZER)),$(FIXED_ADDRESSES)) build/$(SOAK_PRESET)/tests/soak/wsm_soak $(SECONDS)
 
 compatibility: build
 	$(BIN)/python tests/compatibility.py
