@@ -121,12 +121,14 @@ class Checkpoint:
     """Tensor images by name, over `shards`: real files, symbolic links resolved.
 
     `computed`: parameters that no file has, since they can be computed. Their values are in RAM.
+    `source`: the file or folder that was opened; None for a list of files.
     """
 
     shards: list[Path]
     tensors: dict[str, TensorImage]
     metadata: dict[str, str] = field(default_factory=dict)
     computed: dict[str, torch.Tensor] = field(default_factory=dict)
+    source: Path | None = None
 
     @classmethod
     def open(cls, source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Checkpoint:
@@ -138,8 +140,12 @@ class Checkpoint:
         path = Path(source)
         chosen = _choose(path) if path.is_dir() else [path]
         if len(chosen) == 1 and chosen[0].name.endswith(INDEX_SUFFIX):
-            return cls._of_index(chosen[0])
-        return cls._of_files(chosen)
+            return replace(cls._of_index(chosen[0]), source=path)
+        return replace(cls._of_files(chosen), source=path)
+
+    def stored(self) -> list[list[TensorImage]]:
+        """By shard: every tensor as the file has it, in its order. Reads the headers again."""
+        return [_read_header(file, shard)[0] for shard, file in enumerate(self.shards)]
 
     @classmethod
     def _of_files(cls, files: list[Path]) -> Checkpoint:

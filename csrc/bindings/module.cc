@@ -394,10 +394,11 @@ void bind_engine(py::module_& m) {
           "acquire",
           [](Engine& engine, uint32_t unit, StreamHandle stream) {
             static const Engine::Interrupt interrupt = plain_interrupt();
-            engine.acquire(unit, stream, interrupt);
+            return engine.acquire(unit, stream, interrupt);
           },
           py::arg("unit"), py::arg("stream"), nogil)
       .def("release", &Engine::release, py::arg("unit"), py::arg("stream"), nogil)
+      .def("discard", &Engine::discard, py::arg("unit"), nogil)
       .def(
           "fetch",
           [](const Engine& engine, uint32_t unit, uint32_t tensor, uintptr_t target) {

@@ -215,13 +215,13 @@ void Engine::end_pass(StreamHandle stream) {
   conductor_->wake();
 }
 
-void Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt) {
+bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt) {
   check_usable();
   check(unit < plan_.units.size(), "there is no unit ", unit);
   check(plan_.units[unit].place_bytes > 0, "unit '", spec_.units[unit].name, "' does not stream");
   UnitState& state = board_.units[unit];
   const auto begin = Clock::now();
-  bool waited = false;
+  bool waited = false, loaded = false;
   {
     std::unique_lock lock(board_.mutex);
     throw_kept_error();
@@ -234,14 +234,14 @@ void Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
     }
     if (state.acquired == 0 && !board_.sequence.use(unit)) ++board_.counters.misses;
     ++board_.version;
-    waited = state.phase != Phase::kReady;
+    waited = state.phase != Phase::kReady || (state.discarded && state.acquired == 0);
     if (waited) {
       wait_ready(lock, unit, interrupt);
     } else {
       conductor_->wake();
     }
     if (state.acquired++ == 0) board_.held.push_back(unit);
-    state.used = true;
+    loaded = !std::exchange(state.used, true);
   }
   {
     std::lock_guard lock(reports_mutex_);
@@ -251,6 +251,7 @@ void Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
     const std::chrono::duration<double, std::milli> ms = Clock::now() - begin;
     log_acquired(unit, waited, ms.count());
   }
+  return loaded;
 }
 
 // Posts the unit as the demand and waits until it is ready. The lock is released while waiting.
@@ -265,7 +266,8 @@ void Engine::wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit,
     conductor_->wake();
   };
   try {
-    while (board_.units[unit].phase != Phase::kReady) {
+    const UnitState& state = board_.units[unit];
+    while (state.phase != Phase::kReady || state.discarded) {
       board_.changed.wait_for(lock, kInterruptInterval);
       throw_kept_error();
       check<Error>(!board_.stop, "this streamed model was closed while unit '",
@@ -309,6 +311,16 @@ void Engine::release(uint32_t unit, StreamHandle stream) {
   if (state.acquired == 0) return;  // recovered by begin_pass since
   record_released(state, stream);
   if (--state.acquired == 0) std::erase(board_.held, unit);
+  ++board_.version;
+  conductor_->wake();
+}
+
+void Engine::discard(uint32_t unit) {
+  check_usable();
+  check(unit < plan_.units.size(), "there is no unit ", unit);
+  std::lock_guard lock(board_.mutex);
+  if (std::exchange(board_.units[unit].discarded, true)) return;
+  board_.discarded.push_back(unit);
   ++board_.version;
   conductor_->wake();
 }

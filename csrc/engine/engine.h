@@ -108,8 +108,12 @@ class Engine {
   // Checks that no file has changed, and recovers what an aborted pass left acquired.
   void begin_pass(StreamHandle stream);
   void end_pass(StreamHandle stream);
-  void acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt);
+  // True when the unit was loaded since it was last acquired.
+  bool acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt);
   void release(uint32_t unit, StreamHandle stream);
+  // For who holds a unit and found its bytes wrong: once it is released, they are dropped from the
+  // arena and the host cache, and the next acquire reads them again.
+  void discard(uint32_t unit);
 
   // Copies the image of the unit's tensor (an index into UnitSpec::tensors) into host memory, from
   // the host cache or the shard. Allowed at any time, but not for what is resident as it is.

@@ -46,6 +46,7 @@ class HostCache {
   std::byte* place(const Chunk& chunk) const;
   bool filled(uint32_t chunk) const { return filled_[chunk]; }
   void mark_filled(uint32_t chunk) { filled_[chunk] = true; }  // its bytes are all there
+  void forget(uint32_t chunk) { filled_[chunk] = false; }      // its bytes are to be read again
   // What is filled, for a plan that takes the cache over.
   KeptCache kept(const Plan& plan) const;
 
