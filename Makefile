@@ -8,12 +8,13 @@ export PATH := $(BIN):$(PATH)
 READY := $(VENV)/.ready
 BUILT := build/.module
 CPP := $(shell find csrc cmake -type f) CMakeLists.txt
-CPP_FORMATTED = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc' -o -name '*.cu')
+CPP_FORMATTED = $(shell find csrc tests/cpp tests/fuzz tests/soak bench -name '*.h' -o -name '*.cc' -o -name '*.cu')
 # Older ThreadSanitizers cannot run where the kernel spreads addresses wider than they expect.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .NOTPARALLEL:
-.PHONY: help setup build test test-cpp test-py test-gpu cycles compatibility bench demo lint format clean
+.PHONY: help setup build test test-cpp test-py test-gpu cycles soak compatibility bench demo lint \
+	format clean
 
 help:
 	@echo "make demo      stream a small model under budgets smaller than it, and check the result"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-cpp | test-py | lint | format"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
 	@echo "make cycles CYCLES=1000  open, use and close a stream so often; nothing may be left behind"
+	@echo "make soak SECONDS=3600 [SANITIZER=asan|tsan]  random passes over faulty storage for so long"
 	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
 	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
 
@@ -63,6 +65,15 @@ CYCLES ?= 1000
 cycles: export WSM_TEST_CYCLES := $(CYCLES)
 cycles: build
 	$(BIN)/python -m pytest -o timeout=36000 tests/test_processes.py -k nothing_is_left
+
+SECONDS ?= 3600
+SOAK_PRESET = $(or $(SANITIZER),release)
+
+soak: export TSAN_OPTIONS := halt_on_error=1 second_deadlock_stack=1
+soak: $(READY)
+	cmake --preset $(SOAK_PRESET) --log-level=WARNING
+	cmake --build --preset $(SOAK_PRESET) --target wsm_soak
+	$(if $(filter tsan,$(SANITIZER)),$(FIXED_ADDRESSES)) build/$(SOAK_PRESET)/tests/soak/wsm_soak $(SECONDS)
 
 compatibility: build
 	$(BIN)/python tests/compatibility.py

@@ -109,7 +109,7 @@ void Conductor::run() {
   } catch (const std::exception& error) {
     // In one step: a waiter that saw the error alone would clear it, as one that passes.
     std::lock_guard lock(board_.mutex);
-    if (!board_.error) board_.error = KeptError::of<Error>(error.what());
+    board_.error = KeptError::of<Error>(error.what());  // before one that would pass
     board_.stop = true;
     board_.changed.notify_all();
   }

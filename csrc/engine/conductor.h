@@ -115,6 +115,7 @@ class Conductor {
     uint32_t chunk = kNone;
     uint32_t slot = kNoSlot;  // none: straight into the host cache
     Route route = Route::kBuffered;
+    Clock::time_point issued{};
   };
 
   void run();
@@ -142,7 +143,8 @@ class Conductor {
   void count_use(const Flight& flight);
   bool needs_read(uint32_t chunk) const;
   uint32_t take_slot(bool demanded);
-  void discard_for_demand();
+  bool slot_comes_free() const;
+  bool discard_for_demand();
   void forget_chunk(uint32_t chunk);
   void drop_outside_window();
   void note_change();

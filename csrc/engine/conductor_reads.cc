@@ -110,7 +110,7 @@ bool Conductor::issue(uint32_t index, bool demanded) {
     return false;
   }
   free_tags_.pop_back();
-  flights_[request.tag] = {index, slot, route};
+  flights_[request.tag] = {index, slot, route, Clock::now()};
   chunks_[index] = {ChunkPhase::kReading, false, slot};
   if (slot != kNoSlot) slot_chunk_[slot] = index;
   return true;
@@ -136,21 +136,25 @@ Conductor::Route Conductor::route_of(const Chunk& chunk) const {
 
 uint32_t Conductor::take_slot(bool demanded) {
   uint32_t slot = ring_->take(demanded);
-  if (slot == kNoSlot && demanded) {
-    discard_for_demand();
-    slot = ring_->take(demanded);
-  }
+  while (slot == kNoSlot && demanded && discard_for_demand()) slot = ring_->take(demanded);
   if (slot == kNoSlot) slots_wanted_ = true;
   return slot;
 }
 
+// A copy out of a slot ends, and so does a doomed read, unless it is overdue.
+bool Conductor::slot_comes_free() const {
+  if (ring_->copies_pending()) return true;
+  const auto overdue = Clock::now() - std::chrono::duration<double>(options_.read_timeout_s / 2);
+  return std::ranges::any_of(flights_, [&](const Flight& flight) {
+    return flight.slot != kNoSlot && flight.issued > overdue &&
+           ring_->state(flight.slot) == StagingRing::State::kDoomed;
+  });
+}
+
 // Frees (or dooms) the slot whose bytes are wanted last: outside the window, else farthest in it.
-void Conductor::discard_for_demand() {
-  // One that comes free by itself will do.
-  if (ring_->copies_pending()) return;
-  for (uint32_t slot = 0; slot < ring_->slots(); ++slot) {
-    if (ring_->state(slot) == StagingRing::State::kDoomed) return;
-  }
+// False where there is none, or one comes free by itself.
+bool Conductor::discard_for_demand() {
+  if (slot_comes_free()) return false;
   uint32_t victim = kNone;
   ptrdiff_t victim_distance = -1;
   for (uint32_t slot = 0; slot < slot_chunk_.size(); ++slot) {
@@ -164,6 +168,7 @@ void Conductor::discard_for_demand() {
     }
   }
   if (victim != kNone) forget_chunk(victim);
+  return victim != kNone;
 }
 
 // The order has changed: what was read ahead for units that are no longer expected makes room.

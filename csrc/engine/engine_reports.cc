@@ -50,7 +50,9 @@ PassReport Engine::last_pass(const Interrupt& interrupt) {
   std::unique_lock lock(reports_mutex_);
   while (passes_ended_ > 0 && !closed()) {
     const uint64_t pass = passes_ended_ - 1;
-    if (passes_ - pass < records_.size() && device_->done(*record_of(pass).end)) {
+    // Passes that were begun since, and never ended, have taken its record.
+    if (passes_ - pass > records_.size()) return {};
+    if (device_->done(*record_of(pass).end)) {
       probes_->collect();
       return report_of(pass);
     }

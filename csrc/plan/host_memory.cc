@@ -80,7 +80,8 @@ uint64_t places_bytes(const std::vector<Chunk*>& chunks, uint64_t granule) {
 
 uint64_t choose_slots(const Limits& limits, const Plan& plan, uint64_t streamed_bytes) {
   const uint64_t slot = plan.chunk_bytes;
-  const uint64_t affordable = limits.host_bytes / slot;
+  const uint64_t useful = std::max<uint64_t>(plan.chunks.size(), kLeastSlots);
+  const uint64_t affordable = std::min(limits.host_bytes / slot, useful);
   if (limits.staging_bytes) {
     return std::clamp(*limits.staging_bytes / slot, kLeastSlots, affordable);
   }
@@ -93,7 +94,7 @@ uint64_t choose_slots(const Limits& limits, const Plan& plan, uint64_t streamed_
   if (cache_limit == 0) slots = kMostSlots;
   if (all_cached_beside(kUsualSlots)) slots = kUsualSlots;
   if (all_cached_beside(kAmpleSlots)) slots = kAmpleSlots;
-  return std::clamp(std::min(slots, plan.chunks.size()), kLeastSlots, affordable);
+  return std::clamp(slots, kLeastSlots, affordable);
 }
 
 void choose_cached(const std::vector<Chunk*>& chunks, uint64_t budget_bytes, uint64_t granule) {
@@ -164,7 +165,7 @@ void plan_host_memory(const ModelSpec& spec, const Limits& limits, Plan& plan) {
   const std::vector<Chunk*> chunks = cacheable(plan);
   const uint64_t total = places_bytes(chunks, granule);
   const uint64_t slots = choose_slots(limits, plan, total);
-  plan.slot_count = static_cast<uint32_t>(std::min<uint64_t>(slots, kNone - 1));
+  plan.slot_count = static_cast<uint32_t>(slots);
   const uint64_t most =
       std::min(limits.host_bytes - plan.staging_bytes(), limits.cache_bytes.value_or(UINT64_MAX));
   if (!limits.kept_cache.ranges.empty()) {

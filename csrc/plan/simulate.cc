@@ -281,14 +281,24 @@ class Simulator {
   Simulated now_;
 };
 
+// Numbers of any machine, and far from where sums of them lose their meaning. NaN is neither.
+constexpr double kLeastRate = 1e-3;
+constexpr double kMostSeconds = 1e9;
+bool is_rate(double bytes_per_s) { return bytes_per_s >= kLeastRate && std::isfinite(bytes_per_s); }
+bool is_time(double seconds) { return seconds >= 0 && seconds <= kMostSeconds; }
+
 void check_rates(const Plan& plan, const Rates& rates, const std::vector<uint32_t>& order) {
-  check(rates.disk_bytes_per_s > 0 && rates.h2d_bytes_per_s > 0, "rates must be above 0, not ",
-        rates.disk_bytes_per_s, " (disk) and ", rates.h2d_bytes_per_s, " (link) bytes/s");
-  check(rates.copy_overhead_s >= 0 && rates.unit_overhead_s >= 0, "overheads must not be negative");
+  check(is_rate(rates.disk_bytes_per_s) && is_rate(rates.h2d_bytes_per_s), "rates must be above ",
+        kLeastRate, " and finite, not ", rates.disk_bytes_per_s, " (disk) and ",
+        rates.h2d_bytes_per_s, " (link) bytes/s");
+  check(is_time(rates.copy_overhead_s) && is_time(rates.unit_overhead_s),
+        "overheads must not be negative, nor above ", kMostSeconds, " s");
   check(rates.compute_s.empty() || rates.compute_s.size() == plan.units.size(),
         "compute times for ", rates.compute_s.size(), " units were given, the plan has ",
         plan.units.size());
-  for (const double seconds : rates.compute_s) check(seconds >= 0, "a compute time is negative");
+  for (const double seconds : rates.compute_s) {
+    check(is_time(seconds), "a compute time is negative, or above ", kMostSeconds, " s: ", seconds);
+  }
   for (const uint32_t unit : order) check(unit < plan.units.size(), "there is no unit ", unit);
 }
 

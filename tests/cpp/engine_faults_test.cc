@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <atomic>
 #include <random>
+#include <set>
 #include <thread>
 
+#include "support/faulty_device.h"
 #include "support/faulty_reader.h"
 #include "support/streamed_model.h"
 #include "util/align.h"
@@ -13,6 +15,8 @@
 namespace wsm {
 namespace {
 
+using testing::FaultyDevice;
+using testing::FaultyDeviceOptions;
 using testing::FaultyOptions;
 using testing::FaultyReader;
 using testing::StreamedModel;
@@ -139,44 +143,12 @@ TEST(EngineFaults, AReadThatNeverEndsIsATimeoutThatNamesIt) {
   }
 }
 
-// A host device whose copies fail from the n-th on, for ever.
-class BrokenDevice final : public Device {
- public:
-  explicit BrokenDevice(uint64_t good_copies) : good_copies_(good_copies) {}
-
-  const char* kind() const override { return host_->kind(); }
-  int index() const override { return host_->index(); }
-  bool register_host(void* data, size_t bytes, std::string* why) override {
-    return host_->register_host(data, bytes, why);
-  }
-  void unregister_host(void* data) noexcept override { host_->unregister_host(data); }
-  void copy_to_device(void* target, const void* source, size_t bytes) override {
-    check<Error>(good_copies_-- > 0, "the device is broken");
-    host_->copy_to_device(target, source, bytes);
-  }
-  void fill(void* target, uint8_t value, size_t bytes) override {
-    host_->fill(target, value, bytes);
-  }
-  StreamHandle copy_stream() const override { return host_->copy_stream(); }
-  std::unique_ptr<Event> make_event(bool timed) override { return host_->make_event(timed); }
-  void record(Event& event, StreamHandle stream) override { host_->record(event, stream); }
-  void wait(StreamHandle stream, const Event& event) override { host_->wait(stream, event); }
-  bool done(const Event& event) override { return host_->done(event); }
-  double elapsed_seconds(const Event& begin, const Event& end) override {
-    return host_->elapsed_seconds(begin, end);
-  }
-  void drain() override { host_->drain(); }
-
- private:
-  std::unique_ptr<Device> host_ = make_host_device();
-  int64_t good_copies_;
-};
-
 TEST(EngineFaults, ABrokenDeviceFailsEveryLaterAcquireAndHangsNone) {
   for (uint64_t good = 0; good < 24; ++good) {
     SCOPED_TRACE(good);
     StreamedModel model;
-    model.open(model.plan(small_limits(model, 0.3)), {}, std::make_unique<BrokenDevice>(good));
+    model.open(model.plan(small_limits(model, 0.3)), {},
+               std::make_unique<FaultyDevice>(FaultyDeviceOptions{.good_copies = good}));
     for (int pass = 0; pass < 3; ++pass) {
       try {
         ASSERT_EQ(model.pass(model.all_units()), "");
@@ -185,6 +157,137 @@ TEST(EngineFaults, ABrokenDeviceFailsEveryLaterAcquireAndHangsNone) {
         EXPECT_NE(std::string(error.what()).find("the device is broken"), std::string::npos);
       }
     }
+  }
+}
+
+TEST(EngineFaults, ABrokenDeviceIsToldThoughAReadFailedBefore) {
+  for (int attempt = 0; attempt < 8; ++attempt) {
+    StreamedModel model;
+    FaultyOptions options;
+    options.eio_from_read = 5;  // of the second chunk; the first one's copy fails then
+    Engine& engine =
+        model.open(model.plan(small_limits(model, 0)), faulty(7, options),
+                   std::make_unique<FaultyDevice>(FaultyDeviceOptions{.good_copies = 0}));
+    engine.begin_pass(0);
+    std::string last;
+    for (int i = 0; i < 3; ++i) {
+      try {
+        engine.acquire(0, 0, {});
+      } catch (const Error& error) {
+        last = error.what();
+      }
+    }
+    EXPECT_EQ(last, "the device is broken");
+  }
+}
+
+// Its slot is gone; the other one serves all units but its own.
+TEST(EngineFaults, AReadThatNeverEndsHoldsUpItsOwnUnitAlone) {
+  StreamedModel model;
+  FaultyOptions options;
+  options.lost_read = 6;
+  const auto log = options.log = std::make_shared<testing::FaultLog>();
+  Engine& engine = model.open(model.plan(small_limits(model, 0, 2)), faulty(7, options));
+  std::mt19937_64 random(1);
+  std::set<uint32_t> timed_out;
+  engine.begin_pass(0);
+  for (int i = 0; i < 60; ++i) {
+    const auto unit = static_cast<uint32_t>(random() % model.spec().units.size());
+    if (timed_out.contains(unit)) continue;
+    try {
+      ASSERT_EQ(model.use(unit), "");
+    } catch (const TimeoutError&) {
+      timed_out.insert(unit);
+    }
+  }
+  EXPECT_EQ(log->lost, 1u);
+  EXPECT_LE(timed_out.size(), 1u);
+  // It comes back at last, into a slot that was kept for it; then all is well.
+  log->calm = true;
+  for (int pass = 0; pass < 2; ++pass) ASSERT_EQ(model.pass(model.all_units()), "");
+}
+
+TEST(EngineFaults, AReadThatTakesASecondIsWaitedFor) {
+  StreamedModel model;
+  FaultyOptions options;
+  options.stall_chance = 0.02;
+  options.stall_us = 1'100'000;  // longer than any nap of the engine's threads
+  const auto log = options.log = std::make_shared<testing::FaultLog>();
+  EngineOptions engine = faulty(5, options);
+  engine.read_timeout_s = 30;
+  model.open(model.plan(small_limits(model, 0.5)), engine);
+  for (int pass = 0; pass < 20 && log->stalls == 0; ++pass) {
+    ASSERT_EQ(model.pass(model.all_units()), "");
+  }
+  EXPECT_GT(log->stalls, 0u);
+}
+
+TEST(EngineFaults, AReadThatComesAfterItsTimeLimitIsAnErrorOnce) {
+  StreamedModel model;
+  FaultyOptions options;
+  options.stall_chance = 1;
+  options.stall_us = 600'000;
+  const auto log = options.log = std::make_shared<testing::FaultLog>();
+  EngineOptions engine = faulty(5, options);
+  engine.read_timeout_s = 0.1;
+  model.open(model.plan(small_limits(model, 0)), engine);
+  EXPECT_THROW(model.pass(model.all_units()), TimeoutError);
+  log->calm = true;
+  EXPECT_EQ(model.pass(model.all_units()), "");
+}
+
+size_t flips_in_tensors(const StreamedModel& model, const testing::FaultLog& log) {
+  const auto flips = log.all_flips();
+  return static_cast<size_t>(std::ranges::count_if(flips, [&](const auto& flip) {
+    return std::ranges::any_of(model.spec().tensors, [&](const TensorSpec& tensor) {
+      const Extent& extent = tensor.extents[0];
+      return model.shard_path(extent.shard) == flip.path && flip.offset >= extent.offset &&
+             flip.offset < extent.offset + extent.bytes;
+    });
+  }));
+}
+
+// Read once each, into the cache, and from RAM, so without padding that belongs to other tensors:
+// each bit flipped in a tensor arrives, and no other.
+TEST(EngineFaults, AFlippedBitIsFoundWhereItWasPutAndNowhereElse) {
+  StreamedModel model(1, {.in_memory = true, .exclusive = {}});
+  FaultyOptions options;
+  options.flip_chance = 0.5;
+  const auto log = options.log = std::make_shared<testing::FaultLog>();
+  Limits limits = small_limits(model, 1.1);
+  model.open(model.plan(limits), faulty(testing::test_seed(), options));
+  Engine& engine = model.engine();
+  engine.begin_pass(0);
+  size_t found = 0;
+  std::vector<std::byte> wanted;
+  for (const uint32_t unit : model.all_units()) {
+    engine.acquire(unit, 0, {});
+    model.visit_images(unit, [&](const TensorSpec& tensor, const std::byte* image) {
+      const Extent& extent = tensor.extents[0];
+      wanted.resize(extent.bytes);
+      testing::fill_pattern(wanted, extent.offset, extent.shard);
+      for (uint64_t i = 0; i < extent.bytes; ++i) {
+        if (image[i] == wanted[i]) continue;
+        ++found;
+        ASSERT_TRUE(
+            log->flipped(model.shard_path(extent.shard), extent.offset + i, image[i] ^ wanted[i]))
+            << tensor.name << " byte " << i;
+      }
+    });
+    engine.release(unit, 0);
+  }
+  engine.end_pass(0);
+  EXPECT_GT(found, 10u);
+  EXPECT_EQ(found, flips_in_tensors(model, *log));
+}
+
+TEST(EngineFaults, TheReportOfAPassWhoseRecordIsGoneIsEmpty) {
+  StreamedModel model;
+  Engine& engine = model.open(model.plan(small_limits(model, 0)));
+  ASSERT_EQ(model.pass(model.all_units()), "");
+  for (int begun = 0; begun < 6; ++begun) {
+    EXPECT_EQ(engine.last_pass({}).seconds > 0, begun < 4) << begun;
+    engine.begin_pass(0);  // aborted: never ended
   }
 }
 

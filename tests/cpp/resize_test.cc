@@ -26,7 +26,7 @@ Limits limits(uint64_t device, uint64_t host) {
   return {.device_bytes = device, .host_bytes = host, .chunk_bytes = 128 * kKiB};
 }
 
-void load(StreamedModel& model) { model.engine().load_resident(0, {}); }
+void load(StreamedModel& model) { model.load_resident(); }
 
 // What was read: these bytes, and what is there already for the pass to come.
 void expect_read(Engine& engine, uint64_t bytes) {

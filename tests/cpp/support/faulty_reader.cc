@@ -12,7 +12,9 @@
 namespace wsm::testing {
 
 FaultyReader::FaultyReader(uint64_t seed, const FaultyOptions& options)
-    : seed_(seed), options_(options), random_(seed), queue_(options.reader) {}
+    : seed_(seed), options_(options), random_(seed), queue_(options.reader) {
+  if (!options_.log) options_.log = std::make_shared<FaultLog>();
+}
 
 bool FaultyReader::submit(const ReadRequest& request) {
   if (!queue_.add(request)) return false;
@@ -22,26 +24,28 @@ bool FaultyReader::submit(const ReadRequest& request) {
 
 size_t FaultyReader::poll(std::span<ReadCompletion> completions) {
   ready_.clear();
-  take_off();
+  if (calm()) {
+    std::ranges::move(lost_, std::back_inserter(flying_));
+    lost_.clear();
+  }
+  do {
+    take_off();
+    step();
+  } while (calm() && (!flying_.empty() || queue_.any_waiting()));
+  const size_t count = queue_.take(completions);
+  signal();
+  return count;
+}
+
+void FaultyReader::step() {
   if (options_.shuffled) std::shuffle(flying_.begin(), flying_.end(), random_);
   std::vector<Flying> held;
   for (Flying& flying : flying_) {
-    int64_t result = 0;
-    if (flying.polls_left > 0) {
-      --flying.polls_left;
-      held.push_back(std::move(flying));
-    } else if (!read(flying.block, &result)) {
-      continue;  // lost: its request never completes
-    } else if (flying.block.advance(result)) {
-      queue_.finish(flying.block);
-    } else {
-      held.push_back(std::move(flying));
-    }
+    const Fate fate = move(flying);
+    if (fate == Fate::kHeld) held.push_back(std::move(flying));
+    if (fate == Fate::kLost) lost_.push_back(std::move(flying));
   }
   flying_ = std::move(held);
-  const size_t count = queue_.take(completions);
-  if (!flying_.empty() || queue_.any_waiting() || queue_.any_done()) ready_.raise();
-  return count;
 }
 
 void FaultyReader::take_off() {
@@ -49,33 +53,82 @@ void FaultyReader::take_off() {
   while (flying_.size() < options_.reader.depth && queue_.next(&flying.block)) {
     flying.block.start();
     flying.polls_left = static_cast<uint32_t>(below(options_.max_delay_polls + 1ull));
+    flying.not_before = {};
+    if (!calm() && chance(options_.stall_chance)) {
+      ++options_.log->stalls;
+      flying.not_before = Clock::now() + std::chrono::microseconds(options_.stall_us);
+    }
     flying_.push_back(flying);
   }
 }
 
+FaultyReader::Fate FaultyReader::move(Flying& flying) {
+  if (!calm()) {
+    if (flying.not_before > Clock::now()) return Fate::kHeld;
+    if (flying.polls_left > 0) {
+      --flying.polls_left;
+      return Fate::kHeld;
+    }
+  }
+  int64_t result = 0;
+  if (!read(flying.block, &result)) return Fate::kLost;
+  if (!flying.block.advance(result)) return Fate::kHeld;
+  queue_.finish(flying.block);
+  return Fate::kFinished;
+}
+
 bool FaultyReader::read(BlockRead& block, int64_t* result) {
   const uint64_t number = reads_++;
-  const bool eio =
-      number >= options_.eio_from_read && number - options_.eio_from_read < options_.eio_reads;
-  const bool interrupted = chance(options_.interrupt_chance);
-  if (number == options_.lost_read || eio || interrupted) {
-    ++faults_;
-    *result = eio ? -EIO : chance(0.5) ? -EINTR : -EAGAIN;
-    return number != options_.lost_read;
+  if (calm()) {
+    *result = read_now(block);
+    return true;
   }
-  *result = spoil(block, read_now(block));
+  FaultLog& log = *options_.log;
+  if (number == options_.lost_read || chance(options_.lost_chance)) {
+    ++log.lost;
+    return false;
+  }
+  if ((number >= options_.eio_from_read && number - options_.eio_from_read < options_.eio_reads) ||
+      chance(options_.eio_chance)) {
+    ++log.errors;
+    *result = -EIO;
+  } else if (chance(options_.interrupt_chance)) {
+    ++log.interrupts;
+    *result = chance(0.5) ? -EINTR : -EAGAIN;
+  } else {
+    *result = spoil(block, read_now(block));
+  }
   return true;
 }
 
+// What the block's next read does not keep is read again, so only what it keeps is flipped.
 int64_t FaultyReader::spoil(BlockRead& block, int64_t got) {
   if (got <= 0) return got;
-  if (chance(options_.flip_chance)) {
-    ++faults_;
-    block.target()[below(static_cast<uint64_t>(got))] ^= std::byte{1} << below(8);
+  FaultLog& log = *options_.log;
+  if (got > 1 && chance(options_.short_chance)) {
+    ++log.shorts;
+    got = 1 + static_cast<int64_t>(below(static_cast<uint64_t>(got - 1)));
   }
-  if (got == 1 || !chance(options_.short_chance)) return got;
-  ++faults_;
-  return 1 + static_cast<int64_t>(below(static_cast<uint64_t>(got - 1)));
+  if (chance(options_.flip_chance)) {
+    const uint64_t at = below(static_cast<uint64_t>(got));
+    const std::byte mask = std::byte{1} << below(8);
+    block.target()[at] ^= mask;
+    log.add_flip({block.shard().path(), block.offset() + at, mask});
+  }
+  return got;
+}
+
+// Readable now, or when the first stall ends.
+void FaultyReader::signal() {
+  const auto stalled = [](const Flying& f) { return f.not_before > Clock::now(); };
+  const bool room = flying_.size() < options_.reader.depth;
+  if (queue_.any_done() || (room && queue_.any_waiting()) ||
+      !std::ranges::all_of(flying_, stalled)) {
+    ready_.raise();
+    return;
+  }
+  const auto next = std::ranges::min_element(flying_, {}, &Flying::not_before);
+  if (next != flying_.end()) ready_.raise_after(next->not_before - Clock::now());
 }
 
 uint64_t test_seed() {

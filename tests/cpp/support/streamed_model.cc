@@ -33,17 +33,31 @@ StreamedModel::StreamedModel(uint64_t seed, ModelShape shape) {
     largest_unit_ = std::max(largest_unit_, unit_bytes);
     spec_.units.push_back(std::move(unit));
   }
+  folder_.emplace();
   for (uint32_t s = 0; s < shape.shards; ++s) {
-    const std::string path = folder_ / ("shard" + std::to_string(s));
+    const std::string path = *folder_ / ("shard" + std::to_string(s));
     if (shape.in_memory) {
-      memory_.emplace_back(ends[s]);
-      fill_pattern(memory_.back(), 0, s);
+      owned_memory_.emplace_back(ends[s]);
+      fill_pattern(owned_memory_.back(), 0, s);
+      memory_.push_back(owned_memory_.back().data());
       spec_.shards.push_back({path, ends[s], 1});
     } else {
-      memory_.emplace_back();
+      memory_.push_back(nullptr);
       write_pattern_file(path, ends[s], s);
       spec_.shards.push_back({path, ends[s], direct_alignment(path)});
     }
+  }
+}
+
+StreamedModel::StreamedModel(ModelSpec spec, std::vector<const void*> memory)
+    : spec_(std::move(spec)), memory_(std::move(memory)) {
+  for (const UnitSpec& unit : spec_.units) {
+    uint64_t unit_bytes = 0;
+    for (const uint32_t t : unit.tensors) {
+      unit_bytes += spec_.tensors[t].bytes + spec_.tensors[t].placed_bytes;
+    }
+    bytes_ += unit_bytes;
+    largest_unit_ = std::max(largest_unit_, unit_bytes);
   }
 }
 
@@ -66,7 +80,7 @@ Engine& StreamedModel::resize(const Limits& limits, EngineOptions options) {
   std::vector<std::pair<uint64_t, std::vector<std::byte>>> stay;
   for (const HomeBlock& block : after.home_blocks) {
     const auto same = std::ranges::find(before.home_blocks, block.tensors, &HomeBlock::tensors);
-    loaded.push_back(same != before.home_blocks.end());
+    loaded.push_back(resident_loaded_ && same != before.home_blocks.end());
     if (!loaded.back()) continue;
     const std::byte* const bytes = homes + same->offset;
     stay.emplace_back(block.offset, std::vector<std::byte>(bytes, bytes + same->bytes));
@@ -88,11 +102,15 @@ Engine& StreamedModel::start(const Plan& plan, EngineOptions options, Estate est
   for (size_t i = 0; i < plan.home_blocks.size(); ++i) {
     homes.push_back({homes_ + plan.home_blocks[i].offset, !loaded.empty() && loaded[i]});
   }
-  std::vector<const void*> memory;
-  for (const auto& shard : memory_) memory.push_back(shard.empty() ? nullptr : shard.data());
+  resident_loaded_ = false;
   engine_ = std::make_unique<Engine>(spec_, plan, std::move(estate), arena_, std::move(homes),
-                                     memory, 0, std::move(options));
+                                     memory_, 0, std::move(options));
   return *engine_;
+}
+
+void StreamedModel::load_resident() {
+  engine_->load_resident(0, {});
+  resident_loaded_ = true;
 }
 
 std::string StreamedModel::compare(const TensorSpec& tensor, const std::byte* found) const {
@@ -104,15 +122,21 @@ std::string StreamedModel::compare(const TensorSpec& tensor, const std::byte* fo
   return "";
 }
 
-std::string StreamedModel::wrong_bytes(uint32_t unit) const {
-  std::string wrong;
+void StreamedModel::visit_images(uint32_t unit, const Visit& visit) const {
   const UnitPlan& planned = engine_->plan().units[unit];
   for (size_t t = 0; t < planned.tensors.size(); ++t) {
     const TensorPlace& place = planned.tensors[t];
     const TensorSpec& tensor = spec_.tensors[spec_.units[unit].tensors[t]];
     if (place.resident && tensor.placed_bytes > 0) continue;  // made by the caller
-    wrong += compare(tensor, (place.resident ? homes_ : arena_) + place.image_offset);
+    visit(tensor, (place.resident ? homes_ : arena_) + place.image_offset);
   }
+}
+
+std::string StreamedModel::wrong_bytes(uint32_t unit) const {
+  std::string wrong;
+  visit_images(unit, [&](const TensorSpec& tensor, const std::byte* image) {
+    wrong += compare(tensor, image);
+  });
   return wrong;
 }
 

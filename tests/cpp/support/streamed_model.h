@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -28,6 +29,9 @@ struct ModelShape {
 class StreamedModel {
  public:
   explicit StreamedModel(uint64_t seed = 1, ModelShape shape = {});
+  // Over shards that are there: files, or where `memory` is not null, bytes in RAM. Their owner,
+  // and not wrong_bytes, knows what they hold.
+  StreamedModel(ModelSpec spec, std::vector<const void*> memory);
 
   const ModelSpec& spec() const { return spec_; }
   uint64_t bytes() const { return bytes_; }
@@ -39,11 +43,16 @@ class StreamedModel {
   Engine& open(const Plan& plan, EngineOptions options = {},
                std::unique_ptr<Device> device = make_host_device());
   // Opens an engine by a plan that follows the present one's; it takes over the cache, and the
-  // homes whose tensors stay.
+  // homes whose tensors stay and were loaded. Throws, and changes nothing, where the budgets are
+  // too small.
   Engine& resize(const Limits& limits, EngineOptions options = {});
-  Engine& engine() { return *engine_; }
+  void load_resident();
+  Engine& engine() const { return *engine_; }
   void close() { engine_.reset(); }
 
+  // Each tensor of the unit whose image is on the device, and where.
+  using Visit = std::function<void(const TensorSpec&, const std::byte* image)>;
+  void visit_images(uint32_t unit, const Visit& visit) const;
   // The names of the unit's tensors whose bytes are not right now; empty when all are.
   std::string wrong_bytes(uint32_t unit) const;
   std::string wrong_fetch(uint32_t unit) const;
@@ -58,14 +67,16 @@ class StreamedModel {
                 const std::vector<bool>& loaded);
   std::string compare(const TensorSpec& tensor, const std::byte* found) const;
 
-  TempFolder folder_;
+  std::optional<TempFolder> folder_;
   uint64_t bytes_ = 0;
   uint64_t largest_unit_ = 0;
   ModelSpec spec_;
-  std::vector<std::vector<std::byte>> memory_;  // by shard, where it lies in RAM
+  std::vector<std::vector<std::byte>> owned_memory_;
+  std::vector<const void*> memory_;  // by shard, where it lies in RAM; else null
   std::vector<std::byte> device_memory_;
   std::byte* arena_ = nullptr;
   std::byte* homes_ = nullptr;  // all blocks, by their offsets
+  bool resident_loaded_ = false;
   std::unique_ptr<Engine> engine_;
 };
 

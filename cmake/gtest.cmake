@@ -1,0 +1,13 @@
+# GoogleTest: the system's library, or built from the sources that Debian's package brings.
+find_package(GTest QUIET)
+if(NOT TARGET GTest::gtest_main)
+  if(EXISTS /usr/src/googletest/CMakeLists.txt)
+    set(INSTALL_GTEST OFF)
+    add_subdirectory(/usr/src/googletest "${CMAKE_BINARY_DIR}/googletest" EXCLUDE_FROM_ALL)
+    if(NOT TARGET GTest::gtest_main)
+      add_library(GTest::gtest_main ALIAS gtest_main)
+    endif()
+  else()
+    message(FATAL_ERROR "The C++ tests need GoogleTest: apt-get install libgtest-dev, or run make setup.")
+  endif()
+endif()
