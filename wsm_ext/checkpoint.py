@@ -24,6 +24,7 @@ from .arrival import Arrival
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX_BYTES = 512 << 20
+_MOST_HEADER_BYTES = 128 << 20  # safetensors takes no larger one
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TORCH_NAMES = {
@@ -229,12 +230,11 @@ def _choose(folder: Path) -> list[Path]:
 def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, str]]:
     size = _file_size(file)
     try:
+        position = _end_of_header(file)
         with safe_open(file, framework="pt", backend="pread") as header:
             slices = [(name, header.get_slice(name)) for name in header.offset_keys()]
             listed = [(name, s.get_shape(), s.get_dtype()) for name, s in slices]
             metadata = header.metadata() or {}
-        with open(file, "rb") as stream:
-            position = 8 + int.from_bytes(stream.read(8), "little")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} cannot be read as safetensors: {error}; download it again if it is not whole"
@@ -251,6 +251,18 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
             f"{file} has {size} bytes, but its header describes {position}; download it again"
         )
     return images, metadata
+
+
+def _end_of_header(file: Path) -> int:
+    """Where the weights begin. What lies before is in the page cache then, and nothing else: the
+    reading ahead that others' reads set off would bring megabytes of each shard.
+    """
+    with open(file, "rb", buffering=0) as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        position = 8 + int.from_bytes(stream.read(8), "little")
+        if position <= _MOST_HEADER_BYTES:
+            os.posix_fadvise(stream.fileno(), 0, position, os.POSIX_FADV_WILLNEED)
+    return position
 
 
 def _file_size(file: Path) -> int:

@@ -62,9 +62,9 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
   check(homes.size() == plan_.home_blocks.size(), homes.size(),
         " blocks were given for the homes, the plan needs ", plan_.home_blocks.size());
   for (const HomeMemory& block : homes) check(block.data != nullptr, "a home block has no memory");
-  check(!inherited_ || same_shards(spec_.shards, estate.shards),
-        "a host cache can only be taken over for the same files");
   open_shards(memory);
+  if (inherited_) check_same_files(estate);
+  tell_what_cannot_be_had();
   board_.units.resize(plan_.units.size() + 1);
   for (UnitState& state : board_.units) {
     state.ready = device_->make_event();
@@ -79,8 +79,8 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
   device_->record(*records_[0].begin, allocated_on);
   device_->wait(device_->copy_stream(), *records_[0].begin);
   conductor_ = std::make_unique<Conductor>(
-      spec_, plan_, *device_, board_, shards_, make_readers(options_), arena, std::move(homes),
-      std::move(inherited_), estate.kept,
+      spec_, plan_, *device_, board_, shards_, make_readers(options_, any_direct()), arena,
+      std::move(homes), std::move(inherited_), estate.kept,
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
 }
@@ -105,10 +105,47 @@ void Engine::open_shards(const std::vector<const void*>& memory) {
   }
 }
 
+void Engine::check_same_files(const Estate& estate) const {
+  check(same_shards(spec_.shards, estate.shards),
+        "a host cache can only be taken over for the same files");
+  for (size_t i = 0; i < shards_.size(); ++i) {
+    check<IoError>(shards_[i]->same_file(*estate.files[i]), shards_[i]->path(),
+                   " has changed; load the model again");
+  }
+}
+
+bool Engine::any_direct() const {
+  return std::any_of(shards_.begin(), shards_.end(), [](const auto& s) { return s->direct(); });
+}
+
+void Engine::tell_what_cannot_be_had() {
+  const Shard* file = nullptr;
+  const Shard* refused = nullptr;
+  size_t refusals = 0;
+  for (const auto& shard : shards_) {
+    if (!file && !shard->memory()) file = shard.get();
+    if (!shard->direct_refused()) continue;
+    if (!refused) refused = shard.get();
+    ++refusals;
+  }
+  if (refused) log_direct_refused(refused->path(), refusals - 1, refused->mode_reason());
+  std::string& text = choices_without_effect_.emplace_back();
+  if (options_.reader == ReaderChoice::kUring && file && !any_direct()) {
+    text = concat("reader 'uring' (WSM_READER) has no effect: it does direct reads, and ",
+                  file->path(), " is read by threads: ", file->mode_reason());
+  } else if (options_.reader == ReaderChoice::kUring && !file) {
+    text = "reader 'uring' (WSM_READER) has no effect: the weights come from RAM";
+  } else if (options_.direct == DirectMode::kOn && !file) {
+    text = "direct reads (WSM_DIRECT=1) are not done: the weights come from RAM";
+  }
+  if (text.empty()) return choices_without_effect_.clear();
+  log_once(text);
+}
+
 // Which reader is the faster for direct reads is the machine's business. On virtual disks a read is
 // submitted at a cost, one after another where one ring submits: threads submit side by side, and
 // win where there are cores for them (docs/performance.md has the figures).
-Readers make_readers(const EngineOptions& options) {
+Readers make_readers(const EngineOptions& options, bool any_direct) {
   if (options.make_readers) return options.make_readers();
   check(options.reader != ReaderChoice::kUring || options.direct != DirectMode::kOff,
         "reader 'uring' does direct reads, and direct reads are off; ask for one of the two");
@@ -117,13 +154,14 @@ Readers make_readers(const EngineOptions& options) {
   std::string uring_refused;  // why, where it was tried
   readers.always_direct = options.direct == DirectMode::kOn;
   const bool asked = options.reader != ReaderChoice::kAuto;
-  if (options.reader == ReaderChoice::kUring || (!asked && cores < kCoresForThreads)) {
+  if (options.reader == ReaderChoice::kUring ||
+      (any_direct && !asked && cores < kCoresForThreads)) {
     readers.direct = make_uring_reader({}, &uring_refused);
     check<Error>(readers.direct || !asked,
                  "io_uring was asked for and cannot be used: ", uring_refused);
-    if (!readers.direct) log_warning("reading with pread: " + uring_refused);
+    if (!readers.direct) log_once("reading with pread: " + uring_refused);
   }
-  if (!readers.direct) {
+  if (!readers.direct && any_direct) {
     ReaderOptions threads;
     threads.block_bytes = kThreadBlockBytes;
     if (options.read_threads > 0) threads.depth = options.read_threads;
@@ -336,6 +374,7 @@ void Engine::close() {
 
 KeptCache Engine::kept_cache() const {
   check_usable();
+  for (const auto& shard : shards_) shard->check_unchanged();
   std::lock_guard lock(board_.mutex);
   return conductor_->cache().kept(plan_);
 }
@@ -353,6 +392,7 @@ Estate Engine::hand_over() {
   for (UnitState& state : board_.units) state = {};
   for (PassRecord& record : records_) record = {};
   estate.device = std::move(device_);
+  estate.files = std::move(shards_);
   return estate;
 }
 

@@ -34,9 +34,14 @@ class Timer {
  public:
   Timer(const std::vector<std::string>& paths, const std::vector<ReadSpan>& spans,
         const EngineOptions& options)
-      : spans_(spans), options_(options), readers_(make_readers(options)) {
+      : spans_(spans), options_(options) {
     check(!spans.empty(), "there is nothing to read");
-    for (const std::string& path : paths) shards_.push_back(Shard::open(path, options.direct));
+    bool any_direct = false;
+    for (const std::string& path : paths) {
+      shards_.push_back(Shard::open(path, options.direct));
+      any_direct |= shards_.back()->direct();
+    }
+    readers_ = make_readers(options, any_direct);
     uint64_t largest = 0;
     for (const ReadSpan& span : spans) {
       check(span.file < shards_.size(), "there is no file ", span.file);

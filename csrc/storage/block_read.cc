@@ -7,10 +7,21 @@
 #include <cerrno>
 #include <cstring>
 
+#include "storage/page_cache.h"
 #include "util/align.h"
 #include "util/check.h"
 
 namespace wsm {
+namespace {
+
+constexpr uint64_t kAllParts = UINT64_MAX;
+constexpr uint32_t kRangeBlockBytes = kMiB;
+
+uint64_t part_bytes(uint32_t block_bytes) {
+  return align_up(std::max(block_bytes / BlockRead::kParts, 1u), page_bytes());
+}
+
+}  // namespace
 
 BlockRead::BlockRead(const ReadRequest& request, uint32_t slot, uint32_t begin, uint32_t bytes)
     : shard_(request.shard),
@@ -19,12 +30,33 @@ BlockRead::BlockRead(const ReadRequest& request, uint32_t slot, uint32_t begin, 
       bytes_(bytes),
       need_(std::min(bytes, request.need_bytes - std::min(begin, request.need_bytes))),
       slot_(slot),
-      cache_wanted_(request.buffered) {}
+      buffered_(request.buffered) {}
 
 void BlockRead::start() {
-  direct_ = !cache_wanted_ && shard_->direct();
-  drop_behind_ = !direct_ && !cache_wanted_ && shard_->drops_behind() &&
-                 !shard_->in_page_cache(offset_, bytes_);
+  direct_ = !buffered_ && shard_->direct();
+  cold_parts_ = direct_ || shard_->in_memory() ? 0 : find_cold_parts();
+}
+
+uint64_t BlockRead::find_cold_parts() const {
+  const Cached whole = shard_->cached(offset_, bytes_);
+  if (whole == Cached::kAll) return 0;
+  if (whole != Cached::kSome) return kAllParts;
+  const uint64_t step = part_bytes(bytes_);
+  uint64_t cold = 0;
+  for (uint64_t part = 0, at = 0; at < bytes_; ++part, at += step) {
+    const uint64_t length = std::min<uint64_t>(step, bytes_ - at);
+    if (shard_->cached(offset_ + at, length) == Cached::kNone) cold |= uint64_t{1} << part;
+  }
+  return cold;
+}
+
+void BlockRead::drop_cold_parts() const {
+  if (cold_parts_ == kAllParts) return shard_->drop_from_page_cache(offset_, bytes_);
+  const uint64_t step = part_bytes(bytes_);
+  for (uint64_t part = 0, at = 0; at < bytes_; ++part, at += step) {
+    if ((cold_parts_ >> part & 1) == 0) continue;
+    shard_->drop_from_page_cache(offset_ + at, std::min<uint64_t>(step, bytes_ - at));
+  }
 }
 
 uint32_t BlockRead::from() const {
@@ -81,7 +113,7 @@ bool BlockRead::finish_at_end() {
 }
 
 bool BlockRead::finish() {
-  if (drop_behind_) shard_->drop_from_page_cache(offset_, bytes_);
+  if (cold_parts_ != 0) drop_cold_parts();
   return true;
 }
 
@@ -89,6 +121,23 @@ bool BlockRead::fail(const std::string& why) {
   error_ = concat("cannot read ", length(), " bytes at offset ", offset(), " of ", shard_->path(),
                   ": ", why);
   return finish();
+}
+
+void read_range(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* target) {
+  for (uint64_t done = 0; done < bytes;) {
+    const auto count = static_cast<uint32_t>(std::min<uint64_t>(bytes - done, kRangeBlockBytes));
+    ReadRequest request;
+    request.shard = &shard;
+    request.offset = offset + done;
+    request.bytes = request.need_bytes = count;
+    request.target = target + done;
+    request.buffered = true;
+    BlockRead block(request, 0, 0, count);
+    block.start();
+    while (!block.advance(read_now(block))) continue;
+    check<IoError>(block.error().empty(), block.error());
+    done += count;
+  }
 }
 
 int64_t read_now(const BlockRead& block) {
