@@ -171,7 +171,7 @@ class Checkpoint:
             shard = index.parent / file
             if not shard.exists():
                 raise CheckpointError(
-                    f"{shard} is missing: {index} places {_some(names)} there; download it again"
+                    f"{_absent(shard)}: {index} places {_some(names)} there; download it again"
                 )
             images = {image.name: image for image in checkpoint._add(shard)}
             lacking = [name for name in names if name not in images]
@@ -253,6 +253,13 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
     return images, metadata
 
 
+def _absent(file: Path) -> str:
+    """As in the hub's cache, where a snapshot's link may outlive its blob."""
+    if file.is_symlink():
+        return f"{file} links to {os.readlink(file)}, which is missing"
+    return f"{file} is missing"
+
+
 def _end_of_header(file: Path) -> int:
     """Where the weights begin. What lies before is in the page cache then, and nothing else: the
     reading ahead that others' reads set off would bring megabytes of each shard.
@@ -274,6 +281,8 @@ def _file_size(file: Path) -> int:
     try:
         status = os.stat(file)
     except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and file.is_symlink():
+            raise CheckpointError(f"{_absent(file)}; download it again") from error
         raise CheckpointError(f"{file} cannot be opened: {error}; check the path") from error
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise CheckpointError(f"{file} is not a regular file: give a safetensors file or a folder")

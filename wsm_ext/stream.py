@@ -302,6 +302,7 @@ class StreamedModule(nn.Module):
         before = self._engine
         try:
             self._residency.undo()
+            before.close()  # its copies end before the memory that they go to is let go
             self._finalizer.detach()
             self._start_with(planned, budgets, progress, before)
         except BaseException:

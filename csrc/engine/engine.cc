@@ -373,7 +373,7 @@ void Engine::close() {
 }
 
 KeptCache Engine::kept_cache() const {
-  check_usable();
+  check<Error>(::getpid() == process_ && conductor_, "this streamed model has no host cache here");
   for (const auto& shard : shards_) shard->check_unchanged();
   std::lock_guard lock(board_.mutex);
   return conductor_->cache().kept(plan_);

@@ -117,7 +117,7 @@ class Engine {
 
   void close();
   // What the host cache holds, for `Limits::kept_cache` of the plan that comes after this one.
-  // Throws IoError where a file has changed since.
+  // Also after `close`. Throws IoError where a file has changed since.
   KeptCache kept_cache() const;
   // Closes, and gives the device and the host cache to an engine of the same shards. Throws Error
   // where a read has not ended, or the process was forked.

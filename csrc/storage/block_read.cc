@@ -14,7 +14,6 @@
 namespace wsm {
 namespace {
 
-constexpr uint64_t kAllParts = UINT64_MAX;
 constexpr uint32_t kRangeBlockBytes = kMiB;
 
 uint64_t part_bytes(uint32_t block_bytes) {
@@ -34,27 +33,28 @@ BlockRead::BlockRead(const ReadRequest& request, uint32_t slot, uint32_t begin, 
 
 void BlockRead::start() {
   direct_ = !buffered_ && shard_->direct();
-  cold_parts_ = direct_ || shard_->in_memory() ? 0 : find_cold_parts();
+  cold_parts_.reset();
+  if (!direct_ && !shard_->in_memory()) cold_parts_ = find_cold_parts();
 }
 
-uint64_t BlockRead::find_cold_parts() const {
+std::bitset<BlockRead::kParts> BlockRead::find_cold_parts() const {
+  std::bitset<kParts> cold;
   const Cached whole = shard_->cached(offset_, bytes_);
-  if (whole == Cached::kAll) return 0;
-  if (whole != Cached::kSome) return kAllParts;
+  if (whole == Cached::kAll) return cold;
+  if (whole != Cached::kSome) return cold.set();
   const uint64_t step = part_bytes(bytes_);
-  uint64_t cold = 0;
   for (uint64_t part = 0, at = 0; at < bytes_; ++part, at += step) {
     const uint64_t length = std::min<uint64_t>(step, bytes_ - at);
-    if (shard_->cached(offset_ + at, length) == Cached::kNone) cold |= uint64_t{1} << part;
+    if (shard_->cached(offset_ + at, length) == Cached::kNone) cold.set(part);
   }
   return cold;
 }
 
 void BlockRead::drop_cold_parts() const {
-  if (cold_parts_ == kAllParts) return shard_->drop_from_page_cache(offset_, bytes_);
+  if (cold_parts_.all()) return shard_->drop_from_page_cache(offset_, bytes_);
   const uint64_t step = part_bytes(bytes_);
   for (uint64_t part = 0, at = 0; at < bytes_; ++part, at += step) {
-    if ((cold_parts_ >> part & 1) == 0) continue;
+    if (!cold_parts_[part]) continue;
     shard_->drop_from_page_cache(offset_ + at, std::min<uint64_t>(step, bytes_ - at));
   }
 }
@@ -113,7 +113,7 @@ bool BlockRead::finish_at_end() {
 }
 
 bool BlockRead::finish() {
-  if (cold_parts_ != 0) drop_cold_parts();
+  if (cold_parts_.any()) drop_cold_parts();
   return true;
 }
 

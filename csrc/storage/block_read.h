@@ -15,6 +15,7 @@
 // before stays.
 #pragma once
 
+#include <bitset>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -27,7 +28,7 @@ namespace wsm {
 class BlockRead {
  public:
   static constexpr uint32_t kMaxIdleReads = 64;
-  static constexpr uint32_t kParts = 64;  // of a block, each wholly dropped behind or not at all
+  static constexpr uint32_t kParts = 256;  // of a block, each wholly dropped behind or not at all
 
   BlockRead() = default;
   // [begin, +bytes) of the request; `slot` is the queue's.
@@ -61,7 +62,7 @@ class BlockRead {
   bool retry_after(int error);
   bool retry_idle(const std::string& why);
   bool at_end_of_file() const;
-  uint64_t find_cold_parts() const;
+  std::bitset<kParts> find_cold_parts() const;
   void drop_cold_parts() const;
   bool finish_at_end();
   bool finish();
@@ -76,7 +77,7 @@ class BlockRead {
   uint32_t idle_reads_ = 0;  // in a row that brought nothing
   bool buffered_ = false;    // the request asked for a buffered read
   bool direct_ = false;
-  uint64_t cold_parts_ = 0;  // of kParts: those of which nothing was in the page cache before
+  std::bitset<kParts> cold_parts_;  // of which nothing was in the page cache before
   std::string error_;
 };
 
