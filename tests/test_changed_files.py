@@ -176,7 +176,7 @@ def test_a_file_that_is_replaced_or_deleted_in_a_pass_is_read_to_its_end(
         hook = streamed.module.layers[1].mlp.register_forward_hook(change)
         assert torch.equal(result(streamed), result(net))
         hook.remove()
-        with pytest.raises(OSError, match="was deleted|was replaced"):
+        with pytest.raises(OSError, match=r"was deleted|was replaced"):
             result(streamed)
 
 

@@ -221,5 +221,3 @@ def test_reading_as_usual_does_push_them_out(folder: Path) -> None:
     (before, after, _), _ = in_a_child(stream_beside_a_bystander, folder, {}, True)
     assert before == 1
     assert after < 0.9
-
-

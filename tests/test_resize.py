@@ -74,9 +74,7 @@ def test_more_device_memory_loads_only_what_is_new(
         assert streamed.plan.device_budget_bytes == 38 * MIB
 
 
-def test_a_resize_while_units_are_prefetched(
-    device: torch.device, net: Net, folder: Path
-) -> None:
+def test_a_resize_while_units_are_prefetched(device: torch.device, net: Net, folder: Path) -> None:
     """Nothing is copied to memory that was let go."""
     for _ in range(4):
         budgets = {"device_memory": "30MiB", "host_memory": "16MiB"}
