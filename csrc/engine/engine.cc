@@ -64,7 +64,9 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
   for (const HomeMemory& block : homes) check(block.data != nullptr, "a home block has no memory");
   open_shards(memory);
   if (inherited_) check_same_files(estate);
-  tell_what_cannot_be_had();
+  tell_refused_files();
+  choice_without_effect_ = choice_without_effect();
+  if (!choice_without_effect_.empty()) log_once(choice_without_effect_);
   board_.units.resize(plan_.units.size() + 1);
   for (UnitState& state : board_.units) {
     state.ready = device_->make_event();
@@ -118,28 +120,30 @@ bool Engine::any_direct() const {
   return std::any_of(shards_.begin(), shards_.end(), [](const auto& s) { return s->direct(); });
 }
 
-void Engine::tell_what_cannot_be_had() {
-  const Shard* file = nullptr;
-  const Shard* refused = nullptr;
-  size_t refusals = 0;
+void Engine::tell_refused_files() const {
+  const Shard* first = nullptr;
+  size_t count = 0;
   for (const auto& shard : shards_) {
-    if (!file && !shard->memory()) file = shard.get();
     if (!shard->direct_refused()) continue;
-    if (!refused) refused = shard.get();
-    ++refusals;
+    if (!first) first = shard.get();
+    ++count;
   }
-  if (refused) log_direct_refused(refused->path(), refusals - 1, refused->mode_reason());
-  std::string& text = choices_without_effect_.emplace_back();
-  if (options_.reader == ReaderChoice::kUring && file && !any_direct()) {
-    text = concat("reader 'uring' (WSM_READER) has no effect: it does direct reads, and ",
-                  file->path(), " is read by threads: ", file->mode_reason());
-  } else if (options_.reader == ReaderChoice::kUring && !file) {
-    text = "reader 'uring' (WSM_READER) has no effect: the weights come from RAM";
-  } else if (options_.direct == DirectMode::kOn && !file) {
-    text = "direct reads (WSM_DIRECT=1) are not done: the weights come from RAM";
+  if (first) log_direct_refused(first->path(), count - 1, first->mode_reason());
+}
+
+// What was asked for, and can make no difference to these files; empty where all can.
+std::string Engine::choice_without_effect() const {
+  const bool ring = options_.reader == ReaderChoice::kUring;
+  const auto file = std::find_if(shards_.begin(), shards_.end(),
+                                 [](const auto& shard) { return shard->memory() == nullptr; });
+  if (file == shards_.end()) {
+    if (ring) return "reader 'uring' (WSM_READER) has no effect: the weights come from RAM";
+    if (options_.direct != DirectMode::kOn) return {};
+    return "direct reads (WSM_DIRECT=1) are not done: the weights come from RAM";
   }
-  if (text.empty()) return choices_without_effect_.clear();
-  log_once(text);
+  if (!ring || any_direct()) return {};
+  return concat("reader 'uring' (WSM_READER) has no effect: it does direct reads, and ",
+                (*file)->path(), " is read by threads: ", (*file)->mode_reason());
 }
 
 // Which reader is the faster for direct reads is the machine's business. On virtual disks a read is

@@ -151,7 +151,8 @@ class Engine {
   void open_shards(const std::vector<const void*>& memory);
   void check_same_files(const Estate& estate) const;
   bool any_direct() const;
-  void tell_what_cannot_be_had();
+  void tell_refused_files() const;
+  std::string choice_without_effect() const;
   void check_usable() const;
   void throw_kept_error();
   void wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit, const Interrupt& interrupt);
@@ -166,7 +167,7 @@ class Engine {
   std::unique_ptr<HostCache> inherited_;  // until the conductor has it
   mutable Board board_;
   std::vector<std::unique_ptr<Shard>> shards_;
-  std::vector<std::string> choices_without_effect_;
+  std::string choice_without_effect_;
   std::unique_ptr<StallProbes> probes_;
   std::unique_ptr<Conductor> conductor_;
   // What passes and reports share; taken before the board's mutex where both are.

@@ -94,7 +94,7 @@ std::vector<ShardReport> Engine::shards() const {
 std::vector<std::string> Engine::warnings() const {
   std::vector<std::string> all = plan_.warnings;
   if (closed()) return all;
-  all.insert(all.end(), choices_without_effect_.begin(), choices_without_effect_.end());
+  if (!choice_without_effect_.empty()) all.push_back(choice_without_effect_);
   for (const auto& some :
        {conductor_->ring().buffer().warnings(), conductor_->cache().warnings()}) {
     all.insert(all.end(), some.begin(), some.end());

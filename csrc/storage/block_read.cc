@@ -77,7 +77,7 @@ bool BlockRead::advance_by(uint32_t got) {
     return done_ >= std::max(need_, 1u) ? finish() : false;
   }
   // A short direct read may end where the last one did, before the end of the file.
-  if (got == 0 || at_end_of_file()) return finish_at_end();
+  if (got == 0 || file_end() <= offset_ + done_) return finish_at_end();
   return retry_idle("reads bring nothing new");
 }
 
@@ -100,16 +100,17 @@ bool BlockRead::retry_idle(const std::string& why) {
   return fail(concat(why, ", ", kMaxIdleReads, " times in a row"));
 }
 
-bool BlockRead::at_end_of_file() const {
+uint64_t BlockRead::file_end() const {
   struct stat info{};
-  return ::fstat(shard_->buffered_fd(), &info) == 0 &&
-         static_cast<uint64_t>(info.st_size) <= offset_ + done_;
+  const bool told = ::fstat(shard_->buffered_fd(), &info) == 0;
+  return told ? static_cast<uint64_t>(info.st_size) : UINT64_MAX;
 }
 
 bool BlockRead::finish_at_end() {
   if (done_ >= need_) return finish();
-  return fail(concat("truncated: the file ends at ", offset_ + done_, ", but must reach to ",
-                     offset_ + need_, "; it changed, or was not copied whole"));
+  const uint64_t end = std::min(file_end(), offset_ + done_);
+  return fail(concat("truncated: the file ends at ", end, ", but must reach to ", offset_ + need_,
+                     "; it changed, or was not copied whole"));
 }
 
 bool BlockRead::finish() {

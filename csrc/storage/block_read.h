@@ -61,7 +61,7 @@ class BlockRead {
   bool advance_by(uint32_t got);
   bool retry_after(int error);
   bool retry_idle(const std::string& why);
-  bool at_end_of_file() const;
+  uint64_t file_end() const;  // now
   std::bitset<kParts> find_cold_parts() const;
   void drop_cold_parts() const;
   bool finish_at_end();
