@@ -49,8 +49,10 @@ test-cpp-%: $(READY)
 	cmake --build --preset $*
 	$(if $(filter tsan,$*),$(FIXED_ADDRESSES)) ctest --preset $*
 
+# A worker a core, each on one thread: a model as small as the tests' gains nothing by more.
+test-py: export OMP_NUM_THREADS := 1
 test-py: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-gpu: export WSM_REQUIRE_GPU := 1
 test-gpu: build test-cpp-debug

@@ -209,7 +209,7 @@ def measured(monkeypatch):
 
     def disk(spans, direct):
         counts["disk"] += 1
-        return 1e6
+        return measure.Disk(1e6)
 
     def layer(module, device, batch, tokens):
         counts["layer"] += 1

@@ -80,6 +80,8 @@ class DirectMode(Enum):
 
 class EngineOptions:
     reader: ReaderChoice
+    preferred: ReaderChoice
+    block_bytes: int
     direct: DirectMode
     read_threads: int
     read_timeout_s: float
@@ -136,6 +138,7 @@ def time_copies(
 def time_reads(
     paths: Sequence[str],
     spans: Sequence[tuple[int, int, int]],
-    options: EngineOptions,
+    ways: Sequence[EngineOptions],
     seconds: float,
-) -> float: ...
+    rounds: int = 1,
+) -> list[list[float]]: ...

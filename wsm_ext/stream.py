@@ -14,7 +14,7 @@ from torch import nn
 from . import _engine, sources
 from .buffers import Buffers
 from .checkpoint import Checkpoint
-from .config import Config, engine_options
+from .config import USUAL_WAY, Config, engine_options
 from .device_memory import DeviceMemory
 from .plan import Plan
 from .planning import Budgets, Planned, Planner, streams
@@ -212,7 +212,7 @@ class StreamedModule(nn.Module):
             homes,
             self._source.memory,
             current_stream(),
-            engine_options(self._config),
+            engine_options(self._config, self._rates.way if self._rates else USUAL_WAY),
             before,
         )
         # Before torch and the driver are torn down, should nobody close it.

@@ -373,6 +373,8 @@ void bind_engine(py::module_& m) {
   py::class_<EngineOptions>(m, "EngineOptions")
       .def(py::init<>())
       .def_readwrite("reader", &EngineOptions::reader)
+      .def_readwrite("preferred", &EngineOptions::preferred)
+      .def_readwrite("block_bytes", &EngineOptions::block_bytes)
       .def_readwrite("direct", &EngineOptions::direct)
       .def_readwrite("read_threads", &EngineOptions::read_threads)
       .def_readwrite("read_timeout_s", &EngineOptions::read_timeout_s)
@@ -384,12 +386,13 @@ void bind_engine(py::module_& m) {
       "time_reads",
       [](const std::vector<std::string>& paths,
          const std::vector<std::tuple<uint32_t, uint64_t, uint32_t>>& pieces,
-         const EngineOptions& options, double seconds) {
+         const std::vector<EngineOptions>& ways, double seconds, uint32_t rounds) {
         std::vector<ReadSpan> spans;
         for (const auto& [file, offset, bytes] : pieces) spans.push_back({file, offset, bytes});
-        return time_reads(paths, spans, options, seconds);
+        return time_reads(paths, spans, ways, seconds, rounds);
       },
-      py::arg("paths"), py::arg("spans"), py::arg("options"), py::arg("seconds"), nogil);
+      py::arg("paths"), py::arg("spans"), py::arg("ways"), py::arg("seconds"),
+      py::arg("rounds") = 1, nogil);
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
            py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"),

@@ -146,9 +146,10 @@ std::string Engine::choice_without_effect() const {
                 (*file)->path(), " is read by threads: ", (*file)->mode_reason());
 }
 
-// Which reader is the faster for direct reads is the machine's business. On virtual disks a read is
-// submitted at a cost, one after another where one ring submits: threads submit side by side, and
-// win where there are cores for them (docs/performance.md has the figures).
+// Which reader is the faster for direct reads is the machine's business: `preferred` was measured.
+// Else by the cores: on virtual disks a read is submitted at a cost, one after another where one
+// ring submits; threads submit side by side, and win where there are cores for them
+// (docs/performance.md has the figures).
 Readers make_readers(const EngineOptions& options, bool any_direct) {
   if (options.make_readers) return options.make_readers();
   check(options.reader != ReaderChoice::kUring || options.direct != DirectMode::kOff,
@@ -158,21 +159,28 @@ Readers make_readers(const EngineOptions& options, bool any_direct) {
   std::string uring_refused;  // why, where it was tried
   readers.always_direct = options.direct == DirectMode::kOn;
   const bool asked = options.reader != ReaderChoice::kAuto;
-  if (options.reader == ReaderChoice::kUring ||
-      (any_direct && !asked && cores < kCoresForThreads)) {
-    readers.direct = make_uring_reader({}, &uring_refused);
+  const bool measured = options.preferred != ReaderChoice::kAuto;
+  const ReaderChoice by_cores =
+      cores < kCoresForThreads ? ReaderChoice::kUring : ReaderChoice::kPread;
+  const ReaderChoice found = measured ? options.preferred : by_cores;
+  const ReaderChoice wanted = asked ? options.reader : found;
+  if (wanted == ReaderChoice::kUring && (asked || any_direct)) {
+    ReaderOptions ring;
+    if (options.block_bytes > 0) ring.block_bytes = options.block_bytes;
+    readers.direct = make_uring_reader(ring, &uring_refused);
     check<Error>(readers.direct || !asked,
                  "io_uring was asked for and cannot be used: ", uring_refused);
     if (!readers.direct) log_once("reading with pread: " + uring_refused);
   }
   if (!readers.direct && any_direct) {
     ReaderOptions threads;
-    threads.block_bytes = kThreadBlockBytes;
+    threads.block_bytes = options.block_bytes > 0 ? options.block_bytes : kThreadBlockBytes;
     if (options.read_threads > 0) threads.depth = options.read_threads;
     readers.direct = make_pread_reader(threads);
   }
   readers.why_direct = asked                      ? "the reader was asked for"
                        : !uring_refused.empty()   ? "no io_uring: " + uring_refused
+                       : measured                 ? "measured to be the faster one"
                        : cores < kCoresForThreads ? "few cores: one ring"
                                                   : "many cores: threads submit side by side";
   ReaderOptions pool;
