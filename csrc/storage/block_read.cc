@@ -17,7 +17,7 @@ namespace {
 constexpr uint32_t kRangeBlockBytes = kMiB;
 
 uint64_t part_bytes(uint32_t block_bytes) {
-  return align_up(std::max(block_bytes / BlockRead::kParts, 1u), page_bytes());
+  return align_up((block_bytes + BlockRead::kParts - 1) / BlockRead::kParts, page_bytes());
 }
 
 }  // namespace
