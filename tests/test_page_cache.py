@@ -85,8 +85,9 @@ def test_each_extent_is_read_the_way_that_suits_it(
 ) -> None:
     found, _ = in_a_child(passes_over_half_warm_files, folder, {}, change)
     for direct, warm_half, cold_half in found:
-        assert 0.25 < direct < 0.75  # chunks that are warm in part are read directly
-        assert warm_half > 0.97  # the kernel may want some pages for others meanwhile
+        # Chunks that are warm in part are read directly, and a machine may lose pages by itself.
+        assert 0.25 < direct < 0.98
+        assert warm_half > 0.9  # a machine may lose pages by itself
         assert cold_half < 0.01
 
 
@@ -101,7 +102,7 @@ def test_buffered_reads_leave_the_page_cache_as_it_was(
     found, _ = in_a_child(passes_over_half_warm_files, folder, config, change)
     for direct, warm_half, cold_half in found:
         assert direct == 0
-        assert warm_half > 0.97  # the kernel may want some pages for others meanwhile
+        assert warm_half > 0.9  # a machine may lose pages by itself
         assert cold_half < 0.01
 
 
@@ -212,12 +213,12 @@ def stream_beside_a_bystander(folder: Path, config: dict[str, Any], control: boo
 @pytest.mark.parametrize("config", [{}, BUFFERED], ids=["direct", "buffered"])
 def test_a_run_does_not_push_out_the_files_of_others(config: dict[str, Any], folder: Path) -> None:
     (before, after, own), _ = in_a_child(stream_beside_a_bystander, folder, config, False)
-    assert min(before, after) > 0.97
+    assert min(before, after) > 0.9
     assert own < 0.01
 
 
 def test_reading_as_usual_does_push_them_out(folder: Path) -> None:
     """That the one above can fail."""
     (before, after, _), _ = in_a_child(stream_beside_a_bystander, folder, {}, True)
-    assert before > 0.97
-    assert after < 0.9
+    assert before > 0.9
+    assert after < 0.7
