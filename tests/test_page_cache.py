@@ -151,7 +151,8 @@ def everything_else(folder: Path, config: dict[str, Any]) -> list[float]:
 @pytest.mark.parametrize("config", [{}, BUFFERED], ids=["direct", "buffered"])
 def test_nothing_else_that_is_read_stays_either(config: dict[str, Any], folder: Path) -> None:
     (left,), _ = in_a_child(everything_else, folder, config)
-    assert left < 0.01
+    # What is fetched while it is also read ahead: each may take the other's pages for older ones.
+    assert left < 0.1
 
 
 # -- the files of others ---------------------------------------------------------------------------
@@ -159,18 +160,18 @@ def test_nothing_else_that_is_read_stays_either(config: dict[str, Any], folder: 
 _GROUP = Path("/sys/fs/cgroup/memory/wsm-test")  # version 1
 _GROUP_2 = Path("/sys/fs/cgroup/wsm-test")
 _MODEL_LAYERS = 40
-_ROOM = 64 * MIB  # for page cache: less than the model's 218 MiB
+_ROOM = 96 * MIB  # for the page cache: less than the model's 218 MiB
 
 
 def enter_a_group_with_little_memory() -> Callable[[], None]:
-    """This process and its page cache get little more memory than it has now. What ends that."""
-    used = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+    """From here on what this process takes, page cache included, has little room; what it has
+    stays counted elsewhere. What ends that."""
     for group, file in ((_GROUP, "memory.limit_in_bytes"), (_GROUP_2, "memory.max")):
         if not (group.parent / "cgroup.procs").exists():
             continue
         try:
             group.mkdir()
-            (group / file).write_text(str(used + _ROOM))
+            (group / file).write_text(str(_ROOM))
             (group / "cgroup.procs").write_text(str(os.getpid()))
         except OSError as error:
             raise NotHereError(f"control groups: {error}") from None
@@ -201,7 +202,9 @@ def stream_beside_a_bystander(folder: Path, config: dict[str, Any], control: boo
             warm(bystander)
             before = share(bystander)
             if control:
-                shard.read_bytes()[:0]
+                with open(shard, "rb") as file:
+                    while file.read(MIB):
+                        pass
             else:
                 for _ in range(2):
                     result(streamed)
