@@ -88,7 +88,7 @@ def test_each_extent_is_read_the_way_that_suits_it(
         # Chunks that are warm in part are read directly, and a machine may lose pages by itself.
         assert 0.25 < direct < 0.98
         assert warm_half > 0.9  # a machine may lose pages by itself
-        assert cold_half < 0.01
+        assert cold_half < 0.02
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_buffered_reads_leave_the_page_cache_as_it_was(
     for direct, warm_half, cold_half in found:
         assert direct == 0
         assert warm_half > 0.9  # a machine may lose pages by itself
-        assert cold_half < 0.01
+        assert cold_half < 0.02
 
 
 def test_what_the_kernel_does_not_tell_is_read_directly(folder: Path) -> None:
@@ -217,7 +217,7 @@ def stream_beside_a_bystander(folder: Path, config: dict[str, Any], control: boo
 def test_a_run_does_not_push_out_the_files_of_others(config: dict[str, Any], folder: Path) -> None:
     (before, after, own), _ = in_a_child(stream_beside_a_bystander, folder, config, False)
     assert min(before, after) > 0.9
-    assert own < 0.01
+    assert own < 0.05
 
 
 def test_reading_as_usual_does_push_them_out(folder: Path) -> None:
