@@ -74,6 +74,15 @@ def test_more_device_memory_loads_only_what_is_new(
         assert streamed.plan.device_budget_bytes == 38 * MIB
 
 
+def test_a_resize_while_units_are_prefetched(device: torch.device, net: Net, folder: Path) -> None:
+    """Nothing is copied to memory that was let go."""
+    for _ in range(4):
+        budgets = {"device_memory": "30MiB", "host_memory": "16MiB"}
+        with streamed_net(net, folder, device, **budgets) as streamed:
+            streamed.resize(device_memory="38MiB")
+            check(streamed, net, device)
+
+
 def test_homes_that_stay_keep_their_memory(net: Net, folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(device_memory, "allocate", allocate := _Allocations())
     cpu = torch.device("cpu")

@@ -25,6 +25,7 @@ from .arrival import Arrival
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX_BYTES = 512 << 20
+_MOST_HEADER_BYTES = 128 << 20  # safetensors takes no larger one
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TORCH_NAMES = {
@@ -177,7 +178,7 @@ class Checkpoint:
             shard = index.parent / file
             if not shard.exists():
                 raise CheckpointError(
-                    f"{shard} is missing: {index} places {_some(names)} there; download it again"
+                    f"{_absent(shard)}: {index} places {_some(names)} there; download it again"
                 )
             images = {image.name: image for image in checkpoint._add(shard)}
             lacking = [name for name in names if name not in images]
@@ -249,12 +250,11 @@ def _raise_refused(file: Path, error: BaseException) -> None:
 def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, str]]:
     size = _file_size(file)
     try:
+        position = _end_of_header(file)
         with safe_open(file, framework="pt", backend="pread") as header:
             slices = [(name, header.get_slice(name)) for name in header.offset_keys()]
             listed = [(name, s.get_shape(), s.get_dtype()) for name, s in slices]
             metadata = header.metadata() or {}
-        with open(file, "rb") as stream:
-            position = 8 + int.from_bytes(stream.read(8), "little")
     except (SafetensorError, OSError, MemoryError) as error:
         _raise_refused(file, error)
         raise CheckpointError(
@@ -274,6 +274,25 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
     return images, metadata
 
 
+def _absent(file: Path) -> str:
+    """As in the hub's cache, where a snapshot's link may outlive its blob."""
+    if file.is_symlink():
+        return f"{file} links to {os.readlink(file)}, which is missing"
+    return f"{file} is missing"
+
+
+def _end_of_header(file: Path) -> int:
+    """Where the weights begin. What lies before is in the page cache then, and nothing else: the
+    reading ahead that others' reads set off would bring megabytes of each shard.
+    """
+    with open(file, "rb", buffering=0) as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        position = 8 + int.from_bytes(stream.read(8), "little")
+        if position <= _MOST_HEADER_BYTES:
+            os.posix_fadvise(stream.fileno(), 0, position, os.POSIX_FADV_WILLNEED)
+    return position
+
+
 def _file_size(file: Path) -> int:
     if file.name.endswith(_PICKLE_SUFFIXES):
         raise CheckpointError(
@@ -283,6 +302,8 @@ def _file_size(file: Path) -> int:
     try:
         status = os.stat(file)
     except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and file.is_symlink():
+            raise CheckpointError(f"{_absent(file)}; download it again") from error
         raise CheckpointError(f"{file} cannot be opened: {error}; check the path") from error
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise CheckpointError(f"{file} is not a regular file: give a safetensors file or a folder")

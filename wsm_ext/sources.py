@@ -194,18 +194,15 @@ def _blocks(checkpoint: Checkpoint, image: TensorImage) -> Iterable[bytes]:
     """The image's bytes in tensor order, cut at multiples of one block."""
     pending = bytearray()
     for extent in sorted(image.extents, key=lambda e: e.tensor_offset):
-        with open(checkpoint.shards[extent.shard], "rb") as file:
-            file.seek(extent.offset)
-            left = extent.nbytes
-            while left:
-                block = file.read(min(left, _COMPARE_BYTES - len(pending)))
-                if not block:
-                    raise CheckpointError(f"{file.name} ends inside tensor {image.name!r}")
-                left -= len(block)
-                pending += block
-                if len(pending) == _COMPARE_BYTES:
-                    yield bytes(pending)
-                    pending.clear()
+        path = str(checkpoint.shards[extent.shard])
+        at, end = extent.offset, extent.offset + extent.nbytes
+        while at < end:
+            count = min(end - at, _COMPARE_BYTES - len(pending))
+            pending += _engine.read_range(path, at, count)
+            at += count
+            if len(pending) == _COMPARE_BYTES:
+                yield bytes(pending)
+                pending.clear()
     if pending:
         yield bytes(pending)
 

@@ -20,6 +20,7 @@
 #include "plan/best_plan.h"
 #include "plan/planner.h"
 #include "plan/simulate.h"
+#include "storage/block_read.h"
 #include "storage/page_cache.h"
 #include "storage/shard.h"
 #include "util/check.h"
@@ -292,7 +293,23 @@ void bind_plan(py::module_& m) {
       },
       py::arg("cuda_index"), py::arg("target"), py::arg("target_bytes"), py::arg("source_bytes"),
       py::arg("sizes"), py::call_guard<py::gil_scoped_release>());
-  m.def("in_page_cache", &cached_whole, py::arg("fd"), py::arg("offset"), py::arg("bytes"));
+  m.def(
+      "in_page_cache",
+      [](int fd, uint64_t offset, uint64_t bytes) {
+        return cached(fd, offset, bytes) == Cached::kAll;
+      },
+      py::arg("fd"), py::arg("offset"), py::arg("bytes"));
+  // Leaves the page cache as it is.
+  m.def(
+      "read_range",
+      [](const std::string& path, uint64_t offset, uint64_t bytes) {
+        py::bytes found(nullptr, bytes);
+        auto* target = reinterpret_cast<std::byte*>(PyBytes_AS_STRING(found.ptr()));
+        py::gil_scoped_release nogil;
+        read_range(*Shard::open(path, DirectMode::kOff), offset, bytes, target);
+        return found;
+      },
+      py::arg("path"), py::arg("offset"), py::arg("bytes"));
 }
 
 void bind_simulator(py::module_& m) {

@@ -34,18 +34,23 @@
 #include "plan/model_spec.h"
 #include "plan/plan.h"
 #include "storage/reader.h"
+#include "util/check.h"
 
 namespace wsm {
 
 // The readers at hand. `direct` takes the cold extents of a drive, `pool` all others (page cache,
-// tmpfs, RAM); without the one, the other takes all.
+// tmpfs, RAM), and all where there is no other, or it has broken.
 struct Readers {
   std::unique_ptr<Reader> direct;
   std::unique_ptr<Reader> pool;
   std::string why_direct;      // why this one reads directly, for stats()
   bool always_direct = false;  // even where the page cache has the bytes
 
-  Reader& for_direct() const { return direct ? *direct : *pool; }
+  Reader& for_direct() const { return direct && !direct->broken() ? *direct : *pool; }
+  std::string why() const {
+    const int error = direct ? direct->broken() : 0;
+    return error == 0 ? why_direct : concat("io_uring failed: ", errno_text(error));
+  }
 };
 
 // Bytes read from one shard, by the way they took.
@@ -123,7 +128,7 @@ class Conductor {
   void look();  // copies what it needs from the board
   bool reap();
   bool reap_from(Reader& reader);
-  void complete(const ReadCompletion& done);
+  void complete(const ReadCompletion& done, const Reader& reader);
   bool copy();
   bool copy_unit(uint32_t unit, size_t ahead, bool demanded);
   bool begin_load(uint32_t unit, size_t ahead, bool demanded);

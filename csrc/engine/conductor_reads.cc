@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "engine/conductor.h"
+#include "engine/log.h"
 
 namespace wsm {
 
@@ -15,11 +16,11 @@ bool Conductor::reap() {
 
 bool Conductor::reap_from(Reader& reader) {
   const size_t count = reader.poll(completions_);
-  for (size_t i = 0; i < count; ++i) complete(completions_[i]);
+  for (size_t i = 0; i < count; ++i) complete(completions_[i], reader);
   return count > 0;
 }
 
-void Conductor::complete(const ReadCompletion& done) {
+void Conductor::complete(const ReadCompletion& done, const Reader& reader) {
   const Flight flight = std::exchange(flights_[done.tag], Flight{});
   free_tags_.push_back(static_cast<uint32_t>(done.tag));
   const Chunk& chunk = plan_.chunks[flight.chunk];
@@ -27,11 +28,15 @@ void Conductor::complete(const ReadCompletion& done) {
     board_.counters.disk_read_bytes += done.bytes;
     if (done.error.empty()) board_.counters.disk_bytes += chunk.payload_bytes;
   }
-  count_use(flight);
+  if (done.error.empty()) count_use(flight);
   // A doomed slot: nobody wants the bytes any more, nor the error.
   if (flight.slot != kNoSlot && !ring_->read_done(flight.slot)) return;
   if (!done.error.empty()) {
     forget_chunk(flight.chunk);
+    if (reader.broken()) {  // the other reads it again
+      log_once(concat("reading with ", readers_.pool->name(), ": ", readers_.why()));
+      return;
+    }
     paused_ = true;
     keep_error(KeptError::of<IoError>(
         concat(done.error, "; it was read for unit '", name_of(owner_of(flight.chunk)), "'")));
@@ -120,7 +125,11 @@ bool Conductor::issue(uint32_t index, bool demanded) {
 void Conductor::count_use(const Flight& flight) {
   const Chunk& chunk = plan_.chunks[flight.chunk];
   ShardUse& use = uses_[chunk.shard];
-  const bool direct = flight.route == Route::kDirect && shards_[chunk.shard]->direct();
+  const Shard& shard = *shards_[chunk.shard];
+  const bool direct = flight.route == Route::kDirect && shard.direct();
+  if (flight.route == Route::kDirect && !direct) {
+    log_direct_refused(shard.path(), 0, shard.mode_reason());
+  }
   (direct ? use.direct_bytes : use.buffered_bytes) += chunk.payload_bytes;
 }
 

@@ -62,9 +62,11 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
   check(homes.size() == plan_.home_blocks.size(), homes.size(),
         " blocks were given for the homes, the plan needs ", plan_.home_blocks.size());
   for (const HomeMemory& block : homes) check(block.data != nullptr, "a home block has no memory");
-  check(!inherited_ || same_shards(spec_.shards, estate.shards),
-        "a host cache can only be taken over for the same files");
   open_shards(memory);
+  if (inherited_) check_same_files(estate);
+  tell_refused_files();
+  choice_without_effect_ = choice_without_effect();
+  if (!choice_without_effect_.empty()) log_once(choice_without_effect_);
   board_.units.resize(plan_.units.size() + 1);
   for (UnitState& state : board_.units) {
     state.ready = device_->make_event();
@@ -79,8 +81,8 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
   device_->record(*records_[0].begin, allocated_on);
   device_->wait(device_->copy_stream(), *records_[0].begin);
   conductor_ = std::make_unique<Conductor>(
-      spec_, plan_, *device_, board_, shards_, make_readers(options_), arena, std::move(homes),
-      std::move(inherited_), estate.kept,
+      spec_, plan_, *device_, board_, shards_, make_readers(options_, any_direct()), arena,
+      std::move(homes), std::move(inherited_), estate.kept,
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
 }
@@ -105,11 +107,50 @@ void Engine::open_shards(const std::vector<const void*>& memory) {
   }
 }
 
+void Engine::check_same_files(const Estate& estate) const {
+  check(same_shards(spec_.shards, estate.shards),
+        "a host cache can only be taken over for the same files");
+  for (size_t i = 0; i < shards_.size(); ++i) {
+    check<IoError>(shards_[i]->same_file(*estate.files[i]), shards_[i]->path(),
+                   " has changed; load the model again");
+  }
+}
+
+bool Engine::any_direct() const {
+  return std::any_of(shards_.begin(), shards_.end(), [](const auto& s) { return s->direct(); });
+}
+
+void Engine::tell_refused_files() const {
+  const Shard* first = nullptr;
+  size_t count = 0;
+  for (const auto& shard : shards_) {
+    if (!shard->direct_refused()) continue;
+    if (!first) first = shard.get();
+    ++count;
+  }
+  if (first) log_direct_refused(first->path(), count - 1, first->mode_reason());
+}
+
+// What was asked for, and can make no difference to these files; empty where all can.
+std::string Engine::choice_without_effect() const {
+  const bool ring = options_.reader == ReaderChoice::kUring;
+  const auto file = std::find_if(shards_.begin(), shards_.end(),
+                                 [](const auto& shard) { return shard->memory() == nullptr; });
+  if (file == shards_.end()) {
+    if (ring) return "reader 'uring' (WSM_READER) has no effect: the weights come from RAM";
+    if (options_.direct != DirectMode::kOn) return {};
+    return "direct reads (WSM_DIRECT=1) are not done: the weights come from RAM";
+  }
+  if (!ring || any_direct()) return {};
+  return concat("reader 'uring' (WSM_READER) has no effect: it does direct reads, and ",
+                (*file)->path(), " is read by threads: ", (*file)->mode_reason());
+}
+
 // Which reader is the faster for direct reads is the machine's business: `preferred` was measured.
 // Else by the cores: on virtual disks a read is submitted at a cost, one after another where one
 // ring submits; threads submit side by side, and win where there are cores for them
 // (docs/performance.md has the figures).
-Readers make_readers(const EngineOptions& options) {
+Readers make_readers(const EngineOptions& options, bool any_direct) {
   if (options.make_readers) return options.make_readers();
   check(options.reader != ReaderChoice::kUring || options.direct != DirectMode::kOff,
         "reader 'uring' does direct reads, and direct reads are off; ask for one of the two");
@@ -122,15 +163,16 @@ Readers make_readers(const EngineOptions& options) {
   const ReaderChoice by_cores =
       cores < kCoresForThreads ? ReaderChoice::kUring : ReaderChoice::kPread;
   const ReaderChoice found = measured ? options.preferred : by_cores;
-  if ((asked ? options.reader : found) == ReaderChoice::kUring) {
+  const ReaderChoice wanted = asked ? options.reader : found;
+  if (wanted == ReaderChoice::kUring && (asked || any_direct)) {
     ReaderOptions ring;
     if (options.block_bytes > 0) ring.block_bytes = options.block_bytes;
     readers.direct = make_uring_reader(ring, &uring_refused);
     check<Error>(readers.direct || !asked,
                  "io_uring was asked for and cannot be used: ", uring_refused);
-    if (!readers.direct) log_warning("reading with pread: " + uring_refused);
+    if (!readers.direct) log_once("reading with pread: " + uring_refused);
   }
-  if (!readers.direct) {
+  if (!readers.direct && any_direct) {
     ReaderOptions threads;
     threads.block_bytes = options.block_bytes > 0 ? options.block_bytes : kThreadBlockBytes;
     if (options.read_threads > 0) threads.depth = options.read_threads;
@@ -355,7 +397,8 @@ void Engine::close() {
 }
 
 KeptCache Engine::kept_cache() const {
-  check_usable();
+  check<Error>(::getpid() == process_ && conductor_, "this streamed model has no host cache here");
+  for (const auto& shard : shards_) shard->check_unchanged();
   std::lock_guard lock(board_.mutex);
   return conductor_->cache().kept(plan_);
 }
@@ -373,6 +416,7 @@ Estate Engine::hand_over() {
   for (UnitState& state : board_.units) state = {};
   for (PassRecord& record : records_) record = {};
   estate.device = std::move(device_);
+  estate.files = std::move(shards_);
   return estate;
 }
 

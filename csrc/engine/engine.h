@@ -51,8 +51,9 @@ struct EngineOptions {
   std::function<Readers()> make_readers;  // tests: instead of the real ones
 };
 
-// The readers that these options ask for; throws where they cannot be had.
-Readers make_readers(const EngineOptions& options);
+// The readers that these options ask for; throws where they cannot be had. `any_direct`: some file
+// is to be read directly.
+Readers make_readers(const EngineOptions& options, bool any_direct);
 
 // Memory as really taken, now; nothing is freed before `close`, so now is the peak too.
 struct MemoryUse {
@@ -83,9 +84,10 @@ struct PassSums {
 // What an engine works with and may take over from the one before it.
 struct Estate {
   std::unique_ptr<Device> device{};
-  std::unique_ptr<HostCache> cache{};  // null: a new one
-  KeptCache kept{};                    // what it holds
-  std::vector<ShardSpec> shards{};     // that it holds it of
+  std::unique_ptr<HostCache> cache{};           // null: a new one
+  KeptCache kept{};                             // what it holds
+  std::vector<ShardSpec> shards{};              // that it holds it of
+  std::vector<std::unique_ptr<Shard>> files{};  // these, as they were opened
 };
 
 class Engine {
@@ -121,6 +123,7 @@ class Engine {
 
   void close();
   // What the host cache holds, for `Limits::kept_cache` of the plan that comes after this one.
+  // Also after `close`. Throws IoError where a file has changed since.
   KeptCache kept_cache() const;
   // Closes, and gives the device and the host cache to an engine of the same shards. Throws Error
   // where a read has not ended, or the process was forked.
@@ -152,6 +155,10 @@ class Engine {
   void sum_ended_passes();
 
   void open_shards(const std::vector<const void*>& memory);
+  void check_same_files(const Estate& estate) const;
+  bool any_direct() const;
+  void tell_refused_files() const;
+  std::string choice_without_effect() const;
   void check_usable() const;
   void throw_kept_error();
   void wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit, const Interrupt& interrupt);
@@ -166,6 +173,7 @@ class Engine {
   std::unique_ptr<HostCache> inherited_;  // until the conductor has it
   mutable Board board_;
   std::vector<std::unique_ptr<Shard>> shards_;
+  std::string choice_without_effect_;
   std::unique_ptr<StallProbes> probes_;
   std::unique_ptr<Conductor> conductor_;
   // What passes and reports share; taken before the board's mutex where both are.

@@ -6,34 +6,8 @@
 
 #include "engine/engine.h"
 #include "storage/block_read.h"
-#include "util/align.h"
 
 namespace wsm {
-
-namespace {
-
-constexpr uint64_t kFetchBytes = 64 * kMiB;
-
-// Here and now, through the page cache.
-void read_buffered(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* target) {
-  for (uint64_t done = 0; done < bytes;) {
-    const auto count = static_cast<uint32_t>(std::min(bytes - done, kFetchBytes));
-    ReadRequest request;
-    request.shard = &shard;
-    request.offset = offset + done;
-    request.bytes = count;
-    request.need_bytes = count;
-    request.target = target + done;
-    request.buffered = true;
-    BlockRead block(request, 0, 0, count);
-    block.start();
-    while (!block.advance(read_now(block))) continue;
-    check<IoError>(block.error().empty(), block.error());
-    done += count;
-  }
-}
-
-}  // namespace
 
 uint64_t Engine::passes() const {
   std::lock_guard lock(reports_mutex_);
@@ -112,7 +86,7 @@ std::vector<ShardReport> Engine::shards() const {
     const Readers& readers = conductor_->readers();
     std::string why = shard.mode_reason();
     if (shard.direct() && use.buffered_bytes > 0) why += "; what the page cache had: buffered";
-    if (use.direct_bytes > 0) why += "; " + readers.why_direct;
+    if (use.direct_bytes > 0) why += "; " + readers.why();
     reports.push_back(
         {shard.path(), readers.for_direct().name(), use.direct_bytes, use.buffered_bytes, why});
   }
@@ -122,6 +96,7 @@ std::vector<ShardReport> Engine::shards() const {
 std::vector<std::string> Engine::warnings() const {
   std::vector<std::string> all = plan_.warnings;
   if (closed()) return all;
+  if (!choice_without_effect_.empty()) all.push_back(choice_without_effect_);
   for (const auto& some :
        {conductor_->ring().buffer().warnings(), conductor_->cache().warnings()}) {
     all.insert(all.end(), some.begin(), some.end());
@@ -138,8 +113,8 @@ void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
   if (planned.tensors[tensor].resident) {
     check(spec.placed_bytes > 0, "a resident tensor is fetched from its home");
     for (const Extent& extent : spec.extents) {
-      read_buffered(*shards_[extent.shard], extent.offset, extent.bytes,
-                    target + extent.tensor_offset);
+      read_range(*shards_[extent.shard], extent.offset, extent.bytes,
+                 target + extent.tensor_offset);
     }
     return;
   }
@@ -162,8 +137,8 @@ void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
       if (cached) {
         std::memcpy(target + (from - begin), cached + in_chunk, to - from);
       } else {
-        read_buffered(*shards_[chunk.shard], chunk.read_offset + in_chunk, to - from,
-                      target + (from - begin));
+        read_range(*shards_[chunk.shard], chunk.read_offset + in_chunk, to - from,
+                   target + (from - begin));
       }
     }
   }

@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <mutex>
+#include <set>
 #include <string_view>
 
 #include "util/check.h"
@@ -47,5 +49,18 @@ void log_wait(const std::string& label, double milliseconds, const char* cause) 
 }
 
 void log_warning(const std::string& text) { write_line(text); }
+
+void log_once(const std::string& text) {
+  static auto* const said = new std::set<std::string>;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  if (said->insert(text).second) write_line(text);
+}
+
+void log_direct_refused(const std::string& path, size_t others, const std::string& why) {
+  const std::string more = others == 0 ? "" : concat(" and of ", others, " more files");
+  log_once(concat("no direct reads of ", path, more, ": ", why,
+                  "; reading through the page cache, and dropping from it what was not there"));
+}
 
 }  // namespace wsm

@@ -2,6 +2,7 @@
 // stderr, so that lines of several threads do not mix.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -16,5 +17,9 @@ void log_prefetch(const std::vector<std::string>& labels);
 void log_wait(const std::string& label, double milliseconds, const char* cause);
 // "[WSM] TEXT", shown whether verbose or not.
 void log_warning(const std::string& text);
+// The same, but only the first time that the process has this text to say.
+void log_once(const std::string& text);
+// Files (one, and `others`) refuse direct reads, and are read buffered: said once.
+void log_direct_refused(const std::string& path, size_t others, const std::string& why);
 
 }  // namespace wsm

@@ -35,7 +35,11 @@ class Timer {
         const std::vector<EngineOptions>& ways)
       : spans_(spans) {
     check(!spans.empty() && !ways.empty(), "there is nothing to read");
-    for (const std::string& path : paths) shards_.push_back(Shard::open(path, ways[0].direct));
+    bool any_direct = false;
+    for (const std::string& path : paths) {
+      shards_.push_back(Shard::open(path, ways[0].direct));
+      any_direct |= shards_.back()->direct();
+    }
     uint64_t largest = 0;
     for (const ReadSpan& span : spans) {
       check(span.file < shards_.size(), "there is no file ", span.file);
@@ -44,7 +48,8 @@ class Timer {
     slot_bytes_ = align_up(largest, kSlotAlignment);
     slots_ = std::make_unique<PinnedBuffer>(*device_, kSlots * slot_bytes_);
     for (uint32_t slot = 0; slot < kSlots; ++slot) free_.push_back(slot);
-    for (const EngineOptions& way : ways) ways_.push_back({readers_of(way), way.read_timeout_s});
+    for (const EngineOptions& way : ways)
+      ways_.push_back({readers_of(way, any_direct), way.read_timeout_s});
   }
 
   std::vector<std::vector<double>> run(double seconds, uint32_t rounds) {
@@ -65,9 +70,9 @@ class Timer {
     double timeout_s = 0;
   };
 
-  static Readers readers_of(const EngineOptions& way) {
+  static Readers readers_of(const EngineOptions& way, bool any_direct) {
     try {
-      return make_readers(way);
+      return make_readers(way, any_direct);
     } catch (const InvalidArgument&) {
       throw;
     } catch (const Error&) {

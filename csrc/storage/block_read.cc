@@ -7,10 +7,20 @@
 #include <cerrno>
 #include <cstring>
 
+#include "storage/page_cache.h"
 #include "util/align.h"
 #include "util/check.h"
 
 namespace wsm {
+namespace {
+
+constexpr uint32_t kRangeBlockBytes = kMiB;
+
+uint64_t part_bytes(uint32_t block_bytes) {
+  return align_up((block_bytes + BlockRead::kParts - 1) / BlockRead::kParts, page_bytes());
+}
+
+}  // namespace
 
 BlockRead::BlockRead(const ReadRequest& request, uint32_t slot, uint32_t begin, uint32_t bytes)
     : shard_(request.shard),
@@ -19,12 +29,34 @@ BlockRead::BlockRead(const ReadRequest& request, uint32_t slot, uint32_t begin, 
       bytes_(bytes),
       need_(std::min(bytes, request.need_bytes - std::min(begin, request.need_bytes))),
       slot_(slot),
-      cache_wanted_(request.buffered) {}
+      buffered_(request.buffered) {}
 
 void BlockRead::start() {
-  direct_ = !cache_wanted_ && shard_->direct();
-  drop_behind_ = !direct_ && !cache_wanted_ && shard_->drops_behind() &&
-                 !shard_->in_page_cache(offset_, bytes_);
+  direct_ = !buffered_ && shard_->direct();
+  cold_parts_.reset();
+  if (!direct_ && !shard_->in_memory()) cold_parts_ = find_cold_parts();
+}
+
+std::bitset<BlockRead::kParts> BlockRead::find_cold_parts() const {
+  std::bitset<kParts> cold;
+  const Cached whole = shard_->cached(offset_, bytes_);
+  if (whole == Cached::kAll) return cold;
+  if (whole != Cached::kSome) return cold.set();
+  const uint64_t step = part_bytes(bytes_);
+  for (uint64_t part = 0, at = 0; at < bytes_; ++part, at += step) {
+    const uint64_t length = std::min<uint64_t>(step, bytes_ - at);
+    if (shard_->cached(offset_ + at, length) == Cached::kNone) cold.set(part);
+  }
+  return cold;
+}
+
+void BlockRead::drop_cold_parts() const {
+  if (cold_parts_.all()) return shard_->drop_from_page_cache(offset_, bytes_);
+  const uint64_t step = part_bytes(bytes_);
+  for (uint64_t part = 0, at = 0; at < bytes_; ++part, at += step) {
+    if (!cold_parts_[part]) continue;
+    shard_->drop_from_page_cache(offset_ + at, std::min<uint64_t>(step, bytes_ - at));
+  }
 }
 
 uint32_t BlockRead::from() const {
@@ -45,7 +77,7 @@ bool BlockRead::advance_by(uint32_t got) {
     return done_ >= std::max(need_, 1u) ? finish() : false;
   }
   // A short direct read may end where the last one did, before the end of the file.
-  if (got == 0 || at_end_of_file()) return finish_at_end();
+  if (got == 0 || file_end() <= offset_ + done_) return finish_at_end();
   return retry_idle("reads bring nothing new");
 }
 
@@ -68,20 +100,21 @@ bool BlockRead::retry_idle(const std::string& why) {
   return fail(concat(why, ", ", kMaxIdleReads, " times in a row"));
 }
 
-bool BlockRead::at_end_of_file() const {
+uint64_t BlockRead::file_end() const {
   struct stat info{};
-  return ::fstat(shard_->buffered_fd(), &info) == 0 &&
-         static_cast<uint64_t>(info.st_size) <= offset_ + done_;
+  const bool told = ::fstat(shard_->buffered_fd(), &info) == 0;
+  return told ? static_cast<uint64_t>(info.st_size) : UINT64_MAX;
 }
 
 bool BlockRead::finish_at_end() {
   if (done_ >= need_) return finish();
-  return fail(concat("truncated: the file ends at ", offset_ + done_, ", but must reach to ",
-                     offset_ + need_, "; it changed, or was not copied whole"));
+  const uint64_t end = std::min(file_end(), offset_ + done_);
+  return fail(concat("truncated: the file ends at ", end, ", but must reach to ", offset_ + need_,
+                     "; it changed, or was not copied whole"));
 }
 
 bool BlockRead::finish() {
-  if (drop_behind_) shard_->drop_from_page_cache(offset_, bytes_);
+  if (cold_parts_.any()) drop_cold_parts();
   return true;
 }
 
@@ -89,6 +122,23 @@ bool BlockRead::fail(const std::string& why) {
   error_ = concat("cannot read ", length(), " bytes at offset ", offset(), " of ", shard_->path(),
                   ": ", why);
   return finish();
+}
+
+void read_range(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* target) {
+  for (uint64_t done = 0; done < bytes;) {
+    const auto count = static_cast<uint32_t>(std::min<uint64_t>(bytes - done, kRangeBlockBytes));
+    ReadRequest request;
+    request.shard = &shard;
+    request.offset = offset + done;
+    request.bytes = request.need_bytes = count;
+    request.target = target + done;
+    request.buffered = true;
+    BlockRead block(request, 0, 0, count);
+    block.start();
+    while (!block.advance(read_now(block))) continue;
+    check<IoError>(block.error().empty(), block.error());
+    done += count;
+  }
 }
 
 int64_t read_now(const BlockRead& block) {

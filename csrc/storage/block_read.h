@@ -10,9 +10,12 @@
 // one thread at a time; shard and target outlive it. Allocates only to tell an error.
 // Failure: `error` says path, offset and errno. EINTR, EAGAIN and reads without progress are
 // retried up to kMaxIdleReads times in a row. A direct read that the kernel refuses latches its
-// shard to buffered reads, and goes on there.
+// shard to buffered reads, and goes on there. What a buffered read brings into the page cache is
+// dropped from it again, so that streaming does not evict the user's other files; what was there
+// before stays.
 #pragma once
 
+#include <bitset>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -25,6 +28,7 @@ namespace wsm {
 class BlockRead {
  public:
   static constexpr uint32_t kMaxIdleReads = 64;
+  static constexpr uint32_t kParts = 256;  // of a block, each wholly dropped behind or not at all
 
   BlockRead() = default;
   // [begin, +bytes) of the request; `slot` is the queue's.
@@ -57,7 +61,9 @@ class BlockRead {
   bool advance_by(uint32_t got);
   bool retry_after(int error);
   bool retry_idle(const std::string& why);
-  bool at_end_of_file() const;
+  uint64_t file_end() const;  // now
+  std::bitset<kParts> find_cold_parts() const;
+  void drop_cold_parts() const;
   bool finish_at_end();
   bool finish();
 
@@ -68,12 +74,15 @@ class BlockRead {
   uint32_t need_ = 0;
   uint32_t done_ = 0;  // bytes that are in place, from the block's start
   uint32_t slot_ = 0;
-  uint32_t idle_reads_ = 0;    // in a row that brought nothing
-  bool cache_wanted_ = false;  // the request asked for a buffered read
+  uint32_t idle_reads_ = 0;  // in a row that brought nothing
+  bool buffered_ = false;    // the request asked for a buffered read
   bool direct_ = false;
-  bool drop_behind_ = false;
+  std::bitset<kParts> cold_parts_;  // of which nothing was in the page cache before
   std::string error_;
 };
+
+// Reads the range here and now, through the page cache. Throws IoError as the block's error says.
+void read_range(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* target);
 
 // The block's next read, done here and now by pread, or memcpy from a memory shard.
 int64_t read_now(const BlockRead& block);

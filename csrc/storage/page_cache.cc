@@ -55,35 +55,39 @@ uint32_t page_bytes() {
   return bytes;
 }
 
-int cached_by_cachestat(int fd, uint64_t offset, uint64_t bytes) {
+Cached cached_by_cachestat(int fd, uint64_t offset, uint64_t bytes) {
   const PageRange pages = pages_of(offset, bytes);
   CacheRange range{pages.begin, pages.bytes};
   CacheCounts counts{};
-  if (::syscall(__NR_cachestat, fd, &range, &counts, 0) != 0) return -1;
-  return counts.cached >= pages.bytes / page_bytes();
+  if (::syscall(__NR_cachestat, fd, &range, &counts, 0) != 0) return Cached::kUnknown;
+  if (counts.cached == 0) return Cached::kNone;
+  return counts.cached < pages.bytes / page_bytes() ? Cached::kSome : Cached::kAll;
 }
 
-int cached_by_mincore(int fd, uint64_t offset, uint64_t bytes) {
-  if (!mincore_is_honest(fd)) return -1;
+Cached cached_by_mincore(int fd, uint64_t offset, uint64_t bytes) {
+  if (!mincore_is_honest(fd)) return Cached::kUnknown;
   std::array<unsigned char, 4096> resident;
-  PageRange pages = pages_of(offset, bytes);
-  while (pages.bytes > 0) {
+  bool any = false, all = true;
+  for (PageRange pages = pages_of(offset, bytes); pages.bytes > 0 && (all || !any);) {
     const uint64_t step = std::min<uint64_t>(pages.bytes, resident.size() * page_bytes());
     void* map = ::mmap(nullptr, step, PROT_READ, MAP_SHARED, fd, static_cast<off_t>(pages.begin));
-    if (map == MAP_FAILED) return -1;
+    if (map == MAP_FAILED) return Cached::kUnknown;
     const bool told = ::mincore(map, step, resident.data()) == 0;
     ::munmap(map, step);
-    if (!told) return -1;
-    const auto end = resident.begin() + static_cast<ptrdiff_t>(step / page_bytes());
-    if (!std::all_of(resident.begin(), end, [](unsigned char page) { return page & 1; })) return 0;
+    if (!told) return Cached::kUnknown;
+    for (size_t page = 0; page < step / page_bytes(); ++page) {
+      const bool here = resident[page] & 1;
+      any |= here;
+      all &= here;
+    }
     pages = {pages.begin + step, pages.bytes - step};
   }
-  return 1;
+  return all ? Cached::kAll : any ? Cached::kSome : Cached::kNone;
 }
 
-bool cached_whole(int fd, uint64_t offset, uint64_t bytes) {
-  const int told = cached_by_cachestat(fd, offset, bytes);
-  return (told >= 0 ? told : cached_by_mincore(fd, offset, bytes)) > 0;
+Cached cached(int fd, uint64_t offset, uint64_t bytes) {
+  const Cached told = cached_by_cachestat(fd, offset, bytes);
+  return told != Cached::kUnknown ? told : cached_by_mincore(fd, offset, bytes);
 }
 
 void drop_cached(int fd, uint64_t offset, uint64_t bytes) {

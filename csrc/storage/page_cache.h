@@ -7,17 +7,17 @@ namespace wsm {
 
 uint32_t page_bytes();
 
-// True when every page of the range is cached; false when not, or when the kernel does not tell: it
-// tells only those who own the file or may write it. The range is not empty and lies inside the
-// file.
-bool cached_whole(int fd, uint64_t offset, uint64_t bytes);
+// kUnknown: the kernel tells only those who own the file or may write it.
+enum class Cached : uint8_t { kUnknown, kNone, kSome, kAll };
+
+// How much of the range is cached. The range is not empty and lies inside the file.
+Cached cached(int fd, uint64_t offset, uint64_t bytes);
 
 // Drops the clean pages that the range touches. Never fails: it is advice.
 void drop_cached(int fd, uint64_t offset, uint64_t bytes);
 
-// The two ways of `cached_whole`, apart for their tests. Negative: unknown; else whether all is
-// cached.
-int cached_by_cachestat(int fd, uint64_t offset, uint64_t bytes);
-int cached_by_mincore(int fd, uint64_t offset, uint64_t bytes);
+// The two ways of `cached`, apart for their tests.
+Cached cached_by_cachestat(int fd, uint64_t offset, uint64_t bytes);
+Cached cached_by_mincore(int fd, uint64_t offset, uint64_t bytes);
 
 }  // namespace wsm

@@ -44,6 +44,9 @@ class Reader {
   virtual int ready_fd() const = 0;
   virtual uint32_t capacity() const = 0;
   virtual const char* name() const = 0;  // "uring" or "pread"
+  // The errno by which it was refused for good: from then on every read fails, and another reader
+  // must do them. 0 while it works. Thread-safe.
+  virtual int broken() const { return 0; }
 };
 
 struct ReaderOptions {

@@ -38,6 +38,29 @@ int error_of_first_direct_read(int fd, uint32_t alignment) {
   return got < 0 && (errno == EINVAL || errno == EOPNOTSUPP) ? errno : 0;
 }
 
+struct DirectFacts {
+  uint32_t alignment = page_bytes();
+  bool none = false;  // the file system says that it does no direct reads of this file
+  int error = 0;      // it was not asked: there is no such file, or statx is not to be had
+};
+
+DirectFacts direct_facts(int folder, const char* path, int flags) {
+  DirectFacts facts;
+#ifdef STATX_DIOALIGN
+  struct statx info{};
+  if (::statx(folder, path, flags, STATX_DIOALIGN, &info) != 0) {
+    facts.error = errno;
+  } else if (info.stx_mask & STATX_DIOALIGN) {
+    const uint32_t alignment = std::max(info.stx_dio_mem_align, info.stx_dio_offset_align);
+    facts.none = alignment == 0;
+    if (!facts.none) facts.alignment = alignment;
+  }
+#else
+  if (::faccessat(folder, path, F_OK, flags) != 0) facts.error = errno;
+#endif
+  return facts;
+}
+
 bool same_time(const timespec& a, const timespec& b) {
   return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
 }
@@ -45,17 +68,9 @@ bool same_time(const timespec& a, const timespec& b) {
 }  // namespace
 
 uint32_t direct_alignment(const std::string& path) {
-#ifdef STATX_DIOALIGN
-  struct statx info{};
-  if (::statx(AT_FDCWD, path.c_str(), 0, STATX_DIOALIGN, &info) == 0) {
-    // Zero: the file system answers that it cannot do direct reads, and `open` will find that out.
-    const uint32_t align = std::max(info.stx_dio_mem_align, info.stx_dio_offset_align);
-    if ((info.stx_mask & STATX_DIOALIGN) && align != 0) return align;
-  } else if (errno != ENOSYS && errno != EINVAL) {
-    fail("cannot examine", path, errno);
-  }
-#endif
-  return page_bytes();
+  const DirectFacts facts = direct_facts(AT_FDCWD, path.c_str(), 0);
+  if (facts.error == ENOENT || facts.error == ENOTDIR) fail("cannot examine", path, facts.error);
+  return facts.alignment;
 }
 
 std::unique_ptr<Shard> Shard::open(const std::string& path, DirectMode mode) {
@@ -67,13 +82,11 @@ std::unique_ptr<Shard> Shard::open(const std::string& path, DirectMode mode) {
   if (!shard->buffered_fd_.valid()) fail("cannot open", path, errno);
   shard->identify();
   if (::fcntl(shard->buffered_fd(), F_SETFL, 0) != 0) fail("cannot set the flags of", path, errno);
-  shard->alignment_ = direct_alignment(path);
-
-  const bool in_memory = in_memory_file_system(shard->buffered_fd());
-  shard->may_drop_behind_ = mode == DirectMode::kAuto && !in_memory;
-  const std::string refusal = in_memory                  ? "tmpfs"
-                              : mode == DirectMode::kOff ? "direct reads are turned off"
-                                                         : shard->try_direct();
+  shard->in_memory_ = in_memory_file_system(shard->buffered_fd());
+  // Without read-ahead, pages found in the cache before a read were not put there by the one before
+  // it: what decides whether they are dropped stays true.
+  if (!shard->in_memory_) (void)::posix_fadvise(shard->buffered_fd(), 0, 0, POSIX_FADV_RANDOM);
+  const std::string refusal = shard->choose_way();
   check<IoError>(mode != DirectMode::kOn || refusal.empty(), "direct reads of ", path,
                  " are required, but cannot be done: ", refusal,
                  "; let them be chosen automatically, or move the file to a local drive");
@@ -81,7 +94,7 @@ std::unique_ptr<Shard> Shard::open(const std::string& path, DirectMode mode) {
     shard->direct_.store(true, std::memory_order_release);
     shard->set_reason(concat("O_DIRECT, alignment ", shard->alignment_));
   } else {
-    shard->refuse_direct(refusal);
+    shard->set_reason(refusal);
   }
   return shard;
 }
@@ -110,6 +123,17 @@ void Shard::identify() {
   mtime_ = info.st_mtim;
 }
 
+std::string Shard::choose_way() {
+  const DirectFacts facts = direct_facts(buffered_fd(), "", AT_EMPTY_PATH);
+  alignment_ = facts.alignment;
+  if (in_memory_) return "tmpfs";
+  if (mode_ == DirectMode::kOff) return "direct reads are turned off";
+  // Some such files take O_DIRECT all the same, and read through the page cache.
+  std::string refusal = facts.none ? "this file system does no direct reads of it" : try_direct();
+  direct_refused_ = !refusal.empty();
+  return refusal;
+}
+
 std::string Shard::try_direct() {
   const int flags = O_RDONLY | O_CLOEXEC | O_DIRECT;
   // By way of the open descriptor it is the same file whatever happens to the path.
@@ -129,11 +153,9 @@ std::string Shard::try_direct() {
 bool Shard::refuse_direct(const std::string& why) {
   if (mode_ == DirectMode::kOn) return false;
   const std::lock_guard lock(reason_mutex_);
-  if (!reason_.empty() && !direct()) return true;
-  // Without read-ahead, pages found in the cache before a read were not put there by the one before
-  // it: what decides whether they are dropped stays true.
-  if (may_drop_behind_) (void)::posix_fadvise(buffered_fd(), 0, 0, POSIX_FADV_RANDOM);
+  if (!direct()) return true;
   reason_ = why;
+  direct_refused_.store(true, std::memory_order_release);
   direct_.store(false, std::memory_order_release);
   return true;
 }
@@ -148,15 +170,20 @@ std::string Shard::mode_reason() const {
   return reason_;
 }
 
-bool Shard::in_page_cache(uint64_t offset, uint64_t bytes) const {
-  if (memory_ != nullptr) return true;
-  if (offset >= bytes_) return false;
-  return cached_whole(buffered_fd(), offset, std::min(bytes, bytes_ - offset));
+Cached Shard::cached(uint64_t offset, uint64_t bytes) const {
+  if (memory_ != nullptr) return Cached::kAll;
+  if (offset >= bytes_) return Cached::kNone;
+  return wsm::cached(buffered_fd(), offset, std::min(bytes, bytes_ - offset));
 }
 
 void Shard::drop_from_page_cache(uint64_t offset, uint64_t bytes) const {
   if (memory_ != nullptr || offset >= bytes_) return;
   drop_cached(buffered_fd(), offset, std::min(bytes, bytes_ - offset));
+}
+
+bool Shard::same_file(const Shard& other) const {
+  return device_ == other.device_ && inode_ == other.inode_ && bytes_ == other.bytes_ &&
+         same_time(mtime_, other.mtime_);
 }
 
 void Shard::check_unchanged() const {

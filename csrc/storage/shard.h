@@ -16,6 +16,7 @@
 #include <mutex>
 #include <string>
 
+#include "storage/page_cache.h"
 #include "util/unique_fd.h"
 
 namespace wsm {
@@ -23,7 +24,7 @@ namespace wsm {
 enum class DirectMode : uint8_t { kAuto, kOff, kOn };
 
 // What direct I/O needs of `path` (offset, length and address alike), by statx(STATX_DIOALIGN),
-// else the page size.
+// else the page size. Throws IoError where there is no such file.
 uint32_t direct_alignment(const std::string& path);
 
 class Shard {
@@ -46,17 +47,23 @@ class Shard {
   // Latches to buffered reads and keeps the first reason. False where the mode is kOn: nothing is
   // latched, and the read that was refused has failed.
   bool refuse_direct(const std::string& why);
-  // Direct reads were wanted and refused: what is read buffered in their place is dropped from the
-  // page cache again, so that streaming does not evict the user's other files.
-  bool drops_behind() const { return may_drop_behind_ && !direct(); }
+  // Direct reads were wanted and refused: by the file system, at open or later.
+  bool direct_refused() const { return direct_refused_.load(std::memory_order_acquire); }
   std::string mode_reason() const;  // why reads are direct or buffered, for stats()
 
-  // True when every page of the range is in the page cache (cachestat, else mincore); false when
-  // unknown.
-  bool in_page_cache(uint64_t offset, uint64_t bytes) const;
+  // Lies in RAM: as a tensor, or on a tmpfs. Its pages are no cache.
+  bool in_memory() const { return in_memory_; }
+  // How much of the range is in the page cache (cachestat, else mincore).
+  Cached cached(uint64_t offset, uint64_t bytes) const;
+  // True when every page is; false when unknown.
+  bool in_page_cache(uint64_t offset, uint64_t bytes) const {
+    return cached(offset, bytes) == Cached::kAll;
+  }
   // Tells the kernel that the range will not be used again (POSIX_FADV_DONTNEED). Never fails.
   void drop_from_page_cache(uint64_t offset, uint64_t bytes) const;
 
+  // The same file, unchanged since both were opened.
+  bool same_file(const Shard& other) const;
   // Throws IoError saying what changed (replaced, truncated, grown, modified, deleted) since
   // `open`: device, inode, size and mtime of the path are compared. Nothing to do for memory.
   void check_unchanged() const;
@@ -65,6 +72,7 @@ class Shard {
   Shard() = default;
   void identify();           // what check_unchanged compares, and the file's size
   std::string try_direct();  // opens direct_fd_; why not, else empty
+  std::string choose_way();  // direct, or else why not
   void set_reason(std::string reason);
 
   std::string path_;
@@ -75,7 +83,8 @@ class Shard {
   UniqueFd direct_fd_;
   std::atomic<bool> direct_{false};
   DirectMode mode_ = DirectMode::kAuto;
-  bool may_drop_behind_ = false;
+  std::atomic<bool> direct_refused_{false};
+  bool in_memory_ = true;
   mutable std::mutex reason_mutex_;
   std::string reason_;  // guarded by reason_mutex_
   dev_t device_ = 0;

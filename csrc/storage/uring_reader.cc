@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <fstream>
@@ -128,7 +129,8 @@ class UringReader final : public Reader {
     std::string why_not = probe(ring_.get());
     if (!why_not.empty()) return why_not;
     const int error = -::io_uring_register_eventfd(ring_.get(), done_.fd());
-    return error == 0 ? "" : concat("io_uring_register_eventfd: ", errno_text(error));
+    if (error == 0) return {};
+    return concat("io_uring_register_eventfd: ", errno_text(error), likely_cause(error));
   }
 
   bool submit(const ReadRequest& request) override {
@@ -152,6 +154,7 @@ class UringReader final : public Reader {
   int ready_fd() const override { return done_.fd(); }
   uint32_t capacity() const override { return queue_.capacity(); }
   const char* name() const override { return "uring"; }
+  int broken() const override { return broken_; }
 
  private:
   struct Reaped {
@@ -234,7 +237,7 @@ class UringReader final : public Reader {
   EventFd done_;
   RequestQueue queue_;
   Ring ring_;
-  int broken_ = 0;  // errno by which the ring refused for good; then nothing is submitted any more
+  std::atomic<int> broken_{0};  // then nothing is submitted any more
 
   // Each block is in one of: free_, prepared_ (in the submission queue, in this order), the kernel,
   // reaped_.

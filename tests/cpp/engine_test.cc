@@ -7,12 +7,14 @@
 #include <random>
 #include <thread>
 
+#include "support/contains.h"
 #include "support/streamed_model.h"
 #include "util/align.h"
 
 namespace wsm {
 namespace {
 
+using testing::contains;
 using testing::ModelShape;
 using testing::StreamedModel;
 
@@ -301,6 +303,48 @@ TEST(Engine, PassesReportWhatTheyMoved) {
   ASSERT_EQ(shards.size(), 2u);
   for (const ShardReport& shard : shards) {
     EXPECT_GT(shard.direct_bytes + shard.buffered_bytes, 0u) << shard.path;
+  }
+}
+
+// A pread reader whose files refuse direct reads at the first request.
+class LateRefusal final : public Reader {
+ public:
+  bool submit(const ReadRequest& request) override {
+    request.shard->refuse_direct("refused late");
+    return reader_->submit(request);
+  }
+  size_t poll(std::span<ReadCompletion> completions) override { return reader_->poll(completions); }
+  int ready_fd() const override { return reader_->ready_fd(); }
+  uint32_t capacity() const override { return reader_->capacity(); }
+  const char* name() const override { return "late"; }
+
+ private:
+  std::unique_ptr<Reader> reader_ = make_pread_reader({});
+};
+
+TEST(Engine, ADirectReadThatIsRefusedLateIsSaidOnceForEachFile) {
+  StreamedModel model;
+  if (!Shard::open(model.shard_path(0))->direct()) GTEST_SKIP() << "no direct reads here";
+  EngineOptions options;
+  options.make_readers = [] {
+    Readers readers;
+    readers.direct = std::make_unique<LateRefusal>();
+    readers.pool = make_pread_reader({});
+    readers.always_direct = true;  // whatever the page cache has of these files
+    return readers;
+  };
+  ::testing::internal::CaptureStderr();
+  Engine& engine = model.open(model.plan(limits(3 * model.largest_unit_bytes(), 0)), options);
+  for (int pass = 0; pass < 3; ++pass) EXPECT_EQ(model.pass(model.all_units()), "");
+  for (const ShardReport& shard : engine.shards()) {
+    EXPECT_EQ(shard.direct_bytes, 0u);
+    EXPECT_EQ(shard.why, "refused late");
+  }
+  engine.close();
+  const std::string log = ::testing::internal::GetCapturedStderr();
+  EXPECT_EQ(std::count(log.begin(), log.end(), '\n'), 2) << log;
+  for (const uint32_t shard : {0, 1}) {
+    EXPECT_TRUE(contains(log, "no direct reads of " + model.shard_path(shard) + ": refused late"));
   }
 }
 

@@ -53,7 +53,8 @@ TEST(Shard, ReadsDirectlyWhereTheFileSystemDoes) {
   EXPECT_EQ(::fcntl(shard->direct_fd(), F_GETFD), FD_CLOEXEC);
   EXPECT_EQ(shard->alignment(), direct_alignment(file.path()));
   EXPECT_TRUE(std::has_single_bit(shard->alignment()));
-  EXPECT_FALSE(shard->drops_behind());
+  EXPECT_FALSE(shard->direct_refused());
+  EXPECT_FALSE(shard->in_memory());
 }
 
 TEST(Shard, OpensAnEmptyFile) {
@@ -65,7 +66,7 @@ TEST(Shard, StaysBufferedWhereTurnedOff) {
   const TempFile file(8192);
   const auto shard = Shard::open(file.path(), DirectMode::kOff);
   EXPECT_FALSE(shard->direct());
-  EXPECT_FALSE(shard->drops_behind()) << "who turns direct reads off wants the page cache";
+  EXPECT_FALSE(shard->direct_refused()) << "nobody asked for them";
   EXPECT_TRUE(contains(shard->mode_reason(), "turned off"));
 }
 
@@ -75,7 +76,8 @@ TEST(Shard, StaysBufferedOnTmpfs) {
   const auto shard = Shard::open(folder / "shard");
   EXPECT_FALSE(shard->direct());
   EXPECT_EQ(shard->mode_reason(), "tmpfs");
-  EXPECT_FALSE(shard->drops_behind());
+  EXPECT_FALSE(shard->direct_refused());
+  EXPECT_TRUE(shard->in_memory());
   EXPECT_TRUE(shard->in_page_cache(0, 8192));
   const auto error = error_of([&] { Shard::open(folder / "shard", DirectMode::kOn); });
   EXPECT_TRUE(contains(error, folder / "shard"));
@@ -89,7 +91,7 @@ TEST(Shard, LatchesOnceAndKeepsTheFirstReason) {
   EXPECT_TRUE(shard->refuse_direct("first"));
   EXPECT_TRUE(shard->refuse_direct("second"));
   EXPECT_FALSE(shard->direct());
-  EXPECT_TRUE(shard->drops_behind());
+  EXPECT_TRUE(shard->direct_refused());
   EXPECT_EQ(shard->mode_reason(), "first");
 }
 
@@ -111,6 +113,7 @@ TEST(Shard, BorrowsMemory) {
   EXPECT_EQ(shard->alignment(), 1u);
   EXPECT_FALSE(shard->direct());
   EXPECT_EQ(shard->mode_reason(), "memory");
+  EXPECT_TRUE(shard->in_memory());
   EXPECT_TRUE(shard->in_page_cache(0, 100));
   shard->drop_from_page_cache(0, 100);
   shard->check_unchanged();
@@ -172,15 +175,21 @@ TEST(PageCache, BothWaysAgree) {
   const auto shard = Shard::open(file.path());
   shard->drop_from_page_cache(0, size);
   const int fd = shard->buffered_fd();
-  EXPECT_EQ(cached_by_mincore(fd, 0, size), 0);
-  EXPECT_LE(cached_by_cachestat(fd, 0, size), 0) << "negative: an older kernel";
+  const bool told = cached_by_cachestat(fd, 0, size) != Cached::kUnknown;  // not by older kernels
+  const auto expect = [&](Cached wanted, uint64_t offset, uint64_t bytes) {
+    EXPECT_EQ(cached_by_mincore(fd, offset, bytes), wanted) << bytes << " bytes at " << offset;
+    EXPECT_EQ(cached_by_cachestat(fd, offset, bytes), told ? wanted : Cached::kUnknown);
+    EXPECT_EQ(cached(fd, offset, bytes), wanted);
+  };
+  expect(Cached::kNone, 0, size);
   std::vector<char> buffer(size);
   ASSERT_EQ(::pread(fd, buffer.data(), size, 0), static_cast<ssize_t>(size));
-  EXPECT_EQ(cached_by_mincore(fd, 0, size), 1);
-  EXPECT_NE(cached_by_cachestat(fd, 0, size), 0);
+  expect(Cached::kAll, 0, size);
   shard->drop_from_page_cache(size - kMiB, kMiB);
-  EXPECT_EQ(cached_by_mincore(fd, 0, size), 0);
-  EXPECT_LE(cached_by_cachestat(fd, 0, size), 0);
+  expect(Cached::kSome, 0, size);
+  expect(Cached::kSome, size - kMiB - 1, 2);
+  expect(Cached::kAll, 0, size - kMiB);
+  expect(Cached::kNone, size - kMiB, kMiB);
 }
 
 class ChangedShard : public ::testing::Test {

@@ -13,6 +13,7 @@
 #include <set>
 #include <thread>
 
+#include "storage/block_read.h"
 #include "support/contains.h"
 #include "support/temp_file.h"
 #include "util/align.h"
@@ -171,7 +172,7 @@ void tells_a_truncated_shard(const MakeReader& make) {
     const AlignedBuffer buffer(request.bytes);
     request.target = buffer.data();
     const std::string error = read_one(*reader, request).error;
-    EXPECT_TRUE(contains(error, "truncated"));
+    EXPECT_TRUE(contains(error, concat("truncated: the file ends at ", 2 * kBlock + 5000, ",")));
     EXPECT_TRUE(contains(error, file.path()));
     // The rest of a failed request is not read, and the next one is not harmed.
     expect_reads(*reader, *shard, 100, 2 * kBlock, way);
@@ -284,20 +285,29 @@ void fails_a_refused_direct_read_where_required(const MakeReader& make) {
 }
 
 void drops_behind_only_what_was_not_cached(const MakeReader& make) {
-  const uint64_t half = 4 * kBlock;
-  const TempFile file(2 * half);
-  const auto shard = Shard::open(file.path());
-  shard->drop_from_page_cache(0, 2 * half);
-  if (shard->in_page_cache(0, 2 * half)) GTEST_SKIP() << "the page cache cannot be dropped here";
-  ASSERT_TRUE(shard->refuse_direct("for the test"));
+  constexpr uint64_t kBytes = 8 * kBlock;
+  // In the middle of blocks, of the parts in which they are dropped, and of pages.
+  constexpr uint64_t kWarmBegin = 2 * kBlock + 40'001, kWarmEnd = 5 * kBlock + 90'001;
+  constexpr uint64_t kEdge = kBlock / BlockRead::kParts + 4096;
+  const TempFile file(kBytes);
   const auto reader = make(small_options());
-
-  expect_reads(*reader, *shard, half, half, Way::kBuffered);
-  ASSERT_TRUE(shard->in_page_cache(half, half)) << "the caller wanted the page cache: it stays";
-  expect_reads(*reader, *shard, 0, 2 * half, Way::kDirect);
-  EXPECT_TRUE(shard->in_page_cache(half, half)) << "it was there before: it stays";
-  for (uint64_t at = 0; at < half; at += kBlock) {
-    EXPECT_FALSE(shard->in_page_cache(at, kBlock)) << "only streaming brought it: offset " << at;
+  for (const bool refused : {false, true}) {
+    const auto shard = Shard::open(file.path());
+    shard->drop_from_page_cache(0, kBytes);
+    if (shard->cached(0, kBytes) != Cached::kNone) GTEST_SKIP() << "pages cannot be dropped here";
+    std::vector<char> warmed(kWarmEnd - kWarmBegin);
+    ASSERT_EQ(::pread(shard->buffered_fd(), warmed.data(), warmed.size(), kWarmBegin),
+              static_cast<ssize_t>(warmed.size()));
+    if (refused) {
+      ASSERT_TRUE(shard->refuse_direct("for the test"));
+    }
+    for (int pass = 0; pass < 2; ++pass) {
+      expect_reads(*reader, *shard, 0, kBytes, refused ? Way::kDirect : Way::kBuffered);
+      EXPECT_EQ(shard->cached(kWarmBegin, kWarmEnd - kWarmBegin), Cached::kAll)
+          << "it was there before: it stays";
+      EXPECT_EQ(shard->cached(0, kWarmBegin - kEdge), Cached::kNone) << "only this brought it";
+      EXPECT_EQ(shard->cached(kWarmEnd + kEdge, kBytes - kWarmEnd - kEdge), Cached::kNone);
+    }
   }
 }
 
