@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from .arrival import Arrival
 
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_INDEX_BYTES = 512 << 20
+# As much as the safetensors package reads of a header; the largest indices have some 10 MB.
+MAX_INDEX_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TORCH_NAMES = {
@@ -136,7 +138,7 @@ class Checkpoint:
         if not os.fspath(source):
             raise CheckpointError("the checkpoint's path is empty: give a file or a folder")
         path = Path(source)
-        chosen = _choose(path) if path.is_dir() else [path]
+        chosen = _choose(path) if os.path.isdir(path) else [path]
         if len(chosen) == 1 and chosen[0].name.endswith(INDEX_SUFFIX):
             return cls._of_index(chosen[0])
         return cls._of_files(chosen)
@@ -168,7 +170,7 @@ class Checkpoint:
         unlisted: list[str] = []
         for file, names in names_in.items():
             shard = index.parent / file
-            if not shard.exists():
+            if _is_missing(shard):
                 raise CheckpointError(
                     f"{shard} is missing: {index} places {_some(names)} there; download it again"
                 )
@@ -200,7 +202,10 @@ class Checkpoint:
 
 def _choose(folder: Path) -> list[Path]:
     """The folder's checkpoint: its index alone, or all of its files."""
-    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error}") from error
     files = [name for name in names if name.endswith(".safetensors")]
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if "model.safetensors" in files:  # goes before an index, as in transformers
@@ -242,6 +247,10 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
     images: list[TensorImage] = []
     for name, shape, code in listed:
         dtype = _dtype(code, file, name)
+        if len(shape) > MAX_DIMENSIONS:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}"
+            )
         nbytes = prod(shape) * dtype.itemsize
         extents = (Extent(shard, position, nbytes),) if nbytes else ()
         images.append(TensorImage(name, dtype, tuple(shape), extents))
@@ -251,6 +260,17 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
             f"{file} has {size} bytes, but its header describes {position}; download it again"
         )
     return images, metadata
+
+
+def _is_missing(file: Path) -> bool:
+    """Also a link to nothing. What else may be wrong with a path, opening it tells."""
+    try:
+        os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def _file_size(file: Path) -> int:
@@ -292,6 +312,8 @@ def _read_index(index: Path) -> dict[str, str]:
             content = json.loads(
                 stream.read(MAX_INDEX_BYTES).decode("utf-8"), object_pairs_hook=_unique_keys
             )
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index} is not valid JSON: {error}; download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -311,7 +333,7 @@ def _read_index(index: Path) -> dict[str, str]:
 def _path_problem(file: str) -> str | None:
     """Why an index entry is refused. Lexical: symbolic links may lead anywhere (hub caches)."""
     path = PureWindowsPath(file)  # splits at both kinds of slashes
-    if "\0" in file or not path.parts:
+    if not file.isprintable() or not path.parts:  # nor is it shown to a terminal as it is
         return "is not a file name"
     if path.anchor:
         return "is absolute: shards lie in the index's folder"

@@ -49,7 +49,7 @@ class ModelMaker {
   }
 
   void add_shard() {
-    ShardSpec shard{"s" + std::to_string(spec_.shards.size()), in_.take<uint16_t>(),
+    ShardSpec shard{concat("s", spec_.shards.size()), in_.take<uint16_t>(),
                     1u << in_.below(17)};
     maybe_spoil(shard.bytes);
     maybe_spoil(shard.alignment);
@@ -69,7 +69,7 @@ class ModelMaker {
 
   void add_tensor() {
     TensorSpec tensor;
-    tensor.name = "t" + std::to_string(spec_.tensors.size());
+    tensor.name = concat("t", spec_.tensors.size());
     const bool again = !spec_.tensors.empty() && in_.once_in(8);
     if (again) {  // the same bytes under two names
       const auto other = in_.below(static_cast<uint32_t>(spec_.tensors.size()));
@@ -98,8 +98,8 @@ class ModelMaker {
   }
 
   void add_unit() {
-    const std::string name = "u" + std::to_string(spec_.units.size());
-    UnitSpec unit{name, "unit=" + name, {}, in_.once_in(8)};
+    const std::string name = concat("u", spec_.units.size());
+    UnitSpec unit{name, concat("unit=", name), {}, in_.once_in(8)};
     for (uint32_t count = in_.below(5); count > 0 && !in_.empty(); --count) {
       add_tensor();
       unit.tensors.push_back(static_cast<uint32_t>(spec_.tensors.size() - 1));
@@ -197,7 +197,9 @@ void resize(Input& in, const ModelSpec& spec, const Plan& before) {
 double rate(Input& in) { return in.once_in(16) ? in.take<double>() : 1e6 * (1 + in.byte()); }
 
 Rates make_rates(Input& in, const ModelSpec& spec) {
-  Rates rates{.disk_bytes_per_s = rate(in), .h2d_bytes_per_s = rate(in)};
+  Rates rates;
+  rates.disk_bytes_per_s = rate(in);
+  rates.h2d_bytes_per_s = rate(in);
   if (in.once_in(8)) rates.copy_overhead_s = in.take<double>();
   if (in.once_in(8)) rates.unit_overhead_s = in.take<double>();
   if (in.once_in(2)) rates.compute_s.resize(spec.units.size(), 1e-3);
