@@ -8,11 +8,19 @@ export PATH := $(BIN):$(PATH)
 READY := $(VENV)/.ready
 BUILT := build/.module
 CPP := $(shell find csrc cmake -type f) CMakeLists.txt
-CPP_FORMATTED = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc' -o -name '*.cu')
+CPP_FORMATTED = $(shell find csrc tests/cpp tests/fuzz bench -name '*.h' -o -name '*.cc' -o -name '*.cu')
 # Older ThreadSanitizers cannot run where the kernel spreads addresses wider than they expect.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .NOTPARALLEL:
+# Of `make hostile` and `make fuzz`.
+COUNT ?= 100000
+SEED ?= 1
+TARGET ?= plan
+RUNS ?= 1000000
+FUZZ_CXX ?= $(firstword $(shell for v in '' -19 -18 -17 -16 -15; do command -v clang++$$v; done))
+
+.PHONY: hostile fuzz
 .PHONY: help setup build test test-cpp test-py test-gpu compatibility bench demo lint format clean
 
 help:
@@ -23,6 +31,8 @@ help:
 	@echo "make test-cpp | test-py | lint | format"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
 	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
+	@echo "make hostile COUNT=100000 SEED=1  spoiled checkpoints, judged against safetensors"
+	@echo "make fuzz TARGET=plan RUNS=1000000  a target of tests/fuzz under libFuzzer (needs clang)"
 	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
 
 $(READY): requirements-dev.txt requirements-dev-nodeps.txt scripts/setup.sh
@@ -58,6 +68,19 @@ test-gpu: build test-cpp-debug
 
 compatibility: build
 	$(BIN)/python tests/compatibility.py
+
+hostile: build
+	$(BIN)/python tests/hostile.py --count $(COUNT) --seed $(SEED)
+	$(BIN)/python tests/hostile_large.py
+
+fuzz: $(READY)
+	@test -n "$(FUZZ_CXX)" || { echo "make fuzz needs clang with libFuzzer (Debian: clang-16" \
+		"libclang-rt-16-dev); name it by FUZZ_CXX=" >&2; exit 1; }
+	cmake --preset fuzz --log-level=WARNING -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	cmake --build --preset fuzz --target wsm_fuzz_$(TARGET)
+	mkdir -p build/fuzz/corpus/$(TARGET)
+	build/fuzz/tests/fuzz/wsm_fuzz_$(TARGET) -runs=$(RUNS) -max_len=250 -timeout=20 -print_final_stats=1 \
+		-artifact_prefix=build/fuzz/ build/fuzz/corpus/$(TARGET) tests/fuzz/corpus/$(TARGET)
 
 bench: build
 	cmake --preset release

@@ -27,6 +27,8 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
 
+_MOST_SHOWN = 300  # characters of a name in a message
+
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TORCH_NAMES = {
     "BOOL": "bool",
@@ -153,7 +155,7 @@ class Checkpoint:
             for image in checkpoint._add(file):
                 if image.name in origin:
                     raise CheckpointError(
-                        f"tensor {image.name!r} is in {origin[image.name]} and in {file};"
+                        f"tensor {_shown(image.name)} is in {origin[image.name]} and in {file};"
                         " give the files of one checkpoint, each once"
                     )
                 origin[image.name] = file
@@ -242,14 +244,16 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
             position = 8 + int.from_bytes(stream.read(8), "little")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} cannot be read as safetensors: {error}; download it again if it is not whole"
+            f"{file} cannot be read as safetensors: {_printable(error)}; download it again if it is"
+            " not whole"
         ) from error
     images: list[TensorImage] = []
     for name, shape, code in listed:
         dtype = _dtype(code, file, name)
         if len(shape) > MAX_DIMENSIONS:
             raise CheckpointError(
-                f"{file}: tensor {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}"
+                f"{file}: tensor {_shown(name)} has {len(shape)} dimensions, more than"
+                f" {MAX_DIMENSIONS}"
             )
         nbytes = prod(shape) * dtype.itemsize
         extents = (Extent(shard, position, nbytes),) if nbytes else ()
@@ -291,14 +295,14 @@ def _file_size(file: Path) -> int:
 def _dtype(code: str, file: Path, name: str) -> torch.dtype:
     if code in _SUB_BYTE:
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {code}, smaller than a byte, which cannot be"
+            f"{file}: tensor {_shown(name)} has dtype {code}, smaller than a byte, which cannot be"
             " streamed; convert it to a dtype of whole bytes"
         )
     dtype = getattr(torch, _TORCH_NAMES.get(code, ""), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {code}, which torch {torch.__version__} does not"
-            " know; a newer torch may"
+            f"{file}: tensor {_shown(name)} has dtype {code}, which torch {torch.__version__} does"
+            " not know; a newer torch may"
         )
     return dtype
 
@@ -323,10 +327,14 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} has an empty 'weight_map': it lists no tensors")
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{index}: the file of tensor {name!r} is {file!r}, not a name")
+            raise CheckpointError(
+                f"{index}: the file of tensor {_shown(name)} is {_shown(file)}, not a name"
+            )
         problem = _path_problem(file)
         if problem:
-            raise CheckpointError(f"{index}: the file of tensor {name!r}, {file!r}, {problem}")
+            raise CheckpointError(
+                f"{index}: the file of tensor {_shown(name)}, {_shown(file)}, {problem}"
+            )
     return weight_map
 
 
@@ -348,11 +356,23 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {twice!r} occurs twice")
+        raise ValueError(f"key {_shown(twice)} occurs twice")
     return result
+
+
+def _printable(error: Exception) -> str:
+    """What an error says, and no control characters that it quotes of the file."""
+    text = str(error)[:_MOST_SHOWN]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _shown(value: object) -> str:
+    """`repr`, but for long ones."""
+    text = repr(value[:_MOST_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:
     listed = sorted(names)
-    shown = ", ".join(repr(name) for name in listed[:most])
+    shown = ", ".join(_shown(name) for name in listed[:most])
     return shown + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -10,14 +10,13 @@
 #include <string>
 #include <vector>
 
+#include "input.h"
 #include "plan/best_plan.h"
 #include "plan/planner.h"
 #include "plan/simulate.h"
 #include "support/plan_checks.h"
 #include "util/align.h"
 #include "util/check.h"
-
-#include "input.h"
 
 namespace wsm::fuzzing {
 namespace {
@@ -49,8 +48,7 @@ class ModelMaker {
   }
 
   void add_shard() {
-    ShardSpec shard{concat("s", spec_.shards.size()), in_.take<uint16_t>(),
-                    1u << in_.below(17)};
+    ShardSpec shard{concat("s", spec_.shards.size()), in_.take<uint16_t>(), 1u << in_.below(17)};
     maybe_spoil(shard.bytes);
     maybe_spoil(shard.alignment);
     spec_.shards.push_back(shard);
