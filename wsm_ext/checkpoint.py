@@ -27,6 +27,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
 
+_LONGEST_PATH = 4096
 _MOST_SHOWN = 300  # characters of a name in a message
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -340,9 +341,9 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _path_problem(file: str) -> str | None:
     """Why an index entry is refused. Lexical: symbolic links may lead anywhere (hub caches)."""
-    path = PureWindowsPath(file)  # splits at both kinds of slashes
-    if not file.isprintable() or not path.parts:  # nor is it shown to a terminal as it is
-        return "is not a file name"
+    path = PureWindowsPath(file[:_LONGEST_PATH])  # splits at both kinds of slashes
+    if len(file) > _LONGEST_PATH or not file.isprintable() or not path.parts:
+        return "is not a file name"  # nor is it shown to a terminal as it is
     if path.anchor:
         return "is absolute: shards lie in the index's folder"
     if ".." in path.parts:
