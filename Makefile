@@ -21,7 +21,7 @@ RUNS ?= 1000000
 FUZZ_CXX ?= $(firstword $(shell for v in '' -19 -18 -17 -16 -15; do command -v clang++$$v; done))
 
 .PHONY: hostile fuzz
-.PHONY: help setup build test test-cpp test-py test-gpu compatibility bench demo lint format clean
+.PHONY: help setup build test test-cpp test-py test-gpu cycles compatibility bench demo lint format clean
 
 help:
 	@echo "make demo      stream a small model under budgets smaller than it, and check the result"
@@ -30,6 +30,7 @@ help:
 	@echo "make build     the module, installed in .venv so that edits of wsm_ext take effect"
 	@echo "make test-cpp | test-py | lint | format"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
+	@echo "make cycles CYCLES=1000  open, use and close a stream so often; nothing may be left behind"
 	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
 	@echo "make hostile COUNT=100000 SEED=1  spoiled checkpoints, judged against safetensors"
 	@echo "make fuzz TARGET=plan RUNS=1000000  a target of tests/fuzz under libFuzzer (needs clang)"
@@ -59,12 +60,19 @@ test-cpp-%: $(READY)
 	cmake --build --preset $*
 	$(if $(filter tsan,$*),$(FIXED_ADDRESSES)) ctest --preset $*
 
+# A worker a core, each on one thread: a model as small as the tests' gains nothing by more.
+test-py: export OMP_NUM_THREADS := 1
 test-py: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-gpu: export WSM_REQUIRE_GPU := 1
 test-gpu: build test-cpp-debug
 	$(BIN)/python -m pytest -m gpu
+
+CYCLES ?= 1000
+cycles: export WSM_TEST_CYCLES := $(CYCLES)
+cycles: build
+	$(BIN)/python -m pytest -o timeout=36000 tests/test_processes.py -k nothing_is_left
 
 compatibility: build
 	$(BIN)/python tests/compatibility.py

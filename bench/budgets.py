@@ -7,10 +7,10 @@
 For each share of the model in RAM: an arena of two layers, no device homes, the files proved cold.
 After passes that fill the cache, --passes forwards back to back are timed. Compared with it is the
 largest of three times: the disk's, for the bytes that the plan leaves on it, at the best rate of
-bench_read on the same file; the link's, for the bytes that stream, at the rate of 16 MiB pinned
-copies; the resident model's. What is read is counted between two moments at which nothing moves,
-and must be the plan's bytes to the byte. Memory is watched from another process. Beside it: what
-LRU would give, by the simulator, with the same rates.
+bench_read on the same file just before and after; the link's, for the bytes that stream, at the
+rate of 16 MiB pinned copies; the resident model's. What is read is counted between two moments at
+which nothing moves, and must be the plan's bytes to the byte. Memory is watched from another
+process. Beside it: what LRU would give, by the simulator, with the same rates.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from watch import Watcher
 FILLING = 2  # passes before the clock starts
 MEMORY_SLACK = 256 * MIB  # activations and what libraries take as they go
 SHARES = (0, 10, 25, 50, 75, 90, 100)
+DISK_SAMPLES = 2  # between two shares
 
 
 def settle(model: Any) -> int:
@@ -55,17 +56,25 @@ def seconds_resident(context: Context, ids: torch.Tensor) -> float:
         return timed_passes(model, ids, 5) / 5
 
 
-def rates_of(context: Context, units: list[Any], compute_s: float) -> Any:
-    """What the simulator is told: the ceilings of the whole run."""
+def rates_of(context: Context, index: int, units: list[Any], compute_s: float) -> Any:
+    """What the simulator is told: the ceilings, the disk's as it was around the share `index`."""
     from wsm_ext import _engine
 
     rates = _engine.Rates()
-    rates.disk_bytes_per_s = context.disk_ceiling().best["GB_per_s"] * GB
+    first = index * DISK_SAMPLES
+    rates.disk_bytes_per_s = (
+        context.disk_ceiling().rate_between(first, first + 2 * DISK_SAMPLES) * GB
+    )
     rates.h2d_bytes_per_s = context.link_ceiling().median * GB
     rates.host_computes = context.device.type == "cpu"
     layers = [shapes.is_layer(unit.name) for unit in units]
     rates.compute_s = [compute_s / sum(layers) if layer else 0.0 for layer in layers]
     return rates
+
+
+def sample_disk(context: Context) -> None:
+    for _ in range(DISK_SAMPLES):
+        context.disk_ceiling().sample()
 
 
 def run_share(
@@ -132,6 +141,7 @@ def judge(run: dict[str, Any], planned: Any, rates: Any, compute_s: float) -> di
     lru = _engine.simulate(planned, rates, policy="lru")
     return {
         **run,
+        "disk_bytes_per_s": rates.disk_bytes_per_s,
         "floors": floors,
         "ratio": run["seconds_per_pass"] / max(floors.values()),
         "simulated_s": _engine.simulate(planned, rates).pass_seconds,
@@ -174,7 +184,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="percent in RAM")
     parser.add_argument("--staging", type=int, default=512 * MIB, help="bytes")
     parser.add_argument("--bench-read", type=Path, default=Path("build/release/bench/bench_read"))
-    parser.add_argument("--bytes-per-cell", type=int, default=GIB)
+    parser.add_argument("--bytes-per-cell", type=int, default=512 * MIB)
     parser.add_argument("--read-grid", default="small", choices=("small", "full"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
@@ -193,16 +203,16 @@ def main(argv: list[str]) -> int:
     link = context.link_ceiling()
     measured = []
     with Watcher(context.device) as watcher:
+        sample_disk(context)
         for share in map(int, arguments.shares.split(",")):
-            context.disk_ceiling().sample()
             link.sample(1)
             measured.append(run_share(context, share, ids, watcher))
             seconds = measured[-1][0]["seconds_per_pass"]
             print(f"  {share} % in RAM: {seconds:.3f} s a pass", flush=True)
-        context.disk_ceiling().sample()
+            sample_disk(context)
     runs = [
-        judge(run, planned, rates_of(context, units, compute_s), compute_s)
-        for run, planned, units in measured
+        judge(run, planned, rates_of(context, index, units, compute_s), compute_s)
+        for index, (run, planned, units) in enumerate(measured)
     ]
     print_runs(runs)
     if arguments.json:

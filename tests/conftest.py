@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+KEPT = ("WSM_REQUIRE_GPU", "WSM_TEST_SEED", "WSM_TEST_CYCLES")
 GPU_REQUIRED = os.environ.get("WSM_REQUIRE_GPU") == "1"
 
 
@@ -32,5 +33,5 @@ def _settings_unset(
     """No setting of the caller's environment reaches a test, nor what was measured before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     for name in list(os.environ):
-        if name.startswith("WSM_") and name not in ("WSM_REQUIRE_GPU", "WSM_TEST_SEED"):
+        if name.startswith("WSM_") and name not in KEPT:
             monkeypatch.delenv(name)

@@ -108,6 +108,29 @@ def test_the_disks_ceiling_is_the_best_median_not_the_best_sample() -> None:
     assert harness.merge_cells(reports, "buffered")["GB_per_s"] == 99.0
 
 
+def test_a_cell_is_not_best_by_its_own_luck() -> None:
+    lucky = [(3.0, 2.0, 2.0), (2.0, 3.0, 2.0), (2.0, 2.0, 3.0), (2.0, 2.0, 2.0)]
+    names = ("uring", "pread", "other")
+    reports = [
+        read_report(*((name, "direct", rate) for name, rate in zip(names, rates, strict=True)))
+        for rates in lucky
+    ]
+    assert harness.merge_cells(reports, "direct")["GB_per_s"] == 2.0
+    # One that is always the best is taken with all its samples.
+    steady = [read_report(("uring", "direct", 2.0 + i), ("pread", "direct", 1.0)) for i in range(4)]
+    assert harness.merge_cells(steady, "direct")["GB_per_s"] == 3.5
+
+
+def test_the_rate_of_a_stretch_of_samples(tmp_path: Path) -> None:
+    (tmp_path / "bench_read").touch()
+    disk = harness.DiskCeiling(tmp_path / "bench_read", tmp_path, 1, "small")
+    disk.reports = [
+        read_report(("uring", "direct", 2.0 + i), ("pread", "direct", 1.0)) for i in range(6)
+    ]
+    assert disk.rate_between(0, 2) == 2.5
+    assert disk.rate_between(4, 6) == 6.5
+
+
 def test_a_ceiling_that_was_not_measured_is_an_error() -> None:
     with pytest.raises(ValueError, match="no direct cell"):
         harness.merge_cells([read_report(("pread", "buffered", 1.0))], "direct")

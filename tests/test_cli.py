@@ -167,7 +167,7 @@ def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
         "--revision": "v1",
     }  # fmt: skip
     flat = [part for pair in options.items() for part in pair]
-    switches = ["--local-files-only", "--no-measure"]
+    switches = ["--local-files-only", "--no-measure", "--verify"]
     failure(["prefill", "owner/name", "--device", "cpu", *flat, *switches], capsys)
     del seen["progress"]
     assert seen == {
@@ -176,7 +176,13 @@ def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
         "device_memory": "1GiB",
         "host_memory": "2GiB",
         "units": ["model.norm", "lm_head"],
-        "config": {"lookahead_units": 5, "reader": "uring", "direct": "off", "measure": False},
+        "config": {
+            "lookahead_units": 5,
+            "reader": "uring",
+            "direct": "off",
+            "measure": False,
+            "verify": True,
+        },
         "dtype": "bfloat16",
         "revision": "v1",
         "local_files_only": True,
@@ -209,7 +215,7 @@ def measured(monkeypatch):
 
     def disk(spans, direct):
         counts["disk"] += 1
-        return 1e6
+        return measure.Disk(1e6)
 
     def layer(module, device, batch, tokens):
         counts["layer"] += 1
@@ -237,6 +243,7 @@ def test_plan_says_what_it_would_do_and_loads_nothing(
 ):
     monkeypatch.setattr(_engine, "Engine", None)
     monkeypatch.setenv("WSM_AGGRESSIVE_GPU_PREFETCH", "1")
+    monkeypatch.setenv("WSM_VERIFY", "sums.json")
     content = plan_of(folder, tmp_path, "--reader", "pread")
     assert measured == {"link": 1, "disk": 1, "layer": 2}  # prefill and decode
     values = {name: (entry["value"], entry["source"]) for name, entry in content["values"].items()}
@@ -245,6 +252,7 @@ def test_plan_says_what_it_would_do_and_loads_nothing(
     assert values["units"][1] == "planner"
     assert values["lookahead_units"] == (1, "variable")
     assert values["reader"] == ("pread", "argument")
+    assert values["verify"] == ("sums.json", "variable")
     assert values["staging_mb"][1] == values["chunk_mb"][1] == "planner"
     homes = [content["plan"][f"{home}_home_bytes"] for home in ("device", "host", "disk")]
     assert sum(homes) == content["plan"]["model_bytes"]

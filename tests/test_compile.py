@@ -110,3 +110,33 @@ def test_fullgraph_says_why_not(
     with torch.no_grad():
         x = tokens().to(device)
         assert torch.equal(streamed(x), net(x))
+
+
+@pytest.mark.gpu
+def test_a_model_that_stays_whole_can_be_captured(net: Net, folder: Path) -> None:
+    """Nothing streams, so nothing is wrapped, and a CUDA graph holds the whole forward."""
+    gpu = torch.device("cuda")
+    net.to(gpu)
+    budgets = {"device_memory": "256MiB", "host_memory": "64MiB"}
+    with (
+        wsm.stream(on_meta(net, layers=4), folder, device=gpu, **budgets) as streamed,
+        torch.no_grad(),
+    ):
+        assert not any("forward" in inner.__dict__ for inner in streamed.module.modules())
+        x = tokens().to(gpu)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # what the libraries allocate at first cannot be captured
+                streamed(x)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = streamed(x)
+        for seed in (5, 6):
+            x.copy_(tokens(seed=seed))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(y, streamed(x))
+            assert torch.equal(y, net(x))
+    net.to("cpu")

@@ -76,6 +76,8 @@ def test_defaults():
         ("WSM_READER", "auto", "reader", "auto"),
         ("WSM_MEASURE", "0", "measure", False),
         ("WSM_MEASURE", "on", "measure", True),
+        ("WSM_VERIFY", "1", "verify", True),
+        ("WSM_VERIFY", "sums/hashes.json", "verify", "sums/hashes.json"),
         ("WSM_DIRECT", "0", "direct", "off"),
         ("WSM_DIRECT", "1", "direct", "on"),
         ("WSM_DIRECT", "auto", "direct", "auto"),
@@ -187,6 +189,8 @@ def test_values_that_are_refused_name_the_variable(variable, text, why):
         ("home_bytes", -1),
         ("verbose", None),
         ("reader", "mmap"),
+        ("verify", 3),
+        ("verify", ""),
     ],
 )
 def test_values_that_are_refused_name_the_argument(name, value):

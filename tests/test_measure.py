@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from wsm_ext import _engine, measure, measurements, rates, transformers_loader
-from wsm_ext.config import Config
+from wsm_ext.config import Config, Way, engine_options
 from wsm_ext.measure import Compute, Link, NotMeasuredError, Span
 from wsm_ext.measurements import Measurements, file_system
 from wsm_ext.synthetic import make_llama_checkpoint
@@ -97,28 +97,88 @@ def test_spans_know_what_is_in_the_page_cache_unless_that_is_not_used(tmp_path):
 
 
 @pytest.mark.parametrize("direct", ["auto", "off"])
-def test_the_engines_reader_reads_the_spans(tmp_path, direct):
+def test_the_engines_reader_reads_the_spans(tmp_path, direct, monkeypatch):
     path = sparse(tmp_path / "file", 64 * MIB)
-    assert measure.measure_disk(measure.find_spans([path]), Config(direct=direct)) > 0
+    monkeypatch.setattr(measure, "_SAMPLE_SECONDS", 0.01)
+    found = measure.measure_disk(measure.find_spans([path]), Config(direct=direct))
+    assert found.bytes_per_s > 0
+
+
+class Drive:
+    """Reads by each way as fast as `fast` says, else at 1 GB/s."""
+
+    def __init__(self, monkeypatch, fast):
+        self.fast, self.asked = fast, []
+        monkeypatch.setattr(_engine, "time_reads", self.read)
+
+    def read(self, paths, pieces, ways, seconds, rounds):
+        self.asked.append((paths, pieces, ways))
+        return [self.samples(way, rounds) for way in ways]
+
+    def samples(self, way, rounds):
+        reader = (way.reader if way.reader != _engine.ReaderChoice.auto else way.preferred).name
+        rate = self.fast.get((reader, way.block_bytes), 1e9)
+        return [] if rate is None else [rate * factor for factor in (1.0, 9.0, 0.1)][:rounds]
 
 
 def test_all_spans_are_asked_for_with_the_settings_that_the_engine_gets(tmp_path, monkeypatch):
     files = [sparse(tmp_path / f"{i}", 48 * MIB) for i in range(2)]
-    spans, asked = measure.find_spans(files), []
-
-    def seen(paths, pieces, options, seconds):
-        asked.append((paths, pieces, options))
-        return 5e9
-
-    monkeypatch.setattr(_engine, "time_reads", seen)
-    assert measure.measure_disk(spans, Config(direct="on", reader="pread", read_threads=3)) == 5e9
-    ((paths, pieces, options),) = asked
+    spans, drive = measure.find_spans(files), Drive(monkeypatch, {})
+    measure.measure_disk(spans, Config(direct="on", reader="pread", read_threads=3))
+    ((paths, pieces, ways),) = drive.asked
     assert [(paths[file], offset) for file, offset, _ in pieces] == [
         (str(span.path), span.offset) for span in spans
     ]
     assert {size for _, _, size in pieces} == {16 * MIB}
-    assert (options.direct, options.reader) == (_engine.DirectMode.on, _engine.ReaderChoice.pread)
-    assert (options.read_threads, options.read_timeout_s) == (3, 10)
+    for way in ways:
+        assert (way.direct, way.reader) == (_engine.DirectMode.on, _engine.ReaderChoice.pread)
+        assert (way.read_threads, way.read_timeout_s) == (3, 10)
+
+
+COLD, WARM = Span(measurements.Path("file"), 0, False), Span(measurements.Path("file"), 0, True)
+
+
+@pytest.mark.parametrize(
+    ("fast", "settings", "best"),
+    [
+        ({("pread", 4 * MIB): 2e9}, {}, (2e9, Way("pread", 4 * MIB))),
+        ({("uring", MIB): 2e9, ("pread", MIB): 1.9e9}, {}, (2e9, Way("uring", MIB))),
+        ({("uring", MIB): 1.04e9}, {}, (1e9, Way())),  # not worth it
+        ({("uring", MIB): 2e9}, {"reader": "pread"}, (1e9, Way())),
+        ({("uring", MIB): None}, {}, (1e9, Way())),  # cannot be had
+        ({("pread", MIB): 2e9}, {"direct": "off"}, (1e9, Way())),  # through the page cache
+    ],
+)
+def test_the_fastest_way_is_taken(monkeypatch, fast, settings, best):
+    Drive(monkeypatch, fast)
+    found = measure.measure_disk([COLD], Config(**settings))
+    assert (found.bytes_per_s, found.way) == best
+
+
+def test_what_is_cached_is_read_by_one_way(monkeypatch):
+    drive = Drive(monkeypatch, {("pread", MIB): 2e9})
+    assert measure.measure_disk([WARM], Config()) == measure.Disk(1e9)
+    assert len(drive.asked[0][2]) == 1
+
+
+def test_a_reader_that_was_asked_for_and_is_not_there_is_no_measurement(monkeypatch):
+    Drive(monkeypatch, {("uring", 0): None, ("uring", MIB): None})
+    with pytest.raises(NotMeasuredError, match="no reader 'uring'"):
+        measure.measure_disk([COLD], Config(reader="uring"))
+
+
+def test_the_engine_reads_as_it_was_measured(tmp_path, monkeypatch):
+    """The way reaches the engine, is remembered, and a reader that is asked for goes before it."""
+    Drive(monkeypatch, {("pread", MIB // 4): 3e9})
+    path = sparse(tmp_path / "file", 64 * MIB)
+    monkeypatch.setattr(measure, "_cached", lambda *_: False)
+    for source in ("measured", "cached"):
+        found = rates.gather(nn.Linear(2, 2), [path], CPU, Config.resolve({}, environ={}), None)
+        assert (found.disk.source, found.way) == (source, Way("pread", MIB // 4))
+        assert found.disk.note == "pread, blocks of 256.0 KiB"
+    options = engine_options(Config(), found.way)
+    assert (options.preferred, options.block_bytes) == (_engine.ReaderChoice.pread, MIB // 4)
+    assert options.reader == _engine.ReaderChoice.auto
 
 
 @pytest.mark.parametrize("error", [OSError(5, "gone"), TimeoutError("silent"), MemoryError("full")])
@@ -395,7 +455,7 @@ class Machine:
 
     def disk(self, spans, config):
         self.counts["disk"] += 1
-        return 8e9 if spans[0].cached else 2e9
+        return measure.Disk(8e9 if spans[0].cached else 2e9)
 
     def layer(self, module, device, batch, tokens):
         self.counts["layer"] += 1

@@ -49,7 +49,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return found["compute"]
 
     monkeypatch.setattr(measure, "measure_link", lambda device: found["link"])
-    monkeypatch.setattr(measure, "measure_disk", lambda spans, direct: found["disk"])
+    monkeypatch.setattr(measure, "measure_disk", lambda spans, direct: measure.Disk(found["disk"]))
     monkeypatch.setattr(measure, "measure_layer", compute)
     monkeypatch.setattr(
         measure, "find_spans", lambda paths, direct: [measure.Span(paths[0], 0, False)]
@@ -307,9 +307,9 @@ UNKNOWN = {"compute_seconds": None}
 def test_a_large_difference_is_said_with_its_cause(predicted, achieved, said):
     import re
 
-    text = difference(measured(**predicted), achieved)
-    assert text is not None
-    assert re.search(said, text), text
+    found = difference(measured(**predicted), achieved)
+    assert found is not None
+    assert re.search(said, found.text), found.text
 
 
 def test_a_difference_is_said_once_and_after_some_passes(stream, machine, caplog):
@@ -327,6 +327,22 @@ def test_a_difference_is_said_once_and_after_some_passes(stream, machine, caplog
         run(streamed, 2)
         str(streamed.plan)
     assert len(caplog.records) == said
+
+
+@pytest.mark.parametrize("slow", ["disk", "link"])
+def test_a_rate_that_a_run_contradicts_is_measured_again(stream, machine, slow, caplog):
+    """A disk that was measured while it wrote back must not count as slow for a month."""
+    machine.update(disk=1e6 if slow == "disk" else 50e9)
+    machine.update(link=Link(1e6 if slow == "link" else 50e9, 0.0))
+    with caplog.at_level(logging.WARNING, "wsm_ext"), stream() as streamed:
+        run(streamed, 4)
+        streamed.stats()
+        assert "measured; the next start measures it again" in caplog.text
+    machine.update(disk=2e9, link=Link(3e9, 0.0))
+    with stream() as streamed:
+        found = streamed.plan.predicted.rates
+        doubted, other = (found.disk, found.h2d) if slow == "disk" else (found.h2d, found.disk)
+        assert (doubted.source, other.source) == ("measured", "cached")
 
 
 def test_predicted_and_achieved_stand_side_by_side():

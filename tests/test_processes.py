@@ -6,6 +6,7 @@ this file that takes the checkpoint's folder.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -81,7 +82,7 @@ def in_a_process(scenario: Callable[[Path], None], folder: Path) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=LIMIT_S + int(os.environ.get("WSM_TEST_CYCLES", "0")),
     )
     if done.returncode == NOT_PERMITTED:
         pytest.skip("this process may not use userfaultfd")
@@ -177,6 +178,42 @@ def fork_between_passes_and_during_one(folder: Path) -> None:
         results.append(result(streamed))
     assert len(results) == 4
     assert all(torch.equal(found, expected) for found in results)
+
+
+class Prompts(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return tokens(seed=index)[0]
+
+
+def load_data_with_forked_workers(folder: Path) -> None:
+    """Workers that are started between passes, and in the middle of one."""
+
+    def loader() -> Any:
+        batches = torch.utils.data.DataLoader(
+            Prompts(), batch_size=2, num_workers=2, multiprocessing_context="fork"
+        )
+        return iter(batches)
+
+    expected = [result(resident(), seed) for seed in range(3)]
+    started: list[Any] = []
+    with open_net(folder) as streamed:
+        hook = streamed.module.layers[2].mlp.register_forward_pre_hook(
+            lambda *_: started.append(loader()) if not started else None
+        )
+        assert torch.equal(result(streamed, 0), expected[0])
+        hook.remove()
+        for batches in (started[0], loader()):
+            for index, batch in enumerate(batches):
+                assert torch.equal(batch[0], Prompts()[2 * index])
+                seed = index % 3
+                assert torch.equal(result(streamed, seed), expected[seed])
+
+
+def test_data_workers_are_forked_beside_a_stream(folder: Path) -> None:
+    in_a_process(load_data_with_forked_workers, folder)
 
 
 def test_a_forked_child_is_told_to_open_its_own(folder: Path) -> None:
@@ -291,8 +328,20 @@ def exit_from_a_forward_while_another_reads_ahead(folder: Path) -> None:
     result(streamed)
 
 
+def exit_at_once_from_a_forward(folder: Path) -> None:
+    streamed = open_net(folder)
+    streamed.module.layers[3].mlp.register_forward_hook(lambda *_: os._exit(0))
+    result(streamed)
+    os._exit(1)
+
+
 @pytest.mark.parametrize(
-    "scenario", [exit_beside_a_thread_in_a_pass, exit_from_a_forward_while_another_reads_ahead]
+    "scenario",
+    [
+        exit_beside_a_thread_in_a_pass,
+        exit_from_a_forward_while_another_reads_ahead,
+        exit_at_once_from_a_forward,
+    ],
 )
 def test_an_exit_without_close(scenario: Callable[[Path], None], folder: Path) -> None:
     in_a_process(scenario, folder)
@@ -312,22 +361,37 @@ def held() -> tuple[int, int, int]:
 
 
 def open_and_drop_often(folder: Path) -> None:
-    def cycle(close: bool) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    def cycle(index: int) -> None:
         streamed = open_net(folder)
         result(streamed)
-        if close:
-            streamed.close()
+        if index % 5 == 1:
+            return  # dropped
+        if index % 5 == 2:
+            streamed.resize(device_memory=30 * MIB)
+            result(streamed)
+        if index % 5 == 3:
+            hook = streamed.module.layers[3].mlp.register_forward_hook(fail)
+            with contextlib.suppress(ZeroDivisionError):
+                result(streamed)
+            hook.remove()
+        if index % 5 == 4:
+            with contextlib.suppress(ValueError):
+                streamed.resize(device_memory=MIB)
+        streamed.close()
 
-    for index in range(6):
-        cycle(index % 2 == 0)
+    for index in range(10):
+        cycle(index)
     before = held()
-    for index in range(50):
-        cycle(index % 2 == 0)
+    for index in range(int(os.environ.get("WSM_TEST_CYCLES", "50"))):
+        cycle(index)
     after = held()
     # (A thread that has just been joined may still be seen.)
     assert after[0] <= before[0], f"{before[0]} threads, then {after[0]}"
     assert after[1] == before[1], f"{before[1]} descriptors, then {after[1]}"
-    # A cycle maps 8 MiB of host memory, so leaving it every second time takes twice this.
+    # A cycle maps 8 MiB of host memory, so leaving it every third time takes more than this.
     assert after[2] - before[2] < 100 * MIB, f"{(after[2] - before[2]) / MIB:.1f} MiB more"
 
 
@@ -453,3 +517,77 @@ def test_an_error_in_a_forward_is_passed_on_and_forgotten(
                 streamed.module.get_parameter(name).sum()
         for seed in (3, 4):
             assert torch.equal(result(streamed, seed), result(net, seed))
+
+
+def test_one_stream_inside_the_forward_of_another(net: Net, folder: Path) -> None:
+    expected = [result(net, seed) for seed in (3, 4)]
+    found: list[torch.Tensor] = []
+    with open_net(folder) as outer, open_net(folder) as inner:
+        outer.module.layers[3].mlp.register_forward_hook(
+            lambda *_: found.append(result(inner, seed=4))
+        )
+        for _ in range(3):
+            assert torch.equal(result(outer), expected[0])
+    assert len(found) == 3
+    assert all(torch.equal(each, expected[1]) for each in found)
+
+
+class InterruptedEngine:
+    """The engine, but Ctrl-C is pressed during its nth call: Python tells when the call returns."""
+
+    def __init__(self, engine: Any, nth: int) -> None:
+        self._engine, self.left = engine, nth
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._engine, name)
+
+        def interrupted(*args: Any) -> Any:
+            done = call(*args)
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return done
+
+        return interrupted
+
+
+def test_ctrl_c_during_any_call_of_the_engine(net: Net, folder: Path) -> None:
+    expected = result(net)
+    with open_net(folder) as streamed:
+        residency = streamed._residency
+        holders = [residency.passes, *residency._streamed.values()]
+        for nth in range(1, 1000):
+            engine = InterruptedEngine(streamed._engine, nth)
+            for holder in holders:
+                holder._engine = engine
+            try:
+                result(streamed)
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+            finally:
+                for holder in holders:
+                    holder._engine = streamed._engine
+            with pytest.raises(RuntimeError, match="fetch"):
+                streamed.module.get_parameter("layers.3.mlp.0.weight").sum()
+            assert torch.equal(result(streamed), expected), nth
+        # Begin and end of the pass, and two for each unit.
+        assert nth == 3 + 2 * len(residency._streamed)
+
+
+def test_close_inside_a_forward_is_refused(net: Net, folder: Path) -> None:
+    refused: list[str] = []
+
+    def close(*_: object) -> None:
+        with pytest.raises(RuntimeError) as error:
+            streamed.close()
+        refused.append(str(error.value))
+
+    with open_net(folder) as streamed:
+        hook = streamed.module.layers[2].mlp.register_forward_hook(close)
+        assert torch.equal(result(streamed), result(net))
+        assert "close() is for between passes" in refused[0]
+        hook.remove()
+        assert torch.equal(result(streamed), result(net))
+    assert not any("forward" in inner.__dict__ for inner in streamed.module.modules())

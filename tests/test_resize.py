@@ -272,3 +272,21 @@ def test_out_of_memory_in_a_forward_says_what_to_do(net: Net, folder: Path) -> N
         assert str(caught.value).count("shrink") == 1
         handle.remove()
         check(streamed, net, cpu)
+
+
+def test_nothing_is_loaded_into_memory_that_a_resize_frees(
+    net: Net, folder: Path, monkeypatch: Any
+) -> None:
+    cpu = torch.device("cpu")
+    clear = device_memory.DeviceMemory.clear
+    closed: list[bool] = []
+    with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
+
+        def watched(memory: device_memory.DeviceMemory, device: torch.device) -> None:
+            closed.append(streamed._engine.closed)
+            clear(memory, device)
+
+        monkeypatch.setattr(device_memory.DeviceMemory, "clear", watched)
+        streamed.resize(device_memory="40MiB")
+        assert closed == [True]
+        check(streamed, net, cpu)

@@ -188,7 +188,7 @@ def test_an_argument_wins_over_its_variable(
 
 
 def test_every_variable_is_tried_here() -> None:
-    elsewhere = {"gpu_free_guard_mb", "verbose"}
+    elsewhere = {"gpu_free_guard_mb", "verbose", "verify"}
     assert {case.name for case in CASES} | elsewhere == set(VARIABLES)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ._engine import EngineError, __version__
 from .checkpoint import Checkpoint, CheckpointError, Extent, TensorImage, assemble
 from .config import Config
+from .integrity import IntegrityError
 from .stream import StreamedModule, stream
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Config",
     "EngineError",
     "Extent",
+    "IntegrityError",
     "StreamedModule",
     "TensorImage",
     "__version__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,19 +10,26 @@ from torch import nn
 
 from . import sources
 from .checkpoint import Checkpoint
+from .integrity import Checker
 
 
 class Buffers:
     """Puts a module's buffers on the device, until `restore`.
 
     Persistent ones come from the checkpoint. So do parameters without a single element, which no
-    unit has. Raises ValueError naming a buffer that has no bytes, or another shape.
+    unit has. Raises ValueError naming a buffer that has no bytes, or another shape; with a checker
+    IntegrityError.
     """
 
     def __init__(
-        self, module: nn.Module, checkpoint: Checkpoint | None, device: torch.device
+        self,
+        module: nn.Module,
+        checkpoint: Checkpoint | None,
+        device: torch.device,
+        checker: Checker | None = None,
     ) -> None:
         self._device = device
+        self._checker = checker
         self._replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         try:
             for prefix, owner in module.named_modules():
@@ -54,7 +62,7 @@ class Buffers:
             value = buffer
             persistent = key not in owner._non_persistent_buffers_set
             if checkpoint is not None and persistent and name in checkpoint.tensors:
-                value = sources.read_tensor(checkpoint, name)
+                value = self._read(checkpoint, name)
                 if value.shape != buffer.shape:
                     raise ValueError(
                         f"buffer {name!r} has shape {list(buffer.shape)}, the checkpoint's has"
@@ -66,4 +74,13 @@ class Buffers:
                     f"buffer {name!r} is on meta and the checkpoint does not have it: build the"
                     " module with its buffers real (only parameters on meta)"
                 )
-            self._replace(owner._buffers, key, value.to(self._device))
+            placed = value.to(self._device)
+            if self._checker is not None and value is not buffer:
+                self._checker.check_copy(value, placed, f"buffer {name!r}")
+            self._replace(owner._buffers, key, placed)
+
+    def _read(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        if self._checker is None:
+            return sources.read_tensor(checkpoint, name)
+        image = self._checker.image_of(checkpoint.tensors[name])
+        return sources.read_tensor(checkpoint, name, partial(image.check, where=f"buffer {name!r}"))

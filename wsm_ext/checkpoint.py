@@ -6,6 +6,7 @@ leaves no holes, tensor offsets follow from the order and the sizes of the tenso
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -126,12 +127,14 @@ class Checkpoint:
     """Tensor images by name, over `shards`: real files, symbolic links resolved.
 
     `computed`: parameters that no file has, since they can be computed. Their values are in RAM.
+    `source`: the file or folder that was opened; None for a list of files.
     """
 
     shards: list[Path]
     tensors: dict[str, TensorImage]
     metadata: dict[str, str] = field(default_factory=dict)
     computed: dict[str, torch.Tensor] = field(default_factory=dict)
+    source: Path | None = None
 
     @classmethod
     def open(cls, source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Checkpoint:
@@ -143,8 +146,12 @@ class Checkpoint:
         path = Path(source)
         chosen = _choose(path) if os.path.isdir(path) else [path]
         if len(chosen) == 1 and chosen[0].name.endswith(INDEX_SUFFIX):
-            return cls._of_index(chosen[0])
-        return cls._of_files(chosen)
+            return replace(cls._of_index(chosen[0]), source=path)
+        return replace(cls._of_files(chosen), source=path)
+
+    def stored(self) -> list[list[TensorImage]]:
+        """By shard: every tensor as the file has it, in its order. Reads the headers again."""
+        return [_read_header(file, shard)[0] for shard, file in enumerate(self.shards)]
 
     @classmethod
     def _of_files(cls, files: list[Path]) -> Checkpoint:
@@ -234,6 +241,19 @@ def _choose(folder: Path) -> list[Path]:
     return [folder / name for name in chosen]
 
 
+def _raise_refused(file: Path, error: BaseException) -> None:
+    """What the system refuses this process says nothing about the file."""
+    if isinstance(error, MemoryError):
+        raise MemoryError(
+            f"no memory to read the header of {file}: {error}; free some, or raise the limit on"
+            " address space (ulimit -v), which a whole file must fit into"
+        ) from error
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise OSError(
+            error.errno, f"{error.strerror}: raise the limit on open files (ulimit -n)", str(file)
+        ) from error
+
+
 def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, str]]:
     size = _file_size(file)
     try:
@@ -243,7 +263,8 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
             metadata = header.metadata() or {}
         with open(file, "rb") as stream:
             position = 8 + int.from_bytes(stream.read(8), "little")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
+        _raise_refused(file, error)
         raise CheckpointError(
             f"{file} cannot be read as safetensors: {_printable(error)}; download it again if it is"
             " not whole"

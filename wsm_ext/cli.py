@@ -7,11 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from . import __version__, plan_report, report
 from .demo import SIZES, run_demo
@@ -21,7 +29,8 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 is success, 1 a demo whose bits differ, 2 an error, 130 an interruption."""
+    """Run a command; 0 is success, 1 bits that differ (demo, verify), 2 an error, 130 an
+    interruption."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
     options.command_line = ["wsm", *arguments]
@@ -100,6 +109,28 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--passes", type=_count, default=3, metavar="N", help="of each run (3)")
     bench.set_defaults(run=_bench)
 
+    verify = commands.add_parser(
+        "verify",
+        parents=[_outputs()],
+        help="hash a model's tensors, and compare them with the hashes later",
+        description="Read every tensor of a checkpoint once and hash it. The first time, the "
+        "hashes are written to a file beside the model. After that they are compared with it: the "
+        "exit status is 1 if a tensor differs, is missing, is new, or has another dtype or shape. "
+        "`--verify` of the other commands checks by that file what they load.",
+    )
+    verify.add_argument(
+        "model", metavar="MODEL", help="a model's folder, a safetensors file, or an id on the hub"
+    )
+    verify.add_argument(
+        "--sidecar", type=Path, metavar="FILE", help="the file of hashes, where not beside MODEL"
+    )
+    verify.add_argument(
+        "--update", action="store_true", help="write the hashes anew, of MODEL as it is now"
+    )
+    verify.add_argument("--revision", metavar="REV", help="the hub revision")
+    verify.add_argument("--local-files-only", action="store_true", help="ask the hub's cache only")
+    verify.set_defaults(run=_verify)
+
     demo = commands.add_parser(
         "demo",
         parents=[common],
@@ -121,10 +152,15 @@ def _count(text: str) -> int:
 
 
 def _common() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, parents=[_outputs()])
     parser.add_argument(
         "--device", metavar="DEVICE", help="cuda, cuda:1 or cpu (a GPU where there is one)"
     )
+    return parser
+
+
+def _outputs() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -169,6 +205,11 @@ def _streaming() -> argparse.ArgumentParser:
         "--dtype", default="auto", help="what to compute in; tensors of another dtype are cast"
     )
     parser.add_argument("--revision", metavar="REV", help="the hub revision")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="check each unit by the hashes of `wsm verify` as it is loaded",
+    )
     parser.add_argument(
         "--no-measure", action="store_true", help="plan by rules, without measuring anything"
     )
@@ -304,6 +345,30 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from .checkpoint import Checkpoint
+    from .verify import print_verified, verify
+
+    path = Path(options.model).expanduser()
+    if options.revision is not None or not path.exists():
+        from .transformers_loader import resolve_folder
+
+        path = resolve_folder(
+            options.model, revision=options.revision, local_files_only=options.local_files_only
+        )
+    with _progress("hashing", TimeRemainingColumn()) as progress:
+        result = verify(
+            Checkpoint.open(path), options.sidecar, update=options.update, progress=progress
+        )
+    print_verified(Console(), result)
+    if options.json:
+        content = report.setting(options.command_line, torch.device("cpu"))
+        report.write_json(
+            options.json, {**content, "model": options.model, "verify": result.as_dict()}
+        )
+    return 0 if result.equal else 1
+
+
 def _demo(options: argparse.Namespace) -> int:
     device = report.resolve_device(options.device)
     content = run_demo(Console(), device=device, keep=options.keep, size=SIZES[options.size])
@@ -324,6 +389,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         "reader": options.reader,
         "direct": options.direct,
         "measure": False if options.no_measure else None,
+        "verify": True if options.verify else None,
     }
     return {key: value for key, value in settings.items() if value is not None}
 
@@ -338,7 +404,7 @@ def _load(
     settings = _settings(options) | replaced.pop("config", {})
     budgets = {"device_memory": options.device_memory, "host_memory": options.host_memory}
     begin = time.perf_counter()
-    with _progress() as progress:
+    with _progress("loading resident weights") as progress:
         model = from_pretrained(
             path,
             dtype=options.dtype,
@@ -355,12 +421,13 @@ def _load(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
+def _progress(what: str, *more: Any) -> Iterator[Callable[[int, int], None]]:
     columns = (
-        TextColumn("loading resident weights"),
+        TextColumn(what),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
+        *more,
     )
     bar = Progress(*columns, console=Console(stderr=True))
     task = bar.add_task("")

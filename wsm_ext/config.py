@@ -68,6 +68,16 @@ _direct = _choice(
 )
 
 
+def _flag_or_path(value: Any, name: str) -> bool | str:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, (bool, str)) or text == "":
+        raise ValueError(f"{name}: must be True, False, or the path of a file of hashes")
+    try:
+        return bool(_flag(text, name))
+    except ValueError:
+        return str(text)
+
+
 def _setting(default: Any, parse: _Parse, variable: str | None = None) -> Any:
     metadata = {"default": default, "parse": parse, "variable": variable}
     return field(default=_UNSET, metadata=metadata)
@@ -94,6 +104,8 @@ class Config:
     direct: str = _setting("auto", _direct, "WSM_DIRECT")
     # Measure disk, link and one layer before planning. None: when it can matter.
     measure: bool | None = _setting(None, _flag, "WSM_MEASURE")
+    # Check what is loaded against the hashes of `wsm verify`; a path: where these are.
+    verify: bool | str = _setting(False, _flag_or_path, "WSM_VERIFY")
     # The largest chunk: at least a page, at most a piece in which pinned memory is registered.
     chunk_mb: float | None = _setting(None, _number(_PAGE / _MIB, 256))
     arena_bytes: int | None = _setting(None, parse_bytes)
@@ -146,6 +158,10 @@ class Config:
     def describe(self, name: str) -> str:
         """The setting as it was given: `WSM_STAGING_MB=64` or `staging_mb=64`."""
         return _described(name, getattr(self, name), self.sources[name])
+
+    def give(self, name: str, value: Any) -> None:
+        """Set it, as an argument does."""
+        self._set(name, value, "argument")
 
     def _set(self, name: str, value: Any, source: str) -> None:
         given = _described(name, value, source)
@@ -210,10 +226,28 @@ def make_limits(
     }, limits.warnings
 
 
-def engine_options(config: Config) -> _engine.EngineOptions:
-    """The settings that the engine itself takes."""
+@dataclass(frozen=True)
+class Way:
+    """How direct reads are made: by which reader ("auto": as suits the machine), and in blocks of
+    how many bytes (0: as suits the reader)."""
+
+    reader: str = "auto"
+    block_bytes: int = 0
+
+    def __str__(self) -> str:
+        reader = "io_uring" if self.reader == "uring" else self.reader
+        return f"{reader}, blocks of {format_bytes(self.block_bytes)}"
+
+
+USUAL_WAY = Way()
+
+
+def engine_options(config: Config, way: Way = USUAL_WAY) -> _engine.EngineOptions:
+    """The settings that the engine itself takes. `way`: what was measured to be the fastest."""
     options = _engine.EngineOptions()
     options.reader = getattr(_engine.ReaderChoice, config.reader)
+    options.preferred = getattr(_engine.ReaderChoice, way.reader)
+    options.block_bytes = way.block_bytes
     options.direct = getattr(_engine.DirectMode, config.direct)
     options.read_threads = config.read_threads or 0
     options.read_timeout_s = config.read_timeout_s

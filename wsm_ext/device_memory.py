@@ -16,11 +16,17 @@ _Contents = tuple[tuple[str, int], ...]
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
-    """`nbytes` of device memory that begin at a multiple of 256 bytes."""
+    """`nbytes` of device memory that begin at a multiple of 256 bytes.
+
+    Raises torch.OutOfMemoryError.
+    """
     with torch.inference_mode(False):
         if device.type != "cpu":
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        block = torch.empty(nbytes + PLACE_ALIGNMENT, dtype=torch.uint8)
+        try:
+            block = torch.empty(nbytes + PLACE_ALIGNMENT, dtype=torch.uint8)
+        except RuntimeError as error:  # which is all that torch says of RAM
+            raise torch.OutOfMemoryError(str(error)) from error
         start = -block.data_ptr() % PLACE_ALIGNMENT
         return block[start : start + nbytes]
 

@@ -14,6 +14,7 @@ import platform
 import stat
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _unescaped(text: str) -> str:
 
 
 class Measurements:
-    """The entries of one file. `get` and `put`; every `put` is written at once."""
+    """The entries of one file. `get`, `put` and `drop`; every change is written at once."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = cache_file() if path is None else path
@@ -97,6 +98,16 @@ class Measurements:
         """`value`: what JSON can hold."""
         self._entries = self._load(quiet=True)  # what another process has added meanwhile
         self._entries[key] = {"value": value, "time": time.time()}
+        self._write()
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """The entries of these names, where there are any, are gone."""
+        self._entries = self._load(quiet=True)
+        for key in keys:
+            self._entries.pop(key, None)
+        self._write()
+
+    def _write(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._replace(json.dumps({"format": _FORMAT, "entries": self._entries}, indent=1))

@@ -89,8 +89,10 @@ class Plan:
             return
         said = difference(self.predicted, self.achieved)
         if said is not None and self.achieved.passes >= _LEAST_PASSES:
-            _log.warning("%s", said)
+            _log.warning("%s", said.text)
             self._said = True
+            if said.doubted is not None:
+                said.doubted.forget()
 
     def __str__(self) -> str:
         streaming = sum(1 for unit in self.units if unit.streamed_bytes)

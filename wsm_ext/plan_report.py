@@ -74,8 +74,8 @@ class Preview:
             "values": {name: asdict(value) for name, value in self.values.items()},
             "plan": {key: getattr(self.plan, key) for key in PLAN_KEYS},
             "rates": {
-                "disk": asdict(rates.disk),
-                "h2d": {**asdict(rates.h2d), "copy_overhead_s": rates.copy_overhead_s},
+                "disk": rates.disk.as_dict(),
+                "h2d": {**rates.h2d.as_dict(), "copy_overhead_s": rates.copy_overhead_s},
                 "compute": _compute_dict(self.prefill),
                 "decode_compute": _compute_dict(self.decode),
             },

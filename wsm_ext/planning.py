@@ -65,6 +65,8 @@ class Budgets:
             if not self.explicit_host:
                 self.host_bytes = host_available() + held[1]
             return
+        if self.explicit_device and self.explicit_host:
+            return
         free = host_available() + sum(held)
         if not self.explicit_device:
             if config.sources["gpu_free_guard_mb"] != "default":

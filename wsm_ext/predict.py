@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from . import _engine
 from .config import Config
 from .planning import Budgets, Planned, Planner, streams
-from .rates import Rates
+from .rates import Rate, Rates
 from .sizes import format_bytes
 from .sources import Source
 
@@ -135,21 +135,33 @@ class Achieved:
         return max(0.0, self.seconds - sum(self.stall_seconds.values()))
 
 
-def difference(predicted: Prediction, achieved: Achieved) -> str | None:
-    """What to say where passes take more than 15 % more, or less, than predicted; and why."""
+@dataclass(frozen=True)
+class Difference:
+    """What to say of it, and the rate that is not what it was taken for, if that is the cause."""
+
+    text: str
+    doubted: Rate | None = None
+
+
+def difference(predicted: Prediction, achieved: Achieved) -> Difference | None:
+    """Where passes take more than 15 % more, or less, than predicted; and why."""
     ratio = achieved.seconds / max(predicted.seconds, 1e-9) - 1
     if abs(ratio) <= _LEAST_DIFFERENCE:
         return None
-    return (
-        f"a pass takes {achieved.seconds:.3f} s, {abs(ratio):.0%}"
+    cause = _cause(predicted, achieved)
+    return replace(
+        cause,
+        text=f"a pass takes {achieved.seconds:.3f} s, {abs(ratio):.0%}"
         f" {'more' if ratio > 0 else 'less'} than the {predicted.seconds:.3f} s predicted:"
-        f" {_cause(predicted, achieved)}"
+        f" {cause.text}",
     )
 
 
-def _cause(predicted: Prediction, achieved: Achieved) -> str:
+def _cause(predicted: Prediction, achieved: Achieved) -> Difference:
     if achieved.misses >= 1:
-        return f"units are used in another order than expected, {achieved.misses:.0f} times a pass"
+        return Difference(
+            f"units are used in another order than expected, {achieved.misses:.0f} times a pass"
+        )
     if achieved.seconds < predicted.seconds:
         return _cause_of_speed(predicted, achieved)
     stalls = achieved.stall_seconds
@@ -158,31 +170,35 @@ def _cause(predicted: Prediction, achieved: Achieved) -> str:
     computing = predicted.compute_seconds or 0.0
     if achieved.compute_seconds - computing > stalls.get(cause, 0.0):
         if predicted.compute_seconds is None:
-            return (
+            return Difference(
                 f"computing takes {achieved.compute_seconds:.3f} s and was not measured"
                 f" ({predicted.rates.compute_note})"
             )
-        return f"computing takes {achieved.compute_seconds:.3f} s instead of {computing:.3f} s"
+        return Difference(
+            f"computing takes {achieved.compute_seconds:.3f} s instead of {computing:.3f} s"
+        )
     return _rate_cause(cause, predicted, achieved)
 
 
-def _cause_of_speed(predicted: Prediction, achieved: Achieved) -> str:
+def _cause_of_speed(predicted: Prediction, achieved: Achieved) -> Difference:
     if predicted.limit == "compute":
-        return (
+        return Difference(
             f"computing takes at most {achieved.compute_seconds:.3f} s instead of"
             f" {predicted.compute_seconds or 0.0:.3f} s (another batch or length?)"
         )
     return _rate_cause(predicted.limit, predicted, achieved)
 
 
-def _rate_cause(link: str, predicted: Prediction, achieved: Achieved) -> str:
+def _rate_cause(link: str, predicted: Prediction, achieved: Achieved) -> Difference:
     if link == "disk":
         name, moved, rate = "disk", achieved.disk_bytes, predicted.rates.disk
     else:
         name, moved, rate = "link to the device", achieved.h2d_bytes, predicted.rates.h2d
-    return (
+    again = "; the next start measures it again" if rate.entries else ""
+    return Difference(
         f"the {name} gave {moved / achieved.seconds / 1e9:.2f} GB/s instead of the"
-        f" {rate.bytes_per_s / 1e9:.2f} GB/s {'assumed' if not rate.known else 'measured'}"
+        f" {rate.bytes_per_s / 1e9:.2f} GB/s {'assumed' if not rate.known else 'measured'}{again}",
+        rate,
     )
 
 

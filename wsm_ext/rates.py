@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 
 from . import _engine, measure
-from .config import Config
-from .measure import Compute, Link, NotMeasuredError, Span
+from .config import USUAL_WAY, Config, Way
+from .measure import Compute, Disk, Link, NotMeasuredError, Span
 from .measurements import Measurements, device_name, file_system, key_of
 from .sources import Source
 from .units import Unit
@@ -27,15 +28,28 @@ Sizes = tuple[int, int]  # of a workload: sequences, and tokens of each
 
 @dataclass(frozen=True)
 class Rate:
-    """Bytes per second. `source`: "measured", "cached" (measured before) or "default" (assumed)."""
+    """Bytes per second. `source`: "measured", "cached" (measured before) or "default" (assumed).
+
+    `entries`: under which names it is remembered.
+    """
 
     bytes_per_s: float
     source: str
     note: str = ""
+    entries: tuple[str, ...] = ()
 
     @property
     def known(self) -> bool:
         return self.source != "default"
+
+    def forget(self) -> None:
+        """Passes have shown that it is not so: the next start measures again."""
+        if self.entries:
+            Measurements().drop(self.entries)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, without the names of entries."""
+        return {"bytes_per_s": self.bytes_per_s, "source": self.source, "note": self.note}
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class Rates:
     compute_source: str = "default"
     compute_note: str = "not measured"
     workload: Sizes | None = None
+    way: Way = USUAL_WAY  # how the disk is read the fastest
 
     def for_units(self, units: Sequence[Unit], source: Source) -> _engine.Rates:
         """As the engine takes them, with the compute of each unit."""
@@ -120,15 +135,17 @@ def gather(
     h2d, overhead_s = assumed.h2d, assumed.copy_overhead_s
     try:
         link, source = _link(known, device)
-        h2d, overhead_s = Rate(link.bytes_per_s, source), link.copy_overhead_s
+        h2d = Rate(link.bytes_per_s, source, entries=(_link_key(device),))
+        overhead_s = link.copy_overhead_s
     except NotMeasuredError as error:
         h2d = Rate(h2d.bytes_per_s, h2d.source, str(error))
+    way = USUAL_WAY
     try:
-        disk = _disk(known, paths, config) if paths else _memory(known)
+        disk, way = _disk(known, paths, config) if paths else (_memory(known), way)
     except NotMeasuredError as error:
         disk = Rate(assumed.disk.bytes_per_s, "default", str(error))
     compute, source, note = compute_at(module, device, workload)
-    rates = Rates(disk, h2d, overhead_s, device.type == "cpu", compute, source, note, workload)
+    rates = Rates(disk, h2d, overhead_s, device.type == "cpu", compute, source, note, workload, way)
     _log.info(
         "disk %.2f GB/s (%s), link %.2f GB/s (%s), compute %s",
         disk.bytes_per_s / 1e9,
@@ -183,18 +200,22 @@ def _remembered(
     return read(value), "measured"
 
 
+def _link_key(device: torch.device) -> str:
+    return key_of("link", device_name(device))
+
+
 def _link(known: Measurements, device: torch.device) -> tuple[Link, str]:
-    key = key_of("link", device_name(device))
+    key = _link_key(device)
     return _remembered(known, key, lambda: asdict(measure.measure_link(device)), _as_link)
 
 
 def _memory(known: Measurements) -> Rate:
     """The "disk" of weights that lie in RAM: copies from memory to memory."""
     link, source = _link(known, _CPU)
-    return Rate(link.bytes_per_s, source, "the weights lie in RAM")
+    return Rate(link.bytes_per_s, source, "the weights lie in RAM", (_link_key(_CPU),))
 
 
-def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> Rate:
+def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[Rate, Way]:
     """Of what is in the page cache and what is not, each by its own rate, as the bytes divide."""
     try:
         spans = measure.find_spans(paths, config.direct)
@@ -204,26 +225,35 @@ def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> Rate:
         raise NotMeasuredError(measure.NOTHING_TO_READ)
     seconds_per_byte = 0.0
     sources = []
+    entries = []
+    notes = []
+    way = USUAL_WAY
     for cached in (False, True):
         part = [span for span in spans if span.cached == cached]
         if part:
-            rate, source = _disk_part(known, part, config)
-            seconds_per_byte += len(part) / len(spans) / rate
+            entries.append(_disk_key(part, config))
+            disk, source = _remembered(
+                known, entries[-1], partial(_measure_disk, part, config), _as_disk
+            )
+            seconds_per_byte += len(part) / len(spans) / disk.bytes_per_s
             sources.append(source)
+            if disk.way != USUAL_WAY:
+                way = disk.way
+                notes.append(str(way))
     share = sum(span.cached for span in spans) / len(spans)
-    note = f"{share:.0%} in the page cache" if share else ""
-    return Rate(1 / seconds_per_byte, "measured" if "measured" in sources else "cached", note)
+    if share:
+        notes.append(f"{share:.0%} in the page cache")
+    source = "measured" if "measured" in sources else "cached"
+    return Rate(1 / seconds_per_byte, source, ", ".join(notes), tuple(entries)), way
 
 
-def _disk_part(known: Measurements, spans: Sequence[Span], config: Config) -> tuple[float, str]:
+def _measure_disk(spans: Sequence[Span], config: Config) -> dict[str, Any]:
+    return asdict(measure.measure_disk(spans, config))
+
+
+def _disk_key(spans: Sequence[Span], config: Config) -> str:
     kind = "page cache" if spans[0].cached else _how(config)
-    mounts = sorted({file_system(span.path) for span in spans})
-    return _remembered(
-        known,
-        key_of(kind, *mounts),
-        lambda: measure.measure_disk(spans, config),
-        _positive,
-    )
+    return key_of(kind, *sorted({file_system(span.path) for span in spans}))
 
 
 def _how(config: Config) -> str:
@@ -243,6 +273,13 @@ def _seconds(value: Any) -> float:
     if not 0 <= seconds <= 1e6:
         raise ValueError
     return seconds
+
+
+def _as_disk(value: Any) -> Disk:
+    way = Way(value["way"]["reader"], int(value["way"]["block_bytes"]))
+    if way.reader not in ("auto", "uring", "pread") or not 0 <= way.block_bytes <= 1 << 30:
+        raise ValueError
+    return Disk(_positive(value["bytes_per_s"]), way)
 
 
 def _as_link(value: Any) -> Link:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from .arrival import Arrival
 from .backward import Backward
 from .compiling import between_graphs, break_graph, never_compiled
 from .device_memory import DeviceMemory
+from .integrity import Checker, Image, UnitCheck
 from .passes import Passes, current_task
 from .placeholder import StreamedParameter
 from .sources import Source, live
@@ -42,8 +43,12 @@ class Residency:
         device: torch.device,
         memory: DeviceMemory,
         turn_limit_s: float,
+        checker: Checker | None = None,
+        images: Sequence[Image] = (),
     ) -> None:
         self._planned = planned
+        self._checker = checker
+        self._images = images  # of the source's tensors, where there is a checker
         self._engine = engine
         self._device = device
         self._current_stream = stream_getter(device)
@@ -51,6 +56,8 @@ class Residency:
         self._undone = False
         self._undo: list[Callable[[], None]] = []
         self._warned: set[str] = set()
+        # By unit and tensor in the unit: the image, where its bytes are to be checked.
+        self._checks: dict[tuple[int, int], tuple[Image, str]] = {}
         # By slot name: its unit, its tensor in the unit, and the parameter on the device.
         self._placed: dict[str, tuple[int, int, bool, nn.Parameter]] = {}
         self._streamed: dict[int, StreamedUnit] = {}
@@ -72,11 +79,14 @@ class Residency:
             holders: set[int] = set()
             for index, unit in enumerate(units):
                 arena = memory.arena.data  # a version of its own for each unit's parameters
+                check = self._check_of(index, unit, source, memory)
                 swaps = self._place(index, unit, source, memory, arena)
                 if planned.streamed_bytes(index):
                     place = planned.place(index)
                     arriving = self._arriving.get(index, [])
-                    streamed = StreamedUnit(engine, index, unit.name, swaps, arena, place, arriving)
+                    streamed = StreamedUnit(
+                        engine, index, unit.name, swaps, arena, place, arriving, check
+                    )
                     self._streamed[index] = streamed
                     self._wrap(unit.module, self._streamed_forward(unit, streamed))
                     holders.add(id(unit.module))
@@ -109,11 +119,15 @@ class Residency:
     def _fetch(self, unit: int, tensor: int, arrival: Arrival | None, target: torch.Tensor) -> None:
         """Fill `target`, which is in RAM."""
         if arrival is None:
-            self._engine.fetch(unit, tensor, target.data_ptr())
-            return
-        arrived = torch.empty(arrival.nbytes, dtype=torch.uint8)
+            arrived = target.reshape(-1).view(torch.uint8)
+        else:
+            arrived = torch.empty(arrival.nbytes, dtype=torch.uint8)
         self._engine.fetch(unit, tensor, arrived.data_ptr())
-        arrival.write(arrived, target)
+        if self._checker is not None:
+            image, where = self._checks[unit, tensor]
+            image.check(arrived, where)
+        if arrival is not None:
+            arrival.write(arrived, target)
 
     def undo(self) -> None:
         """Leave the module as it was found."""
@@ -124,6 +138,27 @@ class Residency:
         while self._undo:
             self._undo.pop()()
         self._placed.clear()  # they view memory that may be freed now
+
+    def _check_of(
+        self, index: int, unit: Unit, source: Source, memory: DeviceMemory
+    ) -> UnitCheck | None:
+        """Checks what of the unit was loaded to stay; what checks the rest, each time it comes."""
+        if self._checker is None:
+            return None
+        where = f"unit {unit.name!r}"
+        streamed: list[tuple[Image, torch.Tensor]] = []
+        places = self._planned.tensor_places(index)
+        for tensor, member in enumerate(unit_tensors(unit, source)):
+            block, offset, image_offset = places[tensor]
+            image = self._images[member]
+            self._checks[index, tensor] = image, where
+            with torch.inference_mode(False):
+                if block is None:
+                    arrived = memory.arena[image_offset : image_offset + image.nbytes]
+                    streamed.append((image, arrived))
+                elif member not in source.arrivals and not memory.loaded[block]:
+                    image.check_once(memory.homes[block][offset : offset + image.nbytes], where)
+        return UnitCheck(self._engine, index, where, streamed, self._checker.counts)
 
     # -- parameters --------------------------------------------------------------------------------
 
@@ -155,6 +190,8 @@ class Residency:
                     whole = torch.empty(found.shape, dtype=found.dtype)
                     self._fetch(index, tensor, arrival, whole)
                     placed.copy_(whole)
+                    if self._checker is not None:
+                        self._checker.check_copy(whole, placed, f"parameter {slot.name!r}")
                 elif tensor not in made:
                     arrived = memory.arena[image_offset : image_offset + arrival.nbytes]
                     self._arriving.setdefault(index, []).append((arrival, arrived, placed))

@@ -270,14 +270,18 @@ def check_surplus(module: nn.Module, checkpoint: Checkpoint) -> None:
         )
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """One small tensor (a buffer), read into RAM."""
+def read_tensor(
+    checkpoint: Checkpoint, name: str, check: Callable[[torch.Tensor], None] | None = None
+) -> torch.Tensor:
+    """One small tensor (a buffer), read into RAM; `check` is given the bytes of its image."""
     image = checkpoint.tensors[name]
     tensor = torch.empty(image.shape, dtype=image.dtype)
     if tensor.numel() == 0:
         return tensor
     data = bytearray().join(_blocks(checkpoint, image))
     arrived = torch.frombuffer(data, dtype=torch.uint8).clone()
+    if check is not None:
+        check(arrived)
     arrival = image.arrival or Arrival((Part(0, image.dtype, image.shape),))
     arrival.write(arrived, tensor)
     return tensor

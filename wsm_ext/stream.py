@@ -6,6 +6,8 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -14,8 +16,9 @@ from torch import nn
 from . import _engine, sources
 from .buffers import Buffers
 from .checkpoint import Checkpoint
-from .config import Config, engine_options
+from .config import USUAL_WAY, Config, engine_options
 from .device_memory import DeviceMemory
+from .integrity import Checker, Counts
 from .plan import Plan
 from .planning import Budgets, Planned, Planner, streams
 from .predict import files_of, measuring_matters, predict
@@ -44,6 +47,7 @@ def stream(
     host_memory: int | str = "auto",
     units: str | Sequence[str] = "auto",
     workload: Workload | None = None,
+    verify: bool | str | os.PathLike[str] | None = None,
     config: Config | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> StreamedModule:
@@ -63,6 +67,9 @@ def stream(
         workload: (sequences, tokens of each), or a function that is given the module and runs it as
             it will be run. A trial forward finds what it allocates, and `device_memory` then holds
             that too: activations, outputs and the KV cache.
+        verify: check what is loaded, each time, against the hashes that `wsm verify` made of the
+            checkpoint. True: those beside it; a path: those in this file; None: as `config` and
+            the environment say.
         config: settings beyond these; they win over environment variables.
         progress: called with (bytes done, bytes in all) while weights that stay are loaded.
 
@@ -70,9 +77,13 @@ def stream(
         CheckpointError (a ValueError): the checkpoint is damaged or does not fit the module.
         ValueError: an argument is wrong, or a budget too small; the message names the least.
         OSError, TimeoutError: the storage failed. EngineError: the device did.
+        IntegrityError (an OSError): what was loaded to stay has other bytes than were recorded.
     """
+    settings = Config.resolve(config)
+    if verify is not None:
+        settings.give("verify", verify)
     return StreamedModule(
-        module, checkpoint, device, device_memory, host_memory, units, workload, config, progress
+        module, checkpoint, device, device_memory, host_memory, units, workload, settings, progress
     )
 
 
@@ -121,9 +132,10 @@ class StreamedModule(nn.Module):
         opened = _open(checkpoint)
         if opened is not None:
             sources.check_surplus(module, opened)
+        self._checker = _checker(opened, self._config)
         self._planner = Planner(module, opened, units, self._config)
         self._planner.check()
-        self._moved_buffers = Buffers(module, opened, self._device)
+        self._moved_buffers = Buffers(module, opened, self._device, self._checker)
         try:
             if workload is not None:
                 self._activation_bytes = self._try_out(workload)
@@ -152,6 +164,7 @@ class StreamedModule(nn.Module):
         budgets: Budgets,
         progress: Progress | None,
         before: _engine.Engine | None = None,
+        kept: _engine.KeptCache | None = None,
     ) -> None:
         """Starts by the plan; by a smaller one, where the device has less memory than it said."""
         asked = budgets.device_bytes
@@ -163,7 +176,6 @@ class StreamedModule(nn.Module):
                 break
             except torch.OutOfMemoryError as error:
                 budgets.device_bytes = int(budgets.device_bytes * _LESS)
-                kept = None if before is None else before.kept_cache()
                 planned = self._plan_within(budgets, kept)
                 planned.warnings.append(
                     f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
@@ -205,6 +217,7 @@ class StreamedModule(nn.Module):
         assert memory is not None
         arena, homes = memory.addresses()
         current_stream = stream_getter(device)
+        images = [] if self._checker is None else self._checker.images_of(self._source)
         self._engine = _engine.Engine(
             planned,
             -1 if device.type == "cpu" else device.index,
@@ -212,14 +225,13 @@ class StreamedModule(nn.Module):
             homes,
             self._source.memory,
             current_stream(),
-            engine_options(self._config),
+            engine_options(self._config, self._rates.way if self._rates else USUAL_WAY),
             before,
         )
         # Before torch and the driver are torn down, should nobody close it.
         self._finalizer = weakref.finalize(self, self._engine.close)
         try:
             self._engine.load_resident(current_stream(), self._progress_of(progress))
-            memory.loaded = [True] * len(memory.homes)
             if progress is not None:
                 progress(planned.device_home_bytes, planned.device_home_bytes)
             self._residency = Residency(
@@ -231,7 +243,10 @@ class StreamedModule(nn.Module):
                 device,
                 memory,
                 _PATIENCE * self._config.read_timeout_s,
+                self._checker,
+                images,
             )
+            memory.loaded = [True] * len(memory.homes)
             # The module alone may be handed on, to a pipeline say: it keeps this alive.
             object.__setattr__(self.module, "_wsm_streamed", self)
             self._closed = False
@@ -270,12 +285,13 @@ class StreamedModule(nn.Module):
         with self._residency.passes.between():
             held = self._memory_held()
             budgets = Budgets(self._device, *asked, self._config, self._activation_bytes, held)
-            planned = self._plan_for(budgets, self._engine.kept_cache())  # may refuse
+            kept = self._engine.kept_cache()
+            planned = self._plan_for(budgets, kept)  # may refuse
             self._carry_counters()
             if self._source.in_ram:
                 self._restart_from_ram(budgets, progress)
             else:
-                self._restart(planned, budgets, progress)
+                self._restart(planned, budgets, progress, kept)
             self._asked = asked
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=2)
@@ -298,12 +314,19 @@ class StreamedModule(nn.Module):
         """Device and host bytes that a new plan may use again."""
         return self._planned.device_bytes, self._engine.memory()[0]
 
-    def _restart(self, planned: Planned, budgets: Budgets, progress: Progress | None) -> None:
+    def _restart(
+        self,
+        planned: Planned,
+        budgets: Budgets,
+        progress: Progress | None,
+        kept: _engine.KeptCache,
+    ) -> None:
         before = self._engine
         try:
             self._residency.undo()
             self._finalizer.detach()
-            self._start_with(planned, budgets, progress, before)
+            before.close()  # what it loads ahead must not reach memory that is freed now
+            self._start_with(planned, budgets, progress, before, kept)
         except BaseException:
             self._abandon(before)
             raise
@@ -422,6 +445,7 @@ class StreamedModule(nn.Module):
             "last_pass": self._engine.last_pass(),
             "totals": _add(self._carried, self._engine.totals()),
             "readers": self._engine.readers(),
+            "verified": asdict(self._checker.counts if self._checker else Counts()),
             "warnings": list(dict.fromkeys(self._plan.warnings + self._engine.warnings)),
         }
 
@@ -438,9 +462,16 @@ class StreamedModule(nn.Module):
         """Wait for what is under way, restore the module, and free all memory. Idempotent.
 
         A forward that another thread is in fails. `stats()` goes on to tell the last figures.
+
+        Raises RuntimeError in the middle of a forward of the calling thread.
         """
         if self._closed:
             return
+        if not self._engine.closed and self._residency.passes.inside():
+            raise RuntimeError(
+                "close() is for between passes, not inside a forward: let it return, or raise out"
+                " of it, first"
+            )
         try:
             if not self._engine.closed:
                 self._give_back_owned()
@@ -559,3 +590,20 @@ def _open(checkpoint: CheckpointLike | None) -> Checkpoint | None:
     if checkpoint is None or isinstance(checkpoint, Checkpoint):
         return checkpoint
     return Checkpoint.open(checkpoint)
+
+
+def _checker(checkpoint: Checkpoint | None, config: Config) -> Checker | None:
+    """Where settings ask for it."""
+    asked = config.verify
+    if asked is False:
+        return None
+    given = config.describe("verify")
+    if checkpoint is not None:
+        return Checker(checkpoint, None if asked is True else Path(asked).expanduser(), given)
+    if config.sources["verify"] == "variable":  # it is meant for others, which have checkpoints
+        config.warnings.append(f"{given} has no effect: the weights come from the module itself")
+        return None
+    raise ValueError(
+        f"{given}: the weights come from the module itself, and hashes are those of a checkpoint;"
+        " give the checkpoint, or leave verify out"
+    )

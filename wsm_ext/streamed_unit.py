@@ -11,6 +11,7 @@ from torch import nn
 from . import _engine
 from .arrival import Arrival
 from .compiling import never_compiled
+from .integrity import UnitCheck
 from .placeholder import StreamedParameter
 
 # A module's parameters, the key in them, what is there while the unit is taken, and what else.
@@ -38,11 +39,13 @@ class StreamedUnit:
         memory: torch.Tensor,
         place: tuple[int, int],
         arriving: list[Arriving],
+        check: UnitCheck | None,
     ) -> None:
         self.index = index
         self.name = name
         self.swaps = swaps
         self._arriving = arriving
+        self._check = check
         self._engine = engine
         self._memory = memory  # the parameters are views of it, and share its version
         self._begin, self._end = place[0], place[0] + place[1]
@@ -56,16 +59,18 @@ class StreamedUnit:
 
     @never_compiled
     def take(self, stream: int) -> None:
-        self._engine.acquire(self.index, stream)
+        loaded = self._engine.acquire(self.index, stream)
         if self._taken == 0:
-            self._arrive(stream)
+            self._arrive(stream, loaded)
             _set_version(self._memory, self._version)
         self._taken += 1
         for parameters, key, placed, _ in self.swaps:
             parameters[key] = placed
 
-    def _arrive(self, stream: int) -> None:
+    def _arrive(self, stream: int, loaded: bool) -> None:
         try:
+            if self._check is not None:
+                self._check(loaded)
             for arrival, arrived, placed in self._arriving:
                 arrival.write(arrived, placed)
         except BaseException:
@@ -84,8 +89,9 @@ class StreamedUnit:
 
     def dissolve(self) -> None:
         """The module gets its own parameters back: leave it alone from now on."""
-        self.swaps, self._arriving = [], []
-        self._memory = torch.empty(0)
+        self.swaps, self._arriving, self._check = [], [], None
+        with torch.inference_mode(False):  # in the middle of a forward it is still given back
+            self._memory = torch.empty(0)
 
 
 def _version_setter() -> Callable[[torch.Tensor, int], None]:

@@ -49,6 +49,7 @@ def from_pretrained(
     host_memory: int | str = "auto",
     units: Any = "auto",
     workload: Workload | None = None,
+    verify: bool | str | os.PathLike[str] | None = None,
     config: Config | Mapping[str, Any] | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -75,6 +76,7 @@ def from_pretrained(
         host_memory=host_memory,
         units=units,
         workload=workload,
+        verify=verify,
         config=config,
         progress=progress,
     )

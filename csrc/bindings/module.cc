@@ -356,6 +356,8 @@ void bind_engine(py::module_& m) {
   py::class_<EngineOptions>(m, "EngineOptions")
       .def(py::init<>())
       .def_readwrite("reader", &EngineOptions::reader)
+      .def_readwrite("preferred", &EngineOptions::preferred)
+      .def_readwrite("block_bytes", &EngineOptions::block_bytes)
       .def_readwrite("direct", &EngineOptions::direct)
       .def_readwrite("read_threads", &EngineOptions::read_threads)
       .def_readwrite("read_timeout_s", &EngineOptions::read_timeout_s)
@@ -367,12 +369,13 @@ void bind_engine(py::module_& m) {
       "time_reads",
       [](const std::vector<std::string>& paths,
          const std::vector<std::tuple<uint32_t, uint64_t, uint32_t>>& pieces,
-         const EngineOptions& options, double seconds) {
+         const std::vector<EngineOptions>& ways, double seconds, uint32_t rounds) {
         std::vector<ReadSpan> spans;
         for (const auto& [file, offset, bytes] : pieces) spans.push_back({file, offset, bytes});
-        return time_reads(paths, spans, options, seconds);
+        return time_reads(paths, spans, ways, seconds, rounds);
       },
-      py::arg("paths"), py::arg("spans"), py::arg("options"), py::arg("seconds"), nogil);
+      py::arg("paths"), py::arg("spans"), py::arg("ways"), py::arg("seconds"),
+      py::arg("rounds") = 1, nogil);
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
            py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"),
@@ -391,10 +394,11 @@ void bind_engine(py::module_& m) {
           "acquire",
           [](Engine& engine, uint32_t unit, StreamHandle stream) {
             static const Engine::Interrupt interrupt = plain_interrupt();
-            engine.acquire(unit, stream, interrupt);
+            return engine.acquire(unit, stream, interrupt);
           },
           py::arg("unit"), py::arg("stream"), nogil)
       .def("release", &Engine::release, py::arg("unit"), py::arg("stream"), nogil)
+      .def("discard", &Engine::discard, py::arg("unit"), nogil)
       .def(
           "fetch",
           [](const Engine& engine, uint32_t unit, uint32_t tensor, uintptr_t target) {

@@ -13,6 +13,7 @@
 
 #include "device/device.h"
 #include "util/check.h"
+#include "util/threads.h"
 
 namespace wsm {
 namespace {
@@ -44,7 +45,7 @@ void check_stream(StreamHandle stream) {
 
 class HostDevice final : public Device {
  public:
-  HostDevice() : thread_([this] { run(); }) {}
+  HostDevice() : thread_(start_thread("copies", [this] { run(); })) {}
 
   ~HostDevice() override {
     {

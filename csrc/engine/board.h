@@ -36,9 +36,10 @@ enum class Phase : uint8_t { kAbsent, kLoading, kReady };
 
 struct UnitState {
   Phase phase = Phase::kAbsent;
-  uint32_t acquired = 0;  // holders now
-  bool used = false;      // acquired since it was loaded
-  bool demanded = false;  // this load was started by an acquire
+  uint32_t acquired = 0;   // holders now
+  bool used = false;       // acquired since it was loaded
+  bool demanded = false;   // this load was started by an acquire
+  bool discarded = false;  // nobody uses these bytes again: see Engine::discard
   std::unique_ptr<Event> ready;
   // One event for each stream that released the unit since it was loaded.
   std::vector<std::pair<StreamHandle, std::unique_ptr<Event>>> released;
@@ -65,6 +66,7 @@ struct Board {
   std::condition_variable changed;  // a unit is ready, or an error was kept
   std::vector<UnitState> units;     // the plan's units, then the resident load
   std::vector<uint32_t> held;       // units with acquired > 0, in order of their first acquire
+  std::vector<uint32_t> discarded;  // units to be dropped as soon as nobody holds them
   Sequence sequence;
   uint64_t version = 0;            // moves with every change that the conductor should look at
   uint32_t demand = kNone;         // the unit that an acquire waits for

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "engine/log.h"
+#include "util/threads.h"
 
 namespace wsm {
 
@@ -65,7 +66,7 @@ void Conductor::skip_loaded_homes() {
 }
 
 void Conductor::start() {
-  thread_ = std::thread([this] { run(); });
+  thread_ = start_thread("the schedule", [this] { run(); });
 }
 
 bool Conductor::stop() {
@@ -128,6 +129,7 @@ bool Conductor::step() {
   if (stop_) return true;
   bool moved = reap();
   moved |= ring_->recycle() > 0;
+  if (discarded_) drop_discarded();
   if (options_.poison) poison_released();
   moved |= copy();
   if (!paused_) moved |= read();
@@ -143,6 +145,7 @@ void Conductor::look() {
     stop_ = board_.stop;
     demand_ = board_.demand;
     paused_ = board_.error.has_value();
+    discarded_ = !board_.discarded.empty();
     const auto& upcoming = board_.sequence.upcoming();
     window_.assign(upcoming.begin(), upcoming.end());
   }

@@ -131,6 +131,7 @@ class Conductor {
   void evict(uint32_t unit, std::vector<UnitState*>& evicted);
   void wait_released(UnitState& state);
   void poison_released();
+  void drop_discarded();
   void enqueue(uint32_t chunk);
   std::byte* target_of(const Chunk& chunk, const Copy& copy) const;
   void skip_loaded_homes();
@@ -187,6 +188,7 @@ class Conductor {
   bool paused_ = false;  // an error waits to be thrown
   bool stop_ = false;
   bool slots_wanted_ = false;  // reads wait for slots to be recycled
+  bool discarded_ = false;     // the board names units to drop
   int idle_steps_ = 0;
   Clock::time_point stall_mark_;
   Clock::time_point last_move_;

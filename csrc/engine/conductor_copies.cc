@@ -90,6 +90,26 @@ void Conductor::wait_released(UnitState& state) {
   state.released_count = 0;
 }
 
+// Before any copy of this step: what is loaded from now on comes from the disk again.
+void Conductor::drop_discarded() {
+  evicted_.clear();
+  {
+    std::lock_guard lock(board_.mutex);
+    std::erase_if(board_.discarded, [this](uint32_t unit) {
+      UnitState& state = board_.units[unit];
+      if (state.acquired > 0) return false;
+      if (state.phase != Phase::kAbsent) evict(unit, evicted_);
+      const auto [first, count] = chunks_of(unit);
+      for (uint32_t c = first; c < first + count; ++c) cache_->forget(c);
+      work_[unit].first_unread = 0;
+      state.discarded = false;
+      return true;
+    });
+    discarded_ = !board_.discarded.empty();
+  }
+  for (UnitState* state : evicted_) wait_released(*state);
+}
+
 void Conductor::poison_released() {
   evicted_.clear();
   std::vector<uint32_t> idle;

@@ -107,9 +107,10 @@ void Engine::open_shards(const std::vector<const void*>& memory) {
   }
 }
 
-// Which reader is the faster for direct reads is the machine's business. On virtual disks a read is
-// submitted at a cost, one after another where one ring submits: threads submit side by side, and
-// win where there are cores for them (docs/performance.md has the figures).
+// Which reader is the faster for direct reads is the machine's business: `preferred` was measured.
+// Else by the cores: on virtual disks a read is submitted at a cost, one after another where one
+// ring submits; threads submit side by side, and win where there are cores for them
+// (docs/performance.md has the figures).
 Readers make_readers(const EngineOptions& options) {
   check(options.read_timeout_s > 0 && std::isfinite(options.read_timeout_s),
         "read_timeout_s must be a number above 0, not ", options.read_timeout_s);
@@ -123,20 +124,27 @@ Readers make_readers(const EngineOptions& options) {
   std::string uring_refused;  // why, where it was tried
   readers.always_direct = options.direct == DirectMode::kOn;
   const bool asked = options.reader != ReaderChoice::kAuto;
-  if (options.reader == ReaderChoice::kUring || (!asked && cores < kCoresForThreads)) {
-    readers.direct = make_uring_reader({}, &uring_refused);
+  const bool measured = options.preferred != ReaderChoice::kAuto;
+  const ReaderChoice by_cores =
+      cores < kCoresForThreads ? ReaderChoice::kUring : ReaderChoice::kPread;
+  const ReaderChoice found = measured ? options.preferred : by_cores;
+  if ((asked ? options.reader : found) == ReaderChoice::kUring) {
+    ReaderOptions ring;
+    if (options.block_bytes > 0) ring.block_bytes = options.block_bytes;
+    readers.direct = make_uring_reader(ring, &uring_refused);
     check<Error>(readers.direct || !asked,
                  "io_uring was asked for and cannot be used: ", uring_refused);
     if (!readers.direct) log_warning("reading with pread: " + uring_refused);
   }
   if (!readers.direct) {
     ReaderOptions threads;
-    threads.block_bytes = kThreadBlockBytes;
+    threads.block_bytes = options.block_bytes > 0 ? options.block_bytes : kThreadBlockBytes;
     if (options.read_threads > 0) threads.depth = options.read_threads;
     readers.direct = make_pread_reader(threads);
   }
   readers.why_direct = asked                      ? "the reader was asked for"
                        : !uring_refused.empty()   ? "no io_uring: " + uring_refused
+                       : measured                 ? "measured to be the faster one"
                        : cores < kCoresForThreads ? "few cores: one ring"
                                                   : "many cores: threads submit side by side";
   ReaderOptions pool;
@@ -213,13 +221,13 @@ void Engine::end_pass(StreamHandle stream) {
   conductor_->wake();
 }
 
-void Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt) {
+bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt) {
   check_usable();
   check(unit < plan_.units.size(), "there is no unit ", unit);
   check(plan_.units[unit].place_bytes > 0, "unit '", spec_.units[unit].name, "' does not stream");
   UnitState& state = board_.units[unit];
   const auto begin = Clock::now();
-  bool waited = false;
+  bool waited = false, loaded = false;
   {
     std::unique_lock lock(board_.mutex);
     throw_kept_error();
@@ -232,14 +240,14 @@ void Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
     }
     if (state.acquired == 0 && !board_.sequence.use(unit)) ++board_.counters.misses;
     ++board_.version;
-    waited = state.phase != Phase::kReady;
+    waited = state.phase != Phase::kReady || (state.discarded && state.acquired == 0);
     if (waited) {
       wait_ready(lock, unit, interrupt);
     } else {
       conductor_->wake();
     }
     if (state.acquired++ == 0) board_.held.push_back(unit);
-    state.used = true;
+    loaded = !std::exchange(state.used, true);
   }
   {
     std::lock_guard lock(reports_mutex_);
@@ -249,6 +257,7 @@ void Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
     const std::chrono::duration<double, std::milli> ms = Clock::now() - begin;
     log_acquired(unit, waited, ms.count());
   }
+  return loaded;
 }
 
 // Posts the unit as the demand and waits until it is ready. The lock is released while waiting.
@@ -263,7 +272,8 @@ void Engine::wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit,
     conductor_->wake();
   };
   try {
-    while (board_.units[unit].phase != Phase::kReady) {
+    const UnitState& state = board_.units[unit];
+    while (state.phase != Phase::kReady || state.discarded) {
       board_.changed.wait_for(lock, kInterruptInterval);
       throw_kept_error();
       check<Error>(!board_.stop, "this streamed model was closed while unit '",
@@ -307,6 +317,16 @@ void Engine::release(uint32_t unit, StreamHandle stream) {
   if (state.acquired == 0) return;  // recovered by begin_pass since
   record_released(state, stream);
   if (--state.acquired == 0) std::erase(board_.held, unit);
+  ++board_.version;
+  conductor_->wake();
+}
+
+void Engine::discard(uint32_t unit) {
+  check_usable();
+  check(unit < plan_.units.size(), "there is no unit ", unit);
+  std::lock_guard lock(board_.mutex);
+  if (std::exchange(board_.units[unit].discarded, true)) return;
+  board_.discarded.push_back(unit);
   ++board_.version;
   conductor_->wake();
 }

@@ -40,8 +40,10 @@ namespace wsm {
 enum class ReaderChoice : uint8_t { kAuto, kUring, kPread };
 
 struct EngineOptions {
-  ReaderChoice reader = ReaderChoice::kAuto;
-  DirectMode direct = DirectMode::kAuto;  // kOn: never through the page cache
+  ReaderChoice reader = ReaderChoice::kAuto;     // of direct reads; asked for: it or an error
+  ReaderChoice preferred = ReaderChoice::kAuto;  // where it is not: the faster one, as measured
+  uint32_t block_bytes = 0;                      // of direct reads; 0: as suits the reader
+  DirectMode direct = DirectMode::kAuto;         // kOn: never through the page cache
   uint32_t read_threads = 0;  // of the pread pool; 0: as many as there are cores, at most 16
   double read_timeout_s = 30;
   bool poison = false;
@@ -106,8 +108,12 @@ class Engine {
   // Checks that no file has changed, and recovers what an aborted pass left acquired.
   void begin_pass(StreamHandle stream);
   void end_pass(StreamHandle stream);
-  void acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt);
+  // True when the unit was loaded since it was last acquired.
+  bool acquire(uint32_t unit, StreamHandle stream, const Interrupt& interrupt);
   void release(uint32_t unit, StreamHandle stream);
+  // For who holds a unit and found its bytes wrong: once it is released, they are dropped from the
+  // arena and the host cache, and the next acquire reads them again.
+  void discard(uint32_t unit);
 
   // Copies the image of the unit's tensor (an index into UnitSpec::tensors) into host memory, from
   // the host cache or the shard. Allowed at any time, but not for what is resident as it is.

@@ -18,7 +18,7 @@ class StallProbes {
  public:
   StallProbes(Device& device, Counters& counters, size_t pairs);
 
-  // Makes `stream` wait for `ready`, measured on behalf of `pass`.
+  // Makes `stream` wait for `ready`, which was recorded, measured on behalf of `pass`.
   void wait(StreamHandle stream, const Event& ready, uint64_t pass);
   // Adds what is done to the counters.
   void collect();

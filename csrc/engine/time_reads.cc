@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <utility>
 
+#include "device/device.h"
+#include "memory/pinned_buffer.h"
+#include "util/align.h"
 #include "util/check.h"
 
 namespace wsm {
@@ -18,82 +20,103 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr uint32_t kSlots = 8;
-constexpr uint64_t kSlotAlignment = 2 << 20;  // enough for every direct read
+constexpr uint64_t kSlotAlignment = 2 * kMiB;  // whole huge pages
 constexpr int kPollMs = 10;
 
 double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-struct Free {
-  void operator()(void* data) const { std::free(data); }
-};
-
-// Slots that spans are read into, as many at once.
+// Slots that spans are read into, as many at once. Their memory is of the kind that the engine
+// reads into: into small pages a drive is read a third slower.
 class Timer {
  public:
   Timer(const std::vector<std::string>& paths, const std::vector<ReadSpan>& spans,
-        const EngineOptions& options)
-      : spans_(spans), options_(options), readers_(make_readers(options)) {
-    check(!spans.empty(), "there is nothing to read");
-    for (const std::string& path : paths) shards_.push_back(Shard::open(path, options.direct));
+        const std::vector<EngineOptions>& ways)
+      : spans_(spans) {
+    check(!spans.empty() && !ways.empty(), "there is nothing to read");
+    for (const std::string& path : paths) shards_.push_back(Shard::open(path, ways[0].direct));
     uint64_t largest = 0;
     for (const ReadSpan& span : spans) {
       check(span.file < shards_.size(), "there is no file ", span.file);
       largest = std::max<uint64_t>(largest, span.bytes);
     }
-    largest = (largest + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment;
-    for (uint32_t slot = 0; slot < kSlots; ++slot) {
-      slots_[slot].reset(std::aligned_alloc(kSlotAlignment, largest));
-      check<OutOfMemory>(slots_[slot] != nullptr, "no memory for ", largest, " bytes to read into");
-      free_.push_back(slot);
+    slot_bytes_ = align_up(largest, kSlotAlignment);
+    slots_ = std::make_unique<PinnedBuffer>(*device_, kSlots * slot_bytes_);
+    for (uint32_t slot = 0; slot < kSlots; ++slot) free_.push_back(slot);
+    for (const EngineOptions& way : ways) ways_.push_back({readers_of(way), way.read_timeout_s});
+  }
+
+  std::vector<std::vector<double>> run(double seconds, uint32_t rounds) {
+    std::vector<std::vector<double>> rates(ways_.size());
+    for (uint32_t round = 0; round < rounds; ++round) {
+      for (size_t i = 0; i < ways_.size(); ++i) {
+        // There and back: a drift hits all alike.
+        const size_t way = round % 2 ? ways_.size() - 1 - i : i;
+        if (ways_[way].readers.pool) rates[way].push_back(sample(ways_[way], seconds));
+      }
+    }
+    return rates;
+  }
+
+ private:
+  struct Way {
+    Readers readers;
+    double timeout_s = 0;
+  };
+
+  static Readers readers_of(const EngineOptions& way) {
+    try {
+      return make_readers(way);
+    } catch (const InvalidArgument&) {
+      throw;
+    } catch (const Error&) {
+      return {};
     }
   }
 
-  double run(double seconds) {
+  double sample(Way& way, double seconds) {
     const auto begin = Clock::now();
     auto moved = begin;
     uint64_t bytes = 0;
     while (true) {
-      while (next_ < spans_.size() && seconds_since(begin) < seconds && submit_next()) continue;
+      while (seconds_since(begin) < seconds && submit_next(way.readers)) continue;
       if (free_.size() == kSlots) return static_cast<double>(bytes) / seconds_since(begin);
-      if (const uint64_t arrived = reap()) {
+      if (const uint64_t arrived = reap(way.readers)) {
         bytes += arrived;
         moved = Clock::now();
       } else {
-        check<TimeoutError>(seconds_since(moved) < options_.read_timeout_s, "reads of ",
-                            shards_[0]->path(), " have not ended in ", options_.read_timeout_s,
-                            " s");
-        std::array<pollfd, 2> ready{{{readers_.for_direct().ready_fd(), POLLIN, 0},
-                                     {readers_.pool->ready_fd(), POLLIN, 0}}};
+        check<TimeoutError>(seconds_since(moved) < way.timeout_s, "reads of ", shards_[0]->path(),
+                            " have not ended in ", way.timeout_s, " s");
+        std::array<pollfd, 2> ready{{{way.readers.for_direct().ready_fd(), POLLIN, 0},
+                                     {way.readers.pool->ready_fd(), POLLIN, 0}}};
         ::poll(ready.data(), ready.size(), kPollMs);
       }
     }
   }
 
- private:
-  bool submit_next() {
+  bool submit_next(Readers& readers) {
     if (free_.empty()) return false;
     const ReadSpan& span = spans_[next_];
     Shard& shard = *shards_[span.file];
-    const bool cached = !readers_.always_direct && shard.in_page_cache(span.offset, span.bytes);
+    const bool cached = !readers.always_direct && shard.in_page_cache(span.offset, span.bytes);
     ReadRequest request;
     request.shard = &shard;
     request.offset = span.offset;
     request.bytes = request.need_bytes = span.bytes;
-    request.target = static_cast<std::byte*>(slots_[free_.back()].get());
+    request.target = slots_->data() + free_.back() * slot_bytes_;
     request.tag = free_.back();
     request.buffered = !shard.direct() || cached;
-    Reader& reader = request.buffered ? *readers_.pool : readers_.for_direct();
+    Reader& reader = request.buffered ? *readers.pool : readers.for_direct();
     if (!reader.submit(request)) return false;
     free_.pop_back();
-    ++next_;
+    next_ = (next_ + 1) % spans_.size();
     return true;
   }
 
-  uint64_t reap() {
+  uint64_t reap(Readers& readers) {
     uint64_t bytes = 0;
-    for (Reader* reader : {readers_.direct.get(), readers_.pool.get()}) {
+    for (Reader* reader : {readers.direct.get(), readers.pool.get()}) {
       if (!reader) continue;
       std::array<ReadCompletion, kSlots> done;
       const size_t count = reader->poll(done);
@@ -107,21 +130,24 @@ class Timer {
   }
 
   const std::vector<ReadSpan>& spans_;
-  const EngineOptions& options_;
   std::vector<std::unique_ptr<Shard>> shards_;
-  std::array<std::unique_ptr<void, Free>, kSlots> slots_;
+  const std::unique_ptr<Device> device_ = make_host_device();
+  std::unique_ptr<PinnedBuffer> slots_;
+  uint64_t slot_bytes_ = 0;
   std::vector<uint32_t> free_;
   size_t next_ = 0;
-  Readers readers_;  // last: its destructor waits for reads into the slots
+  std::vector<Way> ways_;  // last: their destructors wait for reads into the slots
 };
 
 }  // namespace
 
-double time_reads(const std::vector<std::string>& paths, const std::vector<ReadSpan>& spans,
-                  const EngineOptions& options, double seconds) {
-  auto timer = std::make_unique<Timer>(paths, spans, options);
+std::vector<std::vector<double>> time_reads(const std::vector<std::string>& paths,
+                                            const std::vector<ReadSpan>& spans,
+                                            const std::vector<EngineOptions>& ways, double seconds,
+                                            uint32_t rounds) {
+  auto timer = std::make_unique<Timer>(paths, spans, ways);
   try {
-    return timer->run(seconds);
+    return timer->run(seconds, rounds);
   } catch (const TimeoutError&) {
     // Its end would wait for the drive. What is still read into is kept for good, and reachable.
     static auto* const kept = new std::vector<std::unique_ptr<Timer>>;

@@ -17,10 +17,14 @@ struct ReadSpan {
   uint32_t bytes = 0;
 };
 
-// Bytes per second over the spans, in this order, as many as are begun within `seconds`. Throws
-// IoError where a file cannot be read, TimeoutError where nothing moves for
-// `options.read_timeout_s`, InvalidArgument for no spans or one without a file.
-double time_reads(const std::vector<std::string>& paths, const std::vector<ReadSpan>& spans,
-                  const EngineOptions& options, double seconds);
+// Bytes per second by each way of reading, `rounds` samples of each, the ways by turns:
+// [way][round]. A sample reads on where the last one stopped, from the first span again behind the
+// last, as many spans as are begun within `seconds`. A way whose reader cannot be had has no
+// samples. Throws IoError where a file cannot be read, TimeoutError where nothing moves for a way's
+// `read_timeout_s`, InvalidArgument for no spans or one without a file.
+std::vector<std::vector<double>> time_reads(const std::vector<std::string>& paths,
+                                            const std::vector<ReadSpan>& spans,
+                                            const std::vector<EngineOptions>& ways, double seconds,
+                                            uint32_t rounds = 1);
 
 }  // namespace wsm

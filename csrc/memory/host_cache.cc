@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "util/check.h"
+#include "util/threads.h"
+
 namespace wsm {
 namespace {
 
@@ -16,7 +19,9 @@ HostCache::HostCache(Device& device, const Plan& plan, std::function<void()> pre
   if (before) take_over(*before, plan, kept);
   const uint64_t end = pieces_.empty() ? 0 : pieces_.back().begin + pieces_.back().memory->bytes();
   if (end < plan.cache_bytes) add_piece(device, plan, end);
-  if (plan.cache_bytes > 0) thread_ = std::thread([this] { prepare(); });
+  if (plan.cache_bytes > 0) {
+    thread_ = start_thread("the host cache", [this] { prepare(); });
+  }
 }
 
 HostCache::~HostCache() { stop(); }
@@ -69,6 +74,7 @@ bool HostCache::ready(const Chunk& chunk) {
   const bool ready = piece.begin + piece.memory->prepared_bytes() >= end;
   if (prepared_bytes() < mapped_bytes()) {
     std::lock_guard lock(mutex_);
+    check<Error>(ready || failure_.empty(), "the host cache has no more memory ready: ", failure_);
     if (end + kAheadBytes <= wanted_bytes_) return ready;
     wanted_bytes_ = end + kAheadBytes;
     asked_.notify_one();
@@ -84,14 +90,22 @@ bool HostCache::prepare_next() {
 }
 
 void HostCache::prepare() {
-  std::unique_lock lock(mutex_);
-  while (true) {
-    asked_.wait(lock, [&] { return stop_ || prepared_bytes() < wanted_bytes_; });
-    if (stop_) return;
-    lock.unlock();
-    if (!prepare_next()) return;
-    prepared_();
-    lock.lock();
+  try {
+    std::unique_lock lock(mutex_);
+    while (true) {
+      asked_.wait(lock, [&] { return stop_ || prepared_bytes() < wanted_bytes_; });
+      if (stop_) return;
+      lock.unlock();
+      if (!prepare_next()) return;
+      prepared_();
+      lock.lock();
+    }
+  } catch (const std::exception& error) {
+    {
+      std::lock_guard lock(mutex_);
+      failure_ = error.what();
+    }
+    prepared_();  // who waits for a place asks again, and is told
   }
 }
 

@@ -12,7 +12,8 @@
 //
 // Lifecycle: owned by the engine; `ready` and `mark_filled` are the conductor's. `stop`, and the
 // destructor, end the thread: `prepared` is not called after that.
-// Failure: what cannot be page-locked stays pageable (see PinnedBuffer).
+// Failure: what cannot be page-locked stays pageable (see PinnedBuffer). An error of the thread is
+// thrown by `ready`, for places that it has not come to.
 #pragma once
 
 #include <condition_variable>
@@ -46,6 +47,7 @@ class HostCache {
   std::byte* place(const Chunk& chunk) const;
   bool filled(uint32_t chunk) const { return filled_[chunk]; }
   void mark_filled(uint32_t chunk) { filled_[chunk] = true; }  // its bytes are all there
+  void forget(uint32_t chunk) { filled_[chunk] = false; }      // its bytes are to be read again
   // What is filled, for a plan that takes the cache over.
   KeptCache kept(const Plan& plan) const;
 
@@ -73,6 +75,7 @@ class HostCache {
   std::condition_variable asked_;
   uint64_t wanted_bytes_ = 0;  // of the cache, from its start; guarded by mutex_
   bool stop_ = false;          // guarded by mutex_
+  std::string failure_;        // what ended the thread; guarded by mutex_
   std::thread thread_;
 };
 

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -131,9 +130,12 @@ void PinnedBuffer::map() {
   const uint64_t mapped = align_up(bytes_, page_bytes());
   const uint64_t reserved = checked_add(mapped, kHugePage);
   void* base = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  check<OutOfMemory>(base != MAP_FAILED, "cannot map ", mib_text(mapped),
-                     " of host memory: ", errno_text(errno),
-                     ". Lower host_memory, or raise the limit (ulimit -v, vm.overcommit_memory)");
+  if (base == MAP_FAILED) {
+    throw OutOfMemory(
+        concat("cannot map ", mib_text(mapped), " of host memory: ", errno_text(errno),
+               ". Lower host_memory, or raise the limit (ulimit -v, vm.overcommit_memory)"));
+  }
+  // Nothing that may throw comes between this and `data_`: it is the destructor's then.
   const auto begin = reinterpret_cast<uintptr_t>(base);
   const uint64_t head = align_up(begin, kHugePage) - begin;
   auto* const first = static_cast<std::byte*>(base);
@@ -171,8 +173,8 @@ void PinnedBuffer::touch(uint64_t begin, uint64_t end, unsigned threads) const {
   std::vector<std::jthread> helpers;
   try {
     while (helpers.size() + 1 < std::min<uint64_t>(threads, pieces)) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads may be started here: those that run do the work.
+  } catch (const std::exception&) {
+    // No more threads can be had here: those that run do the work.
   }
   work();
 }

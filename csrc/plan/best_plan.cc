@@ -111,7 +111,7 @@ Plan best_plan(const ModelSpec& spec, const Limits& limits, const Rates& rates) 
   }
   if (!limits.staging_bytes && best.plan().disk_home_bytes > 0) {
     const uint64_t usual = best.plan().staging_bytes();
-    const uint64_t chunk = best.plan().chunk_bytes;
+    const uint64_t chunk = best.plan().cut_bytes;
     for (uint64_t factor = 2; factor <= kMostStagingFactor; factor *= 2) {
       best.try_out([&](Limits& l) {
         l.staging_bytes = usual * factor;

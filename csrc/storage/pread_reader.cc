@@ -11,6 +11,7 @@
 #include "storage/reader.h"
 #include "storage/request_queue.h"
 #include "util/event_fd.h"
+#include "util/threads.h"
 
 namespace wsm {
 namespace {
@@ -21,7 +22,9 @@ class PreadReader final : public Reader {
       : block_bytes_(options.block_bytes), queue_(options) {
     threads_.reserve(options.depth);
     try {
-      for (uint32_t i = 0; i < options.depth; ++i) threads_.emplace_back([this] { work(); });
+      for (uint32_t i = 0; i < options.depth; ++i) {
+        threads_.push_back(start_thread("reads", [this] { work(); }));
+      }
     } catch (...) {
       stop();
       throw;

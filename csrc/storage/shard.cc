@@ -18,7 +18,9 @@ namespace wsm {
 namespace {
 
 [[noreturn]] void fail(const std::string& what, const std::string& path, int error) {
-  throw IoError(concat(what, " ", path, ": ", errno_text(error)));
+  const bool too_many = error == EMFILE || error == ENFILE;
+  throw IoError(concat(what, " ", path, ": ", errno_text(error),
+                       too_many ? "; raise the limit on open files (ulimit -n)" : ""));
 }
 
 bool in_memory_file_system(int fd) {

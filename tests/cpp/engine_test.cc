@@ -315,6 +315,39 @@ TEST(Engine, AnAbandonedPassIsNotSummed) {
   EXPECT_GT(steady.seconds, 0);
 }
 
+// Each unit has a place of its own, so nothing but a discard makes one be loaded again.
+TEST(Engine, ADiscardedUnitIsReadAgainWhereverItsBytesLay) {
+  for (const bool cached : {false, true}) {
+    SCOPED_TRACE(cached);
+    ModelShape shape;
+    for (uint32_t u = 0; u < shape.units; ++u) shape.exclusive.push_back(u);
+    StreamedModel model(1, shape);
+    Engine& engine =
+        model.open(model.plan(limits(2 * model.bytes(), cached ? 2 * model.bytes() : 0)));
+    for (int pass = 0; pass < 2; ++pass) ASSERT_EQ(model.pass(model.all_units()), "");
+    const Counts before = engine.totals();
+    engine.begin_pass(0);
+    EXPECT_FALSE(engine.acquire(3, 0, {}));
+    engine.discard(3);
+    engine.discard(3);
+    EXPECT_FALSE(engine.acquire(3, 0, {}));  // its holder has it until it lets go
+    engine.release(3, 0);
+    EXPECT_EQ(engine.totals().loads, before.loads);
+    engine.release(3, 0);
+    EXPECT_TRUE(engine.acquire(3, 0, {}));
+    EXPECT_EQ(model.wrong_bytes(3), "");
+    engine.release(3, 0);
+    EXPECT_FALSE(engine.acquire(3, 0, {}));
+    EXPECT_FALSE(engine.acquire(4, 0, {}));
+    engine.release(3, 0);
+    engine.release(4, 0);
+    engine.end_pass(0);
+    const Counts moved = engine.totals().since(before);
+    EXPECT_EQ(moved.loads, 1u);
+    EXPECT_EQ(moved.disk_bytes, engine.plan().units[3].streamed_bytes);
+  }
+}
+
 TEST(Engine, WrongArgumentsAreErrors) {
   StreamedModel model;
   const Plan plan = model.plan(limits(3 * model.largest_unit_bytes(), 0));

@@ -12,6 +12,7 @@ using testing::TempFolder;
 using testing::write_pattern_file;
 
 constexpr uint32_t kSpan = 1 << 20;
+const std::vector<EngineOptions> kOneWay(1);
 
 std::vector<ReadSpan> spans_of(uint32_t file, uint32_t count) {
   std::vector<ReadSpan> spans;
@@ -19,15 +20,33 @@ std::vector<ReadSpan> spans_of(uint32_t file, uint32_t count) {
   return spans;
 }
 
-TEST(TimeReads, EveryReaderReadsTheSpans) {
+TEST(TimeReads, EveryWayHasItsSamples) {
   TempFolder folder;
   const std::string path = folder / "file";
   write_pattern_file(path, 20 * kSpan);
   for (const DirectMode direct : {DirectMode::kAuto, DirectMode::kOff}) {
-    EngineOptions options;
-    options.direct = direct;
-    EXPECT_GT(time_reads({path}, spans_of(0, 20), options, 60), 0);
+    std::vector<EngineOptions> ways(2);
+    ways[1].block_bytes = 64 << 10;
+    ways[1].preferred = ReaderChoice::kPread;
+    for (EngineOptions& way : ways) way.direct = direct;
+    const auto rates = time_reads({path}, spans_of(0, 20), ways, 0.02, 3);
+    ASSERT_EQ(rates.size(), 2u);
+    for (const auto& samples : rates) {
+      ASSERT_EQ(samples.size(), 3u);
+      for (const double rate : samples) EXPECT_GT(rate, 0);
+    }
   }
+}
+
+TEST(TimeReads, AWayThatCannotBeHadHasNoSamples) {
+  TempFolder folder;
+  const std::string path = folder / "file";
+  write_pattern_file(path, kSpan);
+  std::vector<EngineOptions> ways(2);
+  ways[0].make_readers = []() -> Readers { throw Error("no such reader"); };
+  const auto rates = time_reads({path}, spans_of(0, 1), ways, 0.01, 2);
+  EXPECT_TRUE(rates[0].empty());
+  EXPECT_EQ(rates[1].size(), 2u);
 }
 
 TEST(TimeReads, OnlyWhatIsBegunInTimeIsRead) {
@@ -35,17 +54,17 @@ TEST(TimeReads, OnlyWhatIsBegunInTimeIsRead) {
   const std::string path = folder / "file";
   write_pattern_file(path, kSpan);
   // All but the first lie past the end: reading them would fail.
-  EXPECT_EQ(time_reads({path}, spans_of(0, 3), {}, 0), 0);
-  EXPECT_THROW(time_reads({path}, spans_of(0, 3), {}, 60), IoError);
+  EXPECT_EQ(time_reads({path}, spans_of(0, 3), kOneWay, 0)[0][0], 0);
+  EXPECT_THROW(time_reads({path}, spans_of(0, 3), kOneWay, 60), IoError);
 }
 
 TEST(TimeReads, WhatCannotBeReadIsAnError) {
   TempFolder folder;
   const std::string path = folder / "file";
   write_pattern_file(path, kSpan);
-  EXPECT_THROW(time_reads({path}, {}, {}, 1), InvalidArgument);
-  EXPECT_THROW(time_reads({path}, spans_of(1, 1), {}, 1), InvalidArgument);
-  EXPECT_THROW(time_reads({folder / "gone"}, spans_of(0, 1), {}, 1), IoError);
+  EXPECT_THROW(time_reads({path}, {}, kOneWay, 1), InvalidArgument);
+  EXPECT_THROW(time_reads({path}, spans_of(1, 1), kOneWay, 1), InvalidArgument);
+  EXPECT_THROW(time_reads({folder / "gone"}, spans_of(0, 1), kOneWay, 1), IoError);
 }
 
 // Takes requests and never answers.
@@ -70,7 +89,7 @@ TEST(TimeReads, ADriveThatDoesNotAnswerIsATimeout) {
     readers.pool = std::make_unique<SilentReader>();
     return readers;
   };
-  EXPECT_THROW(time_reads({path}, spans_of(0, 1), options, 1), TimeoutError);
+  EXPECT_THROW(time_reads({path}, spans_of(0, 1), {options}, 1), TimeoutError);
 }
 
 }  // namespace

@@ -1,0 +1,214 @@
+"""Hashes of a checkpoint's tensors, and the sidecar file that keeps them.
+
+A tensor is known by its name, dtype and shape, not by the file it lies in: a checkpoint may be cut
+into other shards, or renamed, and its hashes stay. The hash is XXH3-128 of the package xxhash. It
+finds what went wrong by accident; who can write the files can write the sidecar too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import (
+    _TORCH_NAMES,
+    Checkpoint,
+    CheckpointError,
+    TensorImage,
+    _file_size,
+    _unique_keys,
+)
+from .file_bytes import Blocks, read_all
+
+SIDECAR = "wsm-hashes.json"
+MAX_SIDECAR_BYTES = 64 << 20
+
+_HEAD = {"format": "wsm-hashes", "version": 1, "hash": "xxh3_128"}
+_DIGEST = re.compile("[0-9a-f]{32}")
+_DTYPES = frozenset(_TORCH_NAMES.values())
+_MOST_ITEMS = 2**63
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a tensor is, and the hash of its bytes, in hexadecimal."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    digest: str
+
+    def describes(self, image: TensorImage) -> bool:
+        return (self.dtype, self.shape) == (image.dtype, tuple(image.shape))
+
+
+def new_hash() -> Any:
+    """An XXH3-128 that takes bytes by `update`. Raises ImportError where xxhash is missing."""
+    try:
+        import xxhash
+    except ImportError as error:
+        raise ImportError(
+            "hashes need the package xxhash, which is not installed: pip install xxhash (or"
+            ' "wsm_ext[verify]")'
+        ) from error
+    return xxhash.xxh3_128()
+
+
+# Hashing
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor's bytes in a shard, and parts of them that get hashes of their own: each a sequence
+    of (offset in the tensor, bytes), ascending."""
+
+    shard: int
+    offset: int
+    nbytes: int
+    parts: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+
+def hash_pieces(
+    files: Sequence[Path],
+    pieces: Sequence[Piece],
+    progress: Callable[[int], None] | None = None,
+) -> list[tuple[str, list[str]]]:
+    """Of each piece the hash, and those of its parts. Raises as `read_all` does."""
+    new_hash()
+    return read_all(files, pieces, _hash_piece, progress)
+
+
+def _hash_piece(piece: Piece, blocks: Blocks) -> tuple[str, list[str]]:
+    whole = new_hash()
+    parts = [new_hash() for _ in piece.parts]
+    begin = 0
+    for block in blocks:
+        whole.update(block)
+        end = begin + len(block)
+        for part, runs in zip(parts, piece.parts, strict=True):
+            for offset, nbytes in runs:
+                first, last = max(begin, offset), min(end, offset + nbytes)
+                if first < last:
+                    part.update(block[first - begin : last - begin])
+        begin = end
+    return whole.hexdigest(), [part.hexdigest() for part in parts]
+
+
+def hash_tensors(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Recorded]:
+    """Hashes of these tensors, which must be as the files have them."""
+    images = [checkpoint.tensors[name] for name in names]
+    for image in images:
+        if len(image.extents) > 1 or image.arrival is not None:
+            raise CheckpointError(
+                f"{image.name!r} is made of tensors of the files: hash these, by the checkpoint as"
+                " it was opened"
+            )
+    pieces = [Piece(e.shard, e.offset, e.nbytes) for image in images for e in image.extents]
+    hashed = iter(hash_pieces(checkpoint.shards, pieces, progress))
+    nothing = new_hash().hexdigest()
+    return {
+        image.name: Recorded(
+            image.dtype, tuple(image.shape), next(hashed)[0] if image.extents else nothing
+        )
+        for image in images
+    }
+
+
+# The sidecar
+
+
+def sidecar_of(checkpoint: Checkpoint) -> Path:
+    """Where the checkpoint's sidecar lies by default: in its folder, or beside its file."""
+    source = checkpoint.source
+    if source is None:
+        raise CheckpointError(
+            "a checkpoint that is a list of files has no place for its hashes: name the sidecar"
+        )
+    return source / SIDECAR if source.is_dir() else source.with_name(f"{source.name}.{SIDECAR}")
+
+
+def write_sidecar(path: Path, hashes: Mapping[str, Recorded]) -> None:
+    """The file appears whole or not at all, and is the same for the same tensors."""
+    lines = ",\n".join(
+        f"  {json.dumps(name)}: "
+        + json.dumps({"dtype": _name(h.dtype), "shape": list(h.shape), "hash": h.digest})
+        for name, h in sorted(hashes.items())
+    )
+    head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in _HEAD.items())
+    text = f'{{\n{head} "tensors": {{\n{lines}\n }}\n}}\n'
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+    ) as partial:
+        try:
+            partial.write(text)
+            partial.flush()
+            os.fsync(partial.fileno())
+            os.fchmod(partial.fileno(), 0o644)
+            os.replace(partial.name, path)
+        except BaseException:
+            Path(partial.name).unlink(missing_ok=True)
+            raise
+
+
+def read_sidecar(path: Path) -> dict[str, Recorded]:
+    """The validated sidecar. Raises CheckpointError saying what is wrong with it."""
+    if _file_size(path) > MAX_SIDECAR_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_SIDECAR_BYTES} bytes: no sidecar is")
+    try:
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON: {error}; write it anew: wsm verify --update"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _HEAD["format"]:
+        raise CheckpointError(f"{path} is no sidecar of `wsm verify`; name the right file")
+    for key in ("version", "hash"):
+        found = content.get(key)
+        if type(found) is not type(_HEAD[key]) or found != _HEAD[key]:
+            raise CheckpointError(
+                f"{path}: its {key} is {_shown(found)}, and {_HEAD[key]!r} is all that this wsm_ext"
+                " knows; write it anew (wsm verify --update), or use the wsm_ext that wrote it"
+            )
+    tensors = content.get("tensors")
+    if not isinstance(tensors, dict) or not tensors:
+        raise CheckpointError(f"{path} lists no tensors; write it anew: wsm verify --update")
+    return {name: _recorded(path, name, entry) for name, entry in tensors.items()}
+
+
+def _recorded(path: Path, name: str, entry: Any) -> Recorded:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, digest = (entry.get(key) for key in ("dtype", "shape", "hash"))
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype in _DTYPES else None
+    if (
+        not isinstance(known, torch.dtype)
+        or not isinstance(shape, list)
+        or not all(type(size) is int and 0 <= size < _MOST_ITEMS for size in shape)
+        or not isinstance(digest, str)
+        or not _DIGEST.fullmatch(digest)
+    ):
+        raise CheckpointError(
+            f"{path}: the entry of tensor {name!r} is {_shown(entry)}, not a dtype, a shape and a"
+            " hash of 32 digits; write it anew: wsm verify --update"
+        )
+    return Recorded(known, tuple(shape), digest)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else text[:200] + "..."
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

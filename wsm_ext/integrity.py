@@ -1,0 +1,370 @@
+"""Checks the bytes of each unit against the checkpoint's hashes, where they lie when they are used.
+
+What is hashed is what is known by a hash: a tensor of the checkpoint. A parameter may be made of
+many, and of parts of some:
+
+    tensors in the files   | q        | k        |     | qkv: q part | k part | v part |
+    image on the device    | q bytes    k bytes  |     | q part |  <- no hash is known of it
+
+Where an image has a tensor whole, in whatever pieces, they are hashed in the order of the file.
+Where it has a part alone, the tensor is read once at start and checked as a whole; the hash of the
+part, taken on the way, is what later loads are compared with.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import _engine
+from .checkpoint import Checkpoint, CheckpointError, TensorImage
+from .hashes import Piece, Recorded, hash_pieces, new_hash, read_sidecar, sidecar_of
+from .sources import Source
+
+_BLOCK_BYTES = 8 << 20
+
+# shard, offset in it, bytes, offset in the image
+Extents = Sequence[tuple[int, int, int, int]]
+
+
+class IntegrityError(OSError):
+    """Bytes that are not those of the checkpoint; names the tensor, the unit and the file."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as a file has it. `offset`: where its bytes begin."""
+
+    name: str
+    shard: int
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+@dataclass
+class _Part:
+    """Bytes of one tensor in an image: (offset in the tensor, bytes, offset in the image),
+    ascending and apart. `expected` is their hash."""
+
+    tensor: _Stored
+    runs: list[tuple[int, int, int]]
+    expected: str = ""
+
+    @property
+    def inner(self) -> tuple[tuple[int, int], ...]:
+        return tuple((begin, nbytes) for begin, nbytes, _ in self.runs)
+
+    @property
+    def whole(self) -> bool:
+        at = 0
+        for begin, nbytes, _ in self.runs:
+            if begin != at:
+                return False
+            at += nbytes
+        return at == self.tensor.nbytes
+
+
+@dataclass
+class Counts:
+    """What was checked: loads of units, and bytes of these and of all else."""
+
+    units: int = 0
+    bytes: int = 0
+
+
+class Image:
+    """What is known of one tensor image."""
+
+    def __init__(self, checker: Checker, parts: list[_Part], nbytes: int) -> None:
+        self._checker = checker
+        self._parts = parts
+        self._checked = False
+        self.nbytes = nbytes
+
+    def check(self, memory: torch.Tensor, where: str) -> None:
+        """Raise IntegrityError where `memory` (uint8, on any device, in the order of its stream)
+        has other bytes. `where` says what they were loaded for."""
+        assert memory.numel() == self.nbytes
+        for part in self._parts:
+            found = self._checker.hash_of(memory, part.runs)
+            if found != part.expected:
+                self._checker.refuse(part, found, where)
+        self._checker.counts.bytes += self.nbytes
+
+    def check_once(self, memory: torch.Tensor, where: str) -> None:
+        """The same, for what units share and has one place."""
+        if not self._checked:
+            self.check(memory, where)
+        self._checked = True
+
+
+class UnitCheck:
+    """Checks a unit when it is taken, once for each time it was loaded."""
+
+    def __init__(
+        self,
+        engine: _engine.Engine,
+        index: int,
+        where: str,
+        images: Sequence[tuple[Image, torch.Tensor]],
+        counts: Counts,
+    ) -> None:
+        self._engine = engine
+        self._index = index
+        self._where = where
+        self._images = images
+        self._counts = counts
+        self._due = False
+
+    def __call__(self, loaded: bool) -> None:
+        """`loaded`: the unit was loaded since it was last acquired. Wrong bytes are dropped, so
+        that the next use reads them again."""
+        self._due |= loaded
+        if not self._due:
+            return
+        try:
+            for image, memory in self._images:
+                image.check(memory, self._where)
+        except IntegrityError:
+            self._engine.discard(self._index)
+            raise
+        self._due = False
+        self._counts.units += 1
+
+
+class Checker:
+    """The hashes of one checkpoint, against which its bytes are checked.
+
+    `asked`: the setting, as it was given. Raises CheckpointError where the sidecar is missing, not
+    valid, or of another checkpoint.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, sidecar: Path | None, asked: str = "verify=True"
+    ) -> None:
+        new_hash()
+        self.counts = Counts()
+        self._files = checkpoint.shards
+        self._sidecar = sidecar_of(checkpoint) if sidecar is None else sidecar
+        if not self._sidecar.exists():
+            model = "MODEL" if checkpoint.source is None else checkpoint.source
+            option = "" if sidecar is None else f" --sidecar {sidecar}"
+            raise CheckpointError(
+                f"{asked}: there are no hashes at {self._sidecar}; `wsm verify {model}{option}`"
+                " makes them"
+            )
+        recorded = read_sidecar(self._sidecar)
+        self._tensors: list[list[_Stored]] = []  # by shard, those with bytes, as they lie
+        self._begins: list[list[int]] = []
+        self._recorded: dict[_Stored, Recorded | None] = {}
+        self._images: dict[_Stored, TensorImage] = {}
+        for shard in checkpoint.stored():
+            stored = [
+                _Stored(image.name, e.shard, e.offset, e.nbytes)
+                for image in shard
+                for e in image.extents
+            ]
+            self._tensors.append(stored)
+            self._begins.append([tensor.offset for tensor in stored])
+            self._images.update(zip(stored, (i for i in shard if i.extents), strict=True))
+            self._recorded.update((tensor, recorded.get(tensor.name)) for tensor in stored)
+        self._known: dict[tuple[_Stored, tuple[tuple[int, int], ...]], str] = {}  # of parts
+        self._bounce: torch.Tensor | None = None
+
+    # -- what is expected --------------------------------------------------------------------------
+
+    def images_of(self, source: Source) -> list[Image]:
+        """Of each of the source's tensors. May read those from the files of which images have
+        parts alone, and then raises as reading does, or IntegrityError."""
+        ram = {tensor.data_ptr(): tensor for tensor in source.kept}
+        parts: list[list[_Part]] = []
+        for name, nbytes, extents, _ in source.tensors:
+            computed = ram.get(source.memory[extents[0][0]]) if extents else None
+            if computed is None:
+                parts.append(self._parts_of(extents))
+            else:  # no file has it: what was computed is what should arrive
+                stored = _Stored(name, -1, 0, nbytes)
+                runs = [(0, nbytes, 0)]
+                expected = self.hash_of(computed.reshape(-1).view(torch.uint8), runs)
+                parts.append([_Part(stored, runs, expected)])
+        self._learn([part for some in parts for part in some])
+        return [
+            Image(self, some, nbytes)
+            for some, (_, nbytes, _, _) in zip(parts, source.tensors, strict=True)
+        ]
+
+    def image_of(self, image: TensorImage) -> Image:
+        parts = self._parts_of(
+            [(e.shard, e.offset, e.nbytes, e.tensor_offset) for e in image.extents]
+        )
+        self._learn(parts)
+        return Image(self, parts, image.arriving_bytes)
+
+    def _parts_of(self, extents: Extents) -> list[_Part]:
+        """The extents by tensor. Bytes that an image has twice are in two parts."""
+        pieces: dict[_Stored, list[tuple[int, int, int]]] = {}
+        for extent in extents:
+            for tensor, run in self._cut(extent):
+                pieces.setdefault(tensor, []).append(run)
+        parts: list[_Part] = []
+        for tensor, runs in pieces.items():
+            open_parts: list[_Part] = []
+            for run in sorted(runs):
+                for part in open_parts:
+                    if _end(part.runs[-1]) <= run[0]:
+                        part.runs.append(run)
+                        break
+                else:
+                    open_parts.append(_Part(tensor, [run]))
+            parts += open_parts
+        return parts
+
+    def _cut(
+        self, extent: tuple[int, int, int, int]
+    ) -> Iterable[tuple[_Stored, tuple[int, int, int]]]:
+        shard, begin, nbytes, at = extent
+        end = begin + nbytes
+        while begin < end:
+            index = bisect_right(self._begins[shard], begin) - 1
+            tensor = self._tensors[shard][index] if index >= 0 else None
+            if tensor is None or begin >= tensor.end:
+                raise CheckpointError(
+                    f"verify: bytes of {self._files[shard]} from offset {begin} belong to no tensor"
+                    " of the file, so there is no hash of them"
+                )
+            length = min(end, tensor.end) - begin
+            yield tensor, (begin - tensor.offset, length, at)
+            begin += length
+            at += length
+
+    def _learn(self, parts: Iterable[_Part]) -> None:
+        """Finds what each part's hash should be."""
+        unknown: dict[_Stored, dict[tuple[tuple[int, int], ...], None]] = {}
+        for part in parts:
+            if part.expected:
+                continue
+            recorded = self._recorded_of(part.tensor)
+            if part.whole:
+                part.expected = recorded.digest
+            elif (part.tensor, part.inner) not in self._known:
+                unknown.setdefault(part.tensor, {})[part.inner] = None
+        self._read(unknown)
+        for part in parts:
+            part.expected = part.expected or self._known[part.tensor, part.inner]
+
+    def _recorded_of(self, tensor: _Stored) -> Recorded:
+        recorded, image = self._recorded[tensor], self._images[tensor]
+        if recorded is not None and recorded.describes(image):
+            return recorded
+        found = f"is {image.dtype} {list(image.shape)} in {self._files[tensor.shard]}"
+        known = (
+            f"but {recorded.dtype} {list(recorded.shape)} in {self._sidecar}"
+            if recorded is not None
+            else f"and {self._sidecar} has no hash of it"
+        )
+        raise CheckpointError(
+            f"verify: tensor {tensor.name!r} {found}, {known}: the hashes are of another"
+            " checkpoint. `wsm verify` compares the two, and with --update records anew"
+        )
+
+    def _read(self, unknown: dict[_Stored, dict[tuple[tuple[int, int], ...], None]]) -> None:
+        pieces = [
+            Piece(tensor.shard, tensor.offset, tensor.nbytes, tuple(parts))
+            for tensor, parts in unknown.items()
+        ]
+        if not pieces:
+            return
+        hashed = hash_pieces(self._files, pieces)
+        for (tensor, parts), (digest, digests) in zip(unknown.items(), hashed, strict=True):
+            whole = _Part(tensor, [(0, tensor.nbytes, 0)], self._recorded_of(tensor).digest)
+            if digest != whole.expected:
+                self.refuse(whole, digest, "the file, before anything was loaded")
+            for inner, found in zip(parts, digests, strict=True):
+                self._known[tensor, inner] = found
+
+    # -- what is found -----------------------------------------------------------------------------
+
+    def hash_of(self, memory: torch.Tensor, runs: Iterable[tuple[int, int, int]]) -> str:
+        hasher = new_hash()
+        for _, nbytes, at in runs:
+            for begin in range(at, at + nbytes, _BLOCK_BYTES):
+                hasher.update(self._host(memory[begin : min(begin + _BLOCK_BYTES, at + nbytes)]))
+        digest: str = hasher.hexdigest()
+        return digest
+
+    def _host(self, block: torch.Tensor) -> Any:
+        """Its bytes in RAM, where the host may read them now."""
+        if block.device.type == "cpu":
+            return block.numpy()
+        if self._bounce is None:
+            self._bounce = _pinned(_BLOCK_BYTES)
+        bounce = self._bounce[: block.numel()]
+        return bounce.copy_(block).numpy()  # waits for the stream, which waits for the load
+
+    def check_copy(self, original: torch.Tensor, placed: torch.Tensor, where: str) -> None:
+        """What was made in RAM, of bytes that were checked, arrived on the device as it is."""
+        found = placed.detach().cpu()
+        if not torch.equal(_bytes_of(found), _bytes_of(original)):
+            raise IntegrityError(
+                f"{where} has other bytes on {placed.device} than were copied there: the link or"
+                " the device's memory damaged them. Run again; if it comes back, test the device"
+            )
+
+    def refuse(self, part: _Part, found: str, where: str) -> NoReturn:
+        tensor = part.tensor
+        if tensor.shard < 0:
+            source, advice = "computed, in RAM", _DAMAGED
+        else:
+            source = f"{self._files[tensor.shard]}, offset {tensor.offset}, {tensor.nbytes} bytes"
+            advice = self._advice(tensor)
+        some = "" if part.whole else f" in {sum(n for _, n, _ in part.runs)} of its bytes"
+        raise IntegrityError(
+            f"tensor {tensor.name!r} is not as it was recorded{some}: its hash is {found}, not"
+            f" {part.expected} ({where}; {source}). {advice}"
+        )
+
+    def _advice(self, tensor: _Stored) -> str:
+        """Where the fault is, by another look at the file."""
+        try:
+            piece = Piece(tensor.shard, tensor.offset, tensor.nbytes)
+            [(now, _)] = hash_pieces(self._files, [piece])
+        except (OSError, TimeoutError) as error:
+            return f"The file cannot be read now: {error}"
+        if now == self._recorded_of(tensor).digest:
+            return _DAMAGED
+        return (
+            f"The file does not have the bytes that {self._sidecar} records: copy or download it"
+            " again. If it was changed on purpose, `wsm verify --update` records it anew"
+        )
+
+
+_DAMAGED = (
+    "The original is right, so the bytes were damaged on their way to where they are used (by RAM,"
+    " the link, the device's memory, or a read). They are read again at the next use; if it comes"
+    " back, test the machine's memory and drive"
+)
+
+
+def _end(run: tuple[int, int, int]) -> int:
+    return run[0] + run[1]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # refused: pageable memory will do
+            return torch.empty(nbytes, dtype=torch.uint8)
