@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -147,7 +148,7 @@ def repeat(rng: random.Random, header: Header) -> None:
     if header.entries:
         name, value = rng.choice(header.entries)
         other = name if rng.random() < 0.5 else f"{name}2"
-        header.entries.append((other, json.loads(_dumps(value)) if value == value else value))
+        header.entries.append((other, copy.deepcopy(value)))
 
 
 def spoil_metadata(rng: random.Random, header: Header) -> None:
