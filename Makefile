@@ -13,8 +13,15 @@ CPP_FORMATTED = $(shell find csrc tests/cpp tests/fuzz tests/soak bench -name '*
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 .NOTPARALLEL:
-.PHONY: help setup build test test-cpp test-py test-gpu cycles soak compatibility bench demo lint \
-	format clean
+# Of `make hostile` and `make fuzz`.
+COUNT ?= 100000
+SEED ?= 1
+TARGET ?= plan
+RUNS ?= 1000000
+FUZZ_CXX ?= $(firstword $(shell for v in '' -19 -18 -17 -16 -15; do command -v clang++$$v; done))
+
+.PHONY: help setup build test test-cpp test-py test-gpu cycles soak hostile fuzz compatibility bench \
+	demo lint format clean
 
 help:
 	@echo "make demo      stream a small model under budgets smaller than it, and check the result"
@@ -26,6 +33,8 @@ help:
 	@echo "make cycles CYCLES=1000  open, use and close a stream so often; nothing may be left behind"
 	@echo "make soak SECONDS=3600 [SANITIZER=asan|tsan]  random passes over faulty storage for so long"
 	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
+	@echo "make hostile COUNT=100000 SEED=1  spoiled checkpoints, judged against safetensors"
+	@echo "make fuzz TARGET=plan RUNS=1000000  a target of tests/fuzz under libFuzzer (needs clang)"
 	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
 
 $(READY): requirements-dev.txt requirements-dev-nodeps.txt scripts/setup.sh
@@ -77,6 +86,19 @@ soak: $(READY)
 
 compatibility: build
 	$(BIN)/python tests/compatibility.py
+
+hostile: build
+	$(BIN)/python tests/hostile.py --count $(COUNT) --seed $(SEED)
+	$(BIN)/python tests/hostile_large.py
+
+fuzz: $(READY)
+	@test -n "$(FUZZ_CXX)" || { echo "make fuzz needs clang with libFuzzer (Debian: clang-16" \
+		"libclang-rt-16-dev); name it by FUZZ_CXX=" >&2; exit 1; }
+	cmake --preset fuzz --log-level=WARNING -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	cmake --build --preset fuzz --target wsm_fuzz_$(TARGET)
+	mkdir -p build/fuzz/corpus/$(TARGET)
+	build/fuzz/tests/fuzz/wsm_fuzz_$(TARGET) -runs=$(RUNS) -max_len=250 -timeout=20 -print_final_stats=1 \
+		-artifact_prefix=build/fuzz/ build/fuzz/corpus/$(TARGET) tests/fuzz/corpus/$(TARGET)
 
 bench: build
 	cmake --preset release

@@ -373,6 +373,30 @@ def test_a_name_that_its_shard_lacks_is_refused(shards):
     refuse(folder, "x-2.safetensors", "'d'", INDEX)
 
 
+def test_names_that_the_system_refuses_are_refused_naming_the_file(shards):
+    folder, _ = shards
+    long = "n" * 300 + ".safetensors"
+    write_index(folder, FILES | {"c": long})
+    refuse(folder, long, "cannot be opened")
+    (folder / "loop.safetensors").symlink_to("loop.safetensors")
+    write_index(folder, FILES | {"c": "loop.safetensors"})
+    refuse(folder, "loop.safetensors", "cannot be opened")
+    refuse("d" * 5000, "cannot be opened")
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    def refused(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(module.os, "listdir", refused)
+    refuse(tmp_path, str(tmp_path), "cannot be listed")
+
+
+def test_more_dimensions_than_any_tensor_has_are_refused(tmp_path):
+    header = {"a": entry("U8", [1] * 65, 0, 1)}
+    refuse(write_raw(tmp_path / "x.safetensors", header, b"0"), "x.safetensors", "65 dimensions")
+
+
 def test_several_indices_of_other_names_are_refused(shards):
     folder, _ = shards
     write_index(folder, FILES, "one.safetensors.index.json")
@@ -392,6 +416,9 @@ def test_several_indices_of_other_names_are_refused(shards):
         ("", "is not a file name"),
         (".", "is not a file name"),
         ("a\0.safetensors", "is not a file name"),
+        ("\x1b[2J.safetensors", "is not a file name"),
+        ("\u202ea.safetensors", "is not a file name"),
+        ("\ud800.safetensors", "is not a file name"),
         ("pytorch_model.bin", "convert"),
         (7, "not a name"),
         (None, "not a name"),

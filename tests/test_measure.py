@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 
 import pytest
@@ -340,7 +341,12 @@ def test_entries_expire(file, monkeypatch, days, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "entries": {"disk": 3}}', "\xff\x00"],
+    [
+        *("", "{", "[]", "null", '{"format": 1}', '{"format": 1, "entries": {"disk": 3}}'),
+        '{"format": 1, "entries": {"disk": {"value": 1, "time": 1' + "0" * 400 + "}}}",
+        *("\xff\x00", "[" * 100_000, " " * (measurements._MOST_BYTES + 1)),
+    ],
+    ids=lambda text: text[:40],
 )
 def test_a_damaged_file_is_said_and_replaced(file, caplog, text):
     file.parent.mkdir()
@@ -352,6 +358,23 @@ def test_a_damaged_file_is_said_and_replaced(file, caplog, text):
     assert str(file) in record.getMessage()
     known.put("disk", 4)
     assert Measurements(file).get("disk") == 4
+
+
+def test_a_pipe_in_the_files_place_is_not_waited_for(file, caplog):
+    file.parent.mkdir()
+    os.mkfifo(file)
+    known = Measurements(file)
+    assert "not a regular file" in caplog.text
+    known.put("disk", 4)
+    assert Measurements(file).get("disk") == 4
+
+
+def test_an_entry_that_cannot_be_written_again_costs_only_a_line(file, caplog):
+    file.parent.mkdir()
+    deep = "[" * 900 + "]" * 900
+    file.write_text('{"format": 1, "entries": {"a": {"value": ' + deep + ', "time": 1}}}')
+    Measurements(file).put("disk", 4)
+    assert "not kept" in caplog.text or Measurements(file).get("disk") == 4
 
 
 def test_entries_of_another_format_are_not_read(file):
@@ -521,7 +544,9 @@ def test_weights_in_ram_are_read_as_fast_as_memory_is_copied(machine):
     assert "RAM" in found.note
 
 
-@pytest.mark.parametrize("value", [-1.0, "fast", {"a": 1}, [], float("nan")])
+@pytest.mark.parametrize(
+    "value", [-1.0, "fast", {"a": 1}, [], float("nan"), 1e-300, 1e300, 10**400]
+)
 def test_a_damaged_entry_is_measured_anew(machine, value):
     machine.gather()
     known = Measurements()

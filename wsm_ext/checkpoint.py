@@ -24,8 +24,13 @@ from safetensors import SafetensorError, safe_open
 from .arrival import Arrival
 
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_INDEX_BYTES = 512 << 20
+# As much as the safetensors package reads of a header; the largest indices have some 10 MB.
+MAX_INDEX_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
+
 _MOST_HEADER_BYTES = 128 << 20  # safetensors takes no larger one
+_LONGEST_PATH = 4096
+_MOST_SHOWN = 300  # characters of a name in a message
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TORCH_NAMES = {
@@ -140,7 +145,7 @@ class Checkpoint:
         if not os.fspath(source):
             raise CheckpointError("the checkpoint's path is empty: give a file or a folder")
         path = Path(source)
-        chosen = _choose(path) if path.is_dir() else [path]
+        chosen = _choose(path) if os.path.isdir(path) else [path]
         if len(chosen) == 1 and chosen[0].name.endswith(INDEX_SUFFIX):
             return replace(cls._of_index(chosen[0]), source=path)
         return replace(cls._of_files(chosen), source=path)
@@ -159,7 +164,7 @@ class Checkpoint:
             for image in checkpoint._add(file):
                 if image.name in origin:
                     raise CheckpointError(
-                        f"tensor {image.name!r} is in {origin[image.name]} and in {file};"
+                        f"tensor {_shown(image.name)} is in {origin[image.name]} and in {file};"
                         " give the files of one checkpoint, each once"
                     )
                 origin[image.name] = file
@@ -176,7 +181,7 @@ class Checkpoint:
         unlisted: list[str] = []
         for file, names in names_in.items():
             shard = index.parent / file
-            if not shard.exists():
+            if _is_missing(shard):
                 raise CheckpointError(
                     f"{_absent(shard)}: {index} places {_some(names)} there; download it again"
                 )
@@ -208,7 +213,10 @@ class Checkpoint:
 
 def _choose(folder: Path) -> list[Path]:
     """The folder's checkpoint: its index alone, or all of its files."""
-    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error}") from error
     files = [name for name in names if name.endswith(".safetensors")]
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if "model.safetensors" in files:  # goes before an index, as in transformers
@@ -258,11 +266,17 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
     except (SafetensorError, OSError, MemoryError) as error:
         _raise_refused(file, error)
         raise CheckpointError(
-            f"{file} cannot be read as safetensors: {error}; download it again if it is not whole"
+            f"{file} cannot be read as safetensors: {_printable(error)}; download it again if it is"
+            " not whole"
         ) from error
     images: list[TensorImage] = []
     for name, shape, code in listed:
         dtype = _dtype(code, file, name)
+        if len(shape) > MAX_DIMENSIONS:
+            raise CheckpointError(
+                f"{file}: tensor {_shown(name)} has {len(shape)} dimensions, more than"
+                f" {MAX_DIMENSIONS}"
+            )
         nbytes = prod(shape) * dtype.itemsize
         extents = (Extent(shard, position, nbytes),) if nbytes else ()
         images.append(TensorImage(name, dtype, tuple(shape), extents))
@@ -293,6 +307,17 @@ def _end_of_header(file: Path) -> int:
     return position
 
 
+def _is_missing(file: Path) -> bool:
+    """Also a link to nothing. What else may be wrong with a path, opening it tells."""
+    try:
+        os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
 def _file_size(file: Path) -> int:
     if file.name.endswith(_PICKLE_SUFFIXES):
         raise CheckpointError(
@@ -313,14 +338,14 @@ def _file_size(file: Path) -> int:
 def _dtype(code: str, file: Path, name: str) -> torch.dtype:
     if code in _SUB_BYTE:
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {code}, smaller than a byte, which cannot be"
+            f"{file}: tensor {_shown(name)} has dtype {code}, smaller than a byte, which cannot be"
             " streamed; convert it to a dtype of whole bytes"
         )
     dtype = getattr(torch, _TORCH_NAMES.get(code, ""), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {code}, which torch {torch.__version__} does not"
-            " know; a newer torch may"
+            f"{file}: tensor {_shown(name)} has dtype {code}, which torch {torch.__version__} does"
+            " not know; a newer torch may"
         )
     return dtype
 
@@ -334,6 +359,8 @@ def _read_index(index: Path) -> dict[str, str]:
             content = json.loads(
                 stream.read(MAX_INDEX_BYTES).decode("utf-8"), object_pairs_hook=_unique_keys
             )
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index} is not valid JSON: {error}; download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -343,18 +370,22 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} has an empty 'weight_map': it lists no tensors")
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{index}: the file of tensor {name!r} is {file!r}, not a name")
+            raise CheckpointError(
+                f"{index}: the file of tensor {_shown(name)} is {_shown(file)}, not a name"
+            )
         problem = _path_problem(file)
         if problem:
-            raise CheckpointError(f"{index}: the file of tensor {name!r}, {file!r}, {problem}")
+            raise CheckpointError(
+                f"{index}: the file of tensor {_shown(name)}, {_shown(file)}, {problem}"
+            )
     return weight_map
 
 
 def _path_problem(file: str) -> str | None:
     """Why an index entry is refused. Lexical: symbolic links may lead anywhere (hub caches)."""
-    path = PureWindowsPath(file)  # splits at both kinds of slashes
-    if "\0" in file or not path.parts:
-        return "is not a file name"
+    path = PureWindowsPath(file[:_LONGEST_PATH])  # splits at both kinds of slashes
+    if len(file) > _LONGEST_PATH or not file.isprintable() or not path.parts:
+        return "is not a file name"  # nor is it shown to a terminal as it is
     if path.anchor:
         return "is absolute: shards lie in the index's folder"
     if ".." in path.parts:
@@ -368,11 +399,23 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {twice!r} occurs twice")
+        raise ValueError(f"key {_shown(twice)} occurs twice")
     return result
+
+
+def _printable(error: Exception) -> str:
+    """What an error says, and no control characters that it quotes of the file."""
+    text = str(error)[:_MOST_SHOWN]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _shown(value: object) -> str:
+    """`repr`, but for long ones."""
+    text = repr(value[:_MOST_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:
     listed = sorted(names)
-    shown = ", ".join(repr(name) for name in listed[:most])
+    shown = ", ".join(_shown(name) for name in listed[:most])
     return shown + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import stat
 import tempfile
 import time
 from collections.abc import Iterable
@@ -25,7 +26,10 @@ _log = logging.getLogger("wsm_ext")
 
 _FORMAT = 1
 _KEPT_SECONDS = 30 * 86400
+_MOST_BYTES = 16 << 20
 _MOUNTS = Path("/proc/self/mountinfo")
+# What JSON of another shape, or numbers of another size, raise.
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def cache_file() -> Path:
@@ -107,7 +111,7 @@ class Measurements:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._replace(json.dumps({"format": _FORMAT, "entries": self._entries}, indent=1))
-        except OSError as error:
+        except (OSError, RecursionError) as error:
             _log.warning("measurements are not kept for the next run: %s", error)
 
     def _replace(self, text: str) -> None:
@@ -121,16 +125,27 @@ class Measurements:
             os.unlink(name)
             raise
 
+    def _read(self) -> bytes:
+        """Of a regular file alone: opening a pipe would wait for ever."""
+        handle = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise ValueError("it is not a regular file")
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        return content
+
     def _load(self, quiet: bool = False) -> dict[str, Any]:
         try:
-            content = json.loads(self._path.read_text())
+            content = json.loads(self._read())
             entries = content["entries"] if content["format"] == _FORMAT else {}
             return {
                 key: {"value": e["value"], "time": float(e["time"])} for key, e in entries.items()
             }
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *_DAMAGED) as error:
             if not quiet:
                 _log.warning(
                     "%s is ignored, and written anew when something is measured: %s",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -194,7 +193,7 @@ def _remembered(
     if value is not None:
         try:
             return read(value), "cached"
-        except (TypeError, ValueError, KeyError, AttributeError):
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             _log.warning("the entry %r of the measurements is damaged: measured anew", key)
     value = take()
     known.put(key, value)
@@ -264,14 +263,14 @@ def _how(config: Config) -> str:
 
 def _positive(value: Any) -> float:
     rate = float(value)
-    if not 0 < rate < math.inf:
+    if not 1 <= rate <= 1e15:  # bytes/s of any machine
         raise ValueError
     return rate
 
 
 def _seconds(value: Any) -> float:
     seconds = float(value)
-    if not 0 <= seconds < math.inf:
+    if not 0 <= seconds <= 1e6:
         raise ValueError
     return seconds
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <thread>
 #include <utility>
 
@@ -18,6 +19,7 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kInterruptInterval = std::chrono::milliseconds(50);
 constexpr size_t kProbePairs = 512;
 constexpr uint32_t kMostReadThreads = 16;
+constexpr uint32_t kMostAskedThreads = 1024;
 constexpr uint32_t kCoresForThreads = 8;
 constexpr uint32_t kThreadBlockBytes = 256 << 10;
 constexpr const char* kCauseNames[kStallCauses] = {"SSD", "H2D", "arena"};
@@ -151,6 +153,10 @@ std::string Engine::choice_without_effect() const {
 // ring submits; threads submit side by side, and win where there are cores for them
 // (docs/performance.md has the figures).
 Readers make_readers(const EngineOptions& options, bool any_direct) {
+  check(options.read_timeout_s > 0 && std::isfinite(options.read_timeout_s),
+        "read_timeout_s must be a number above 0, not ", options.read_timeout_s);
+  check(options.read_threads <= kMostAskedThreads, "read_threads = ", options.read_threads,
+        ": at most ", kMostAskedThreads);
   if (options.make_readers) return options.make_readers();
   check(options.reader != ReaderChoice::kUring || options.direct != DirectMode::kOff,
         "reader 'uring' does direct reads, and direct reads are off; ask for one of the two");

@@ -51,8 +51,9 @@ struct Simulated {
 };
 
 // `order`: the units of one pass, those that do not stream too; empty: registration order. A unit
-// may occur more than once. Throws InvalidArgument for rates that are not positive and finite, times
-// that are no times, compute times that do not match the units, or an order that names a unit that is not there.
+// may occur more than once. Throws InvalidArgument for rates that are not positive and finite,
+// times that are no times, compute times that do not match the units, or an order that names a unit
+// that is not there.
 Simulated simulate(const Plan& plan, const Rates& rates, const std::vector<uint32_t>& order = {},
                    CachePolicy policy = CachePolicy::kFixed);
 

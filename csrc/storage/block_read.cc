@@ -148,7 +148,8 @@ int64_t read_now(const BlockRead& block) {
         ::pread(block.fd(), block.target(), block.length(), static_cast<off_t>(block.offset()));
     return got < 0 ? -errno : got;
   }
-  const uint64_t left = shard.bytes() - std::min(block.offset(), shard.bytes());
+  if (block.offset() >= shard.bytes()) return 0;
+  const uint64_t left = shard.bytes() - block.offset();
   const uint64_t bytes = std::min<uint64_t>(block.length(), left);
   std::memcpy(block.target(), shard.memory() + block.offset(), bytes);
   return static_cast<int64_t>(bytes);

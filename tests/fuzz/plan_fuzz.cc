@@ -1,7 +1,7 @@
 // A model and limits made of a fuzzer's bytes go through the gate and the planner: either they are
 // refused with InvalidArgument, or the plan holds what every plan must (support/plan_checks.h).
 //
-// What would rightly take a while, a plan of more than kMostPieces reads, is left out.
+// What would rightly take a while, a plan of many reads, is left out.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "input.h"
 #include "plan/best_plan.h"
 #include "plan/planner.h"
 #include "plan/simulate.h"
@@ -17,12 +18,11 @@
 #include "util/align.h"
 #include "util/check.h"
 
-#include "input.h"
-
 namespace wsm::fuzzing {
 namespace {
 
-constexpr uint64_t kMostPieces = 2048;
+constexpr uint64_t kUsualPieces = 48;
+constexpr uint64_t kMostPieces = 1024;
 constexpr uint64_t kLeastChunk = 64 * kKiB;
 
 // Tensors one after another in the last shard, as a sound checkpoint has them. A flaw is put in
@@ -34,7 +34,7 @@ class ModelMaker {
   ModelSpec make() {
     const uint32_t shards = 1 + in_.below(3);
     for (uint32_t s = 0; s < shards; ++s) add_shard();
-    const uint32_t units = in_.below(12);
+    const uint32_t units = in_.below(10);
     for (uint32_t u = 0; u < units && !in_.empty(); ++u) add_unit();
     return std::move(spec_);
   }
@@ -48,8 +48,7 @@ class ModelMaker {
   }
 
   void add_shard() {
-    ShardSpec shard{"s" + std::to_string(spec_.shards.size()), in_.take<uint16_t>(),
-                    1u << in_.below(17)};
+    ShardSpec shard{concat("s", spec_.shards.size()), in_.take<uint16_t>(), 1u << in_.below(17)};
     maybe_spoil(shard.bytes);
     maybe_spoil(shard.alignment);
     spec_.shards.push_back(shard);
@@ -68,7 +67,7 @@ class ModelMaker {
 
   void add_tensor() {
     TensorSpec tensor;
-    tensor.name = "t" + std::to_string(spec_.tensors.size());
+    tensor.name = concat("t", spec_.tensors.size());
     const bool again = !spec_.tensors.empty() && in_.once_in(8);
     if (again) {  // the same bytes under two names
       const auto other = in_.below(static_cast<uint32_t>(spec_.tensors.size()));
@@ -97,9 +96,9 @@ class ModelMaker {
   }
 
   void add_unit() {
-    const std::string name = "u" + std::to_string(spec_.units.size());
-    UnitSpec unit{name, "unit=" + name, {}, in_.once_in(8)};
-    for (uint32_t count = in_.below(6); count > 0 && !in_.empty(); --count) {
+    const std::string name = concat("u", spec_.units.size());
+    UnitSpec unit{name, concat("unit=", name), {}, in_.once_in(8)};
+    for (uint32_t count = in_.below(5); count > 0 && !in_.empty(); --count) {
       add_tensor();
       unit.tensors.push_back(static_cast<uint32_t>(spec_.tensors.size() - 1));
       maybe_spoil(unit.tensors.back());
@@ -196,7 +195,9 @@ void resize(Input& in, const ModelSpec& spec, const Plan& before) {
 double rate(Input& in) { return in.once_in(16) ? in.take<double>() : 1e6 * (1 + in.byte()); }
 
 Rates make_rates(Input& in, const ModelSpec& spec) {
-  Rates rates{.disk_bytes_per_s = rate(in), .h2d_bytes_per_s = rate(in)};
+  Rates rates;
+  rates.disk_bytes_per_s = rate(in);
+  rates.h2d_bytes_per_s = rate(in);
   if (in.once_in(8)) rates.copy_overhead_s = in.take<double>();
   if (in.once_in(8)) rates.unit_overhead_s = in.take<double>();
   if (in.once_in(2)) rates.compute_s.resize(spec.units.size(), 1e-3);
@@ -220,19 +221,20 @@ void plan_one(Input& in) {
   const ModelSpec spec = ModelMaker(in).make();
   const uint64_t model_bytes = used_bytes(spec);
   Limits limits = make_limits(in, model_bytes);
-  if (model_bytes / kLeastChunk > kMostPieces) {
+  const uint8_t then = in.byte();
+  const uint64_t most_pieces = then == 254 ? kMostPieces : kUsualPieces;
+  if (model_bytes / kLeastChunk > most_pieces) {
     limits.chunk_bytes = kSegmentBytes;
     limits.host_bytes = std::max(limits.host_bytes, 2 * kSegmentBytes);
     limits.staging_bytes.reset();
     const uint64_t pieces = model_bytes / kSegmentBytes;
-    if (pieces > kMostPieces && pieces < 1ull << 25) return;
+    if (pieces > most_pieces && pieces < 1ull << 25) return;
   }
-  const uint8_t then = in.byte();
   const Plan plan = make_plan(spec, limits);
   testing::expect_sound(spec, limits, plan);
   if (spec.units.empty()) return;
-  if (then % 4 == 1) simulate_some(in, spec, plan);
-  if (then % 4 == 2) resize(in, spec, plan);
+  if (then % 8 == 1) simulate_some(in, spec, plan);
+  if (then % 8 == 2) resize(in, spec, plan);
   if (then == 255) {
     const Plan best = best_plan(spec, limits, make_rates(in, spec));
     testing::expect_budgets_held(limits, best);
