@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import wsm_ext
-from wsm_ext.bench import LinkProbe
+from wsm_ext.commands.bench import LinkProbe
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -21,10 +21,10 @@ import shapes
 import torch
 
 import wsm_ext as wsm
-from wsm_ext.bench import measure_disk
-from wsm_ext.file_bytes import read_all
-from wsm_ext.hashes import Piece
-from wsm_ext.verify import verify
+from wsm_ext.checkpoints.file_bytes import read_all
+from wsm_ext.checkpoints.hashes import Piece
+from wsm_ext.checkpoints.verify import verify
+from wsm_ext.commands.bench import measure_disk
 
 STAGING = 128 * harness.MIB
 

@@ -114,10 +114,10 @@ def plan() -> dict[str, Any]:
 def llama_405b(folder: Path) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from wsm_ext.checkpoint import Checkpoint, Extent, TensorImage
+    from wsm_ext.checkpoints.checkpoint import Checkpoint, Extent, TensorImage
     from wsm_ext.config import Config
-    from wsm_ext.planning import Budgets, Planner
-    from wsm_ext.units import find_units
+    from wsm_ext.modules.units import find_units
+    from wsm_ext.planning.planner import Budgets, Planner
 
     with torch.device("meta"):
         module = LlamaForCausalLM(LlamaConfig(**LLAMA_405B)).to(torch.bfloat16)

@@ -33,7 +33,7 @@ from safetensors import safe_open
 from torch import nn
 
 import wsm_ext as wsm
-from wsm_ext.checkpoint import INDEX_SUFFIX, MAX_DIMENSIONS, Checkpoint, CheckpointError
+from wsm_ext.checkpoints.checkpoint import INDEX_SUFFIX, MAX_DIMENSIONS, Checkpoint, CheckpointError
 
 CASE_SECONDS = 2.0  # of the processor: a small file takes milliseconds
 HANG_SECONDS = 300

@@ -19,7 +19,12 @@ from typing import Any
 
 import hostile
 
-from wsm_ext.checkpoint import INDEX_SUFFIX, MAX_INDEX_BYTES, Checkpoint, CheckpointError
+from wsm_ext.checkpoints.checkpoint import (
+    INDEX_SUFFIX,
+    MAX_INDEX_BYTES,
+    Checkpoint,
+    CheckpointError,
+)
 
 LIMIT = 100_000_000  # of a header: the safetensors package's
 MOST_SECONDS = 600

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsm_ext.budgets import device_available, host_available
+from wsm_ext.planning.budgets import device_available, host_available
 
 GIB = 1 << 30
 
@@ -177,7 +177,7 @@ def test_a_guard_larger_than_what_is_free_leaves_nothing(cuda):
 
 
 def test_the_cpu_has_what_the_host_has(monkeypatch):
-    monkeypatch.setattr("wsm_ext.budgets.host_available", lambda: 77)
+    monkeypatch.setattr("wsm_ext.planning.budgets.host_available", lambda: 77)
     assert device_available(torch.device("cpu"), 10) == 77
 
 

@@ -10,8 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wsm_ext import checkpoint as module
-from wsm_ext.checkpoint import Checkpoint, CheckpointError, Extent, TensorImage, assemble
+from wsm_ext.checkpoints import checkpoint as module
+from wsm_ext.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Extent,
+    TensorImage,
+    assemble,
+)
 
 INDEX = "model.safetensors.index.json"
 

@@ -10,8 +10,11 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from wsm_ext import _engine, cli, demo, measure, transformers_loader
-from wsm_ext.synthetic import make_llama_checkpoint
+from wsm_ext import _engine
+from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
+from wsm_ext.commands import cli, demo
+from wsm_ext.planning import measure
+from wsm_ext.streaming import transformers_loader
 
 # More than 2 MiB of layers: the least that a block of device memory costs.
 TINY = {"layers": 12, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 256}
@@ -52,7 +55,7 @@ def test_a_wrong_command_line_exits_with_2(arguments, capsys):
 
 
 def test_it_runs_as_a_module():
-    command = [sys.executable, "-m", "wsm_ext.cli", "--version"]
+    command = [sys.executable, "-m", "wsm_ext", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("wsm ")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from wsm_ext import demo
+from wsm_ext.commands import demo
 
 CPU = torch.device("cpu")
 TINY = demo.SIZES["tiny"]

@@ -8,7 +8,7 @@ import pytest
 from hostile import Hostile
 
 from wsm_ext import _engine
-from wsm_ext.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointError
+from wsm_ext.checkpoints.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointError
 
 
 def test_spoiled_files_are_accepted_only_where_safetensors_accepts(tmp_path):

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import wsm_ext as wsm
-from wsm_ext import integrity
-from wsm_ext.checkpoint import Checkpoint, CheckpointError, Extent, TensorImage
-from wsm_ext.hashes import SIDECAR, read_sidecar
-from wsm_ext.integrity import IntegrityError, UnitCheck
-from wsm_ext.synthetic import make_llama_checkpoint
-from wsm_ext.verify import verify
+from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, Extent, TensorImage
+from wsm_ext.checkpoints.hashes import SIDECAR, read_sidecar
+from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
+from wsm_ext.checkpoints.verify import verify
+from wsm_ext.streaming import integrity
+from wsm_ext.streaming.integrity import IntegrityError, UnitCheck
 
 SIZE: dict[str, Any] = {"layers": 4, "hidden": 160}
 POISON = {"chunk_mb": 0.25, "poison": True, "home_bytes": 0}

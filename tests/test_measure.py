@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from wsm_ext import _engine, measure, measurements, rates, transformers_loader
+from wsm_ext import _engine
+from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.config import Config, Way, engine_options
-from wsm_ext.measure import Compute, Link, NotMeasuredError, Span
-from wsm_ext.measurements import Measurements, file_system
-from wsm_ext.synthetic import make_llama_checkpoint
+from wsm_ext.planning import measure, measurements, rates
+from wsm_ext.planning.measure import Compute, Link, NotMeasuredError, Span
+from wsm_ext.planning.measurements import Measurements, file_system
+from wsm_ext.streaming import transformers_loader
 
 MIB = 1 << 20
 CPU = torch.device("cpu")

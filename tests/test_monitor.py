@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from wsm_ext.monitor import Monitor
+from wsm_ext.commands.monitor import Monitor
 
 CPU = torch.device("cpu")
 

@@ -87,7 +87,7 @@ def test_sdist_holds_every_source_that_a_build_needs(sdist: list[str]) -> None:
         *(ROOT / name for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE")),
         *(ROOT / "cmake").glob("*.cmake"),
         *(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cc", ".h")),
-        *(ROOT / "wsm_ext").glob("*.py"),
+        *(ROOT / "wsm_ext").rglob("*.py"),
         ROOT / "wsm_ext" / "py.typed",
     ]
     missing = {str(path.relative_to(ROOT)) for path in needed} - set(sdist)

@@ -11,8 +11,8 @@ import torch
 
 from wsm_ext import _engine
 from wsm_ext.config import Config
-from wsm_ext.planning import Budgets, Planned, Planner
-from wsm_ext.transformers_loader import prepare
+from wsm_ext.planning.planner import Budgets, Planned, Planner
+from wsm_ext.streaming.transformers_loader import prepare
 
 GIB = 1 << 30
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ import torch
 from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
-from wsm_ext import _engine, measure, predict, rates
-from wsm_ext.measure import Compute, Link
-from wsm_ext.predict import Achieved, Prediction, comparison, difference
-from wsm_ext.rates import Rate, Rates
+from wsm_ext import _engine
+from wsm_ext.planning import measure, predict, rates
+from wsm_ext.planning.measure import Compute, Link
+from wsm_ext.planning.predict import Achieved, Prediction, comparison, difference
+from wsm_ext.planning.rates import Rate, Rates
 
 MIB = 1 << 20
 BUDGETS: dict[str, Any] = {
@@ -143,7 +144,7 @@ def test_nothing_is_measured_where_it_cannot_matter(net, folder, monkeypatch):
     def never(*_: Any) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(sys.modules["wsm_ext.stream"], "gather", never)
+    monkeypatch.setattr(sys.modules["wsm_ext.streaming.stream"], "gather", never)
     for changes in (
         {"config": {}},  # a small model
         {"config": {"measure": False}},

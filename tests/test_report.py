@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from wsm_ext import report
+from wsm_ext.commands import report
 
 CPU = torch.device("cpu")
 PLAN = dict.fromkeys(report.PLAN_KEYS, 0) | {"warnings": ["the cache shrank"]}

@@ -12,7 +12,7 @@ import torch
 from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
-from wsm_ext import device_memory
+from wsm_ext.planning import device_memory
 
 MIB = 1 << 20
 LAYER = 7 * MIB

@@ -14,8 +14,9 @@ import torch
 from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
-from wsm_ext import _engine, planning
+from wsm_ext import _engine
 from wsm_ext.config import VARIABLES, Config
+from wsm_ext.planning import planner
 
 MIB = 1 << 20
 # Nothing stays on the device, and the disk is read in small pieces.
@@ -276,15 +277,15 @@ def test_the_guard_is_left_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         asked.append((device, guard))
         return 8 << 30
 
-    monkeypatch.setattr(planning, "device_available", available)
+    monkeypatch.setattr(planner, "device_available", available)
     gpu = torch.device("cuda", 0)
     for variables, guard in (({}, 1024), ({"WSM_GPU_FREE_GUARD_MB": "300"}, 300)):
         config = Config.resolve(None, variables)
-        budgets = planning.Budgets(gpu, "auto", "1GiB", config)
+        budgets = planner.Budgets(gpu, "auto", "1GiB", config)
         assert asked.pop() == (gpu, guard * MIB)
         # The rest is for activations.
         assert (8 << 30) * 0.8 < budgets.device_bytes < (8 << 30) * 0.9
-    planning.Budgets(gpu, "1GiB", "1GiB", config)
+    planner.Budgets(gpu, "1GiB", "1GiB", config)
     assert not asked
 
 
@@ -296,7 +297,7 @@ def test_a_guard_without_an_auto_budget_is_a_warning(open_net: Callable[..., Any
 def test_a_guard_is_left_free_in_ram_too(
     monkeypatch: pytest.MonkeyPatch, open_net: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(planning, "host_available", lambda: 100 * MIB)
+    monkeypatch.setattr(planner, "host_available", lambda: 100 * MIB)
     with open_net({"WSM_GPU_FREE_GUARD_MB": "60"}, device_memory="auto", host_memory=8 * MIB) as s:
         assert s.plan.device_budget_bytes == 32 * MIB
 

@@ -7,7 +7,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from wsm_ext.synthetic import PRESETS, _llama_weights, _split, _Weight, make_llama_checkpoint
+from wsm_ext.checkpoints.synthetic import (
+    PRESETS,
+    _llama_weights,
+    _split,
+    _Weight,
+    make_llama_checkpoint,
+)
 
 TINY = {"layers": 2, "hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2, "vocab": 64}
 

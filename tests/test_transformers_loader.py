@@ -26,9 +26,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from wsm_ext.checkpoint import CheckpointError
-from wsm_ext.synthetic import make_llama_checkpoint
-from wsm_ext.transformers_loader import _build, from_pretrained, prepare, resolve_folder
+from wsm_ext.checkpoints.checkpoint import CheckpointError
+from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
+from wsm_ext.streaming.transformers_loader import _build, from_pretrained, prepare, resolve_folder
 
 TINY = {"layers": 6, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 128}
 # 2 MiB is the least that a block of device memory costs, and holds 1 MiB: three layers in bfloat16.
@@ -562,7 +562,10 @@ def test_a_hub_id_is_found_in_the_cache(folder, hub_cache, monkeypatch):
 
 
 def test_offline_a_hub_id_is_found_in_the_cache(hub_cache):
-    code = "from wsm_ext.transformers_loader import resolve_folder as r; print(r('owner/name'))"
+    code = (
+        "from wsm_ext.streaming.transformers_loader import resolve_folder as r\n"
+        "print(r('owner/name'))"
+    )
     environment = os.environ | {"HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

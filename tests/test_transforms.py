@@ -16,10 +16,10 @@ from transformers.core_model_loading import (
     Transpose,
 )
 
-from wsm_ext import transforms
-from wsm_ext.checkpoint import Checkpoint, CheckpointError, assemble
-from wsm_ext.sources import read_tensor
-from wsm_ext.transforms import cast, convert
+from wsm_ext.checkpoints import transforms
+from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, assemble
+from wsm_ext.checkpoints.transforms import cast, convert
+from wsm_ext.modules.sources import read_tensor
 
 CONFIG = SimpleNamespace(num_attention_heads=2)
 

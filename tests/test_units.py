@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from wsm_ext.units import Unit, find_units
+from wsm_ext.modules.units import Unit, find_units
 
 
 class Mixer(nn.Module):

@@ -15,11 +15,20 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from wsm_ext import _engine, cli, file_bytes, hashes
-from wsm_ext.checkpoint import Checkpoint, CheckpointError, assemble
-from wsm_ext.hashes import SIDECAR, Piece, Recorded, hash_pieces, read_sidecar, write_sidecar
-from wsm_ext.synthetic import make_llama_checkpoint
-from wsm_ext.verify import verify
+from wsm_ext import _engine
+from wsm_ext.checkpoints import file_bytes, hashes
+from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, assemble
+from wsm_ext.checkpoints.hashes import (
+    SIDECAR,
+    Piece,
+    Recorded,
+    hash_pieces,
+    read_sidecar,
+    write_sidecar,
+)
+from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
+from wsm_ext.checkpoints.verify import verify
+from wsm_ext.commands import cli
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from ._engine import EngineError, __version__
-from .checkpoint import Checkpoint, CheckpointError, Extent, TensorImage, assemble
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, Extent, TensorImage, assemble
 from .config import Config
-from .integrity import IntegrityError
-from .stream import StreamedModule, stream
+from .streaming.integrity import IntegrityError
+from .streaming.stream import StreamedModule, stream
 
 __all__ = [
     "Checkpoint",
@@ -34,7 +34,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # transformers is optional, and slow to import.
     if name == "from_pretrained":
-        from .transformers_loader import from_pretrained
+        from .streaming.transformers_loader import from_pretrained
 
         return from_pretrained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from .compiling import never_compiled
+from ..modules.compiling import never_compiled
+from ..modules.tensors import tensors_in
 from .passes import Passes, current_task
 from .streamed_unit import StreamedUnit
-from .tensors import tensors_in
 
 
 class Backward:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from .. import __version__
 
 _log = logging.getLogger("wsm_ext")
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from . import _engine
-from .config import Config
-from .planning import Budgets, Planned, Planner, streams
+from .. import _engine
+from ..config import Config
+from ..modules.sources import Source
+from ..sizes import format_bytes
+from .planner import Budgets, Planned, Planner, streams
 from .rates import Rate, Rates
-from .sizes import format_bytes
-from .sources import Source
 
 _GIB = 1 << 30
 _LEAST_MODEL_BYTES = _GIB  # below, passes are short whatever the plan

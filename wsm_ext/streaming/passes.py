@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from . import _engine
-from .compiling import never_compiled
+from .. import _engine
+from ..modules.compiling import never_compiled
 
 
 def current_task() -> int:

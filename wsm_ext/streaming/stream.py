@@ -13,20 +13,21 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from . import _engine, sources
+from .. import _engine
+from ..checkpoints.checkpoint import Checkpoint
+from ..config import USUAL_WAY, Config, engine_options
+from ..modules import sources
+from ..modules.units import Unit
+from ..planning.device_memory import DeviceMemory
+from ..planning.plan import Plan
+from ..planning.planner import Budgets, Planned, Planner, streams
+from ..planning.predict import files_of, measuring_matters, predict
+from ..planning.rates import Rates, Sizes, gather
+from ..sizes import format_bytes, parse_bytes
 from .buffers import Buffers
-from .checkpoint import Checkpoint
-from .config import USUAL_WAY, Config, engine_options
-from .device_memory import DeviceMemory
 from .integrity import Checker, Counts
-from .plan import Plan
-from .planning import Budgets, Planned, Planner, streams
-from .predict import files_of, measuring_matters, predict
-from .rates import Rates, Sizes, gather
 from .residency import Residency, stream_getter
-from .sizes import format_bytes, parse_bytes
 from .trial import Usual, Workload, activation_bytes
-from .units import Unit
 
 CheckpointLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Checkpoint
 Progress = Callable[[int, int], None]

@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..sizes import format_bytes
 from .checkpoint import Checkpoint, CheckpointError
 from .hashes import Recorded, hash_tensors, new_hash, read_sidecar, sidecar_of, write_sidecar
-from .sizes import format_bytes
 
 _MOST_SHOWN = 20
 

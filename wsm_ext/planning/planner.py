@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import _engine, sources
+from .. import _engine
+from ..checkpoints.checkpoint import Checkpoint
+from ..config import Config, choose_units, make_limits
+from ..modules import sources
+from ..modules.sources import Source, unit_tensors
+from ..modules.units import Unit, find_units
+from ..sizes import format_bytes, parse_bytes
 from .budgets import device_available, host_available
-from .checkpoint import Checkpoint
-from .config import Config, choose_units, make_limits
-from .residency import unit_tensors
-from .sizes import format_bytes, parse_bytes
-from .sources import Source
-from .units import Unit, find_units
 
 _MIB = 1 << 20
 # With device="cpu" both budgets are RAM: what stays on the "device" needs no copy, so it gets more.

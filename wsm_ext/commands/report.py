@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..sizes import format_bytes
 from .monitor import Monitor
-from .sizes import format_bytes
 
 PLAN_KEYS = (
     "model_bytes",

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _engine
+from .. import _engine
+from ..config import USUAL_WAY, Config, Way, engine_options
+from ..modules.units import Unit, find_units
+from ..sizes import format_bytes
 from .budgets import device_available
-from .config import USUAL_WAY, Config, Way, engine_options
 from .device_memory import allocate
-from .sizes import format_bytes
-from .units import Unit, find_units
 
 _MIB = 1 << 20
 # More than most caches hold: a pass copies other bytes each time.
@@ -338,7 +338,7 @@ def _two_layers(module: nn.Module, device: torch.device) -> Any:
     try:
         from transformers import PreTrainedModel
 
-        from .transformers_loader import _build
+        from ..streaming.transformers_loader import _build
     except ImportError as error:
         raise NotMeasuredError("transformers is not installed") from error
     if not isinstance(module, PreTrainedModel):

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..checkpoints.synthetic import PRESETS, make_llama_checkpoint
+from ..sizes import format_bytes
 from . import report
-from .sizes import format_bytes
-from .synthetic import PRESETS, make_llama_checkpoint
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _folder(keep: str | os.PathLike[str] | None) -> Iterator[Path]:
 def _stream(
     console: Console, folder: Path, device: torch.device, size: Size
 ) -> tuple[_Outcome, report.Prefills, dict[str, Any]]:
-    from .transformers_loader import from_pretrained
+    from ..streaming.transformers_loader import from_pretrained
 
     begin = time.perf_counter()
     with from_pretrained(

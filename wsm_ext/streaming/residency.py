@@ -16,18 +16,18 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from . import _engine
-from .arrival import Arrival
+from .. import _engine
+from ..checkpoints.arrival import Arrival
+from ..modules.compiling import between_graphs, break_graph, never_compiled
+from ..modules.placeholder import StreamedParameter
+from ..modules.sources import Source, live, unit_tensors
+from ..modules.tensors import map_tensors, tensors_in
+from ..modules.units import Unit
+from ..planning.device_memory import DeviceMemory
 from .backward import Backward
-from .compiling import between_graphs, break_graph, never_compiled
-from .device_memory import DeviceMemory
 from .integrity import Checker, Image, UnitCheck
 from .passes import Passes, current_task
-from .placeholder import StreamedParameter
-from .sources import Source, live
 from .streamed_unit import Arriving, StreamedUnit, Swap
-from .tensors import map_tensors, tensors_in
-from .units import Unit
 
 
 class Residency:
@@ -399,11 +399,6 @@ class Residency:
                 for name, method in (("_apply", guarded(inner)), ("__reduce_ex__", refuse_copy)):
                     inner.__dict__[name] = method
                     self._undo.append(functools.partial(inner.__dict__.pop, name, None))
-
-
-def unit_tensors(unit: Unit, source: Source) -> list[int]:
-    """The unit's tensors, each once, in the order of its slots."""
-    return list(dict.fromkeys(source.index_of[slot.name] for slot in unit.slots))
 
 
 def stream_getter(device: torch.device) -> Callable[[], int]:

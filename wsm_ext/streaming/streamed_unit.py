@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _engine
-from .arrival import Arrival
-from .compiling import never_compiled
+from .. import _engine
+from ..checkpoints.arrival import Arrival
+from ..modules.compiling import never_compiled
+from ..modules.placeholder import StreamedParameter
 from .integrity import UnitCheck
-from .placeholder import StreamedParameter
 
 # A module's parameters, the key in them, what is there while the unit is taken, and what else.
 Swap = tuple[dict[str, Any], str, nn.Parameter, StreamedParameter]

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import _engine
+from .. import _engine
+from ..modules.sources import Source
+from ..modules.units import Unit
+from ..sizes import format_bytes
 from .predict import Achieved, Prediction, comparison, difference
-from .sizes import format_bytes
-from .sources import Source
-from .units import Unit
 
 _log = logging.getLogger("wsm_ext")
 

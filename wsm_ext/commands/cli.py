@@ -21,7 +21,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from . import __version__, plan_report, report
+from .. import __version__
+from . import plan_report, report
 from .demo import SIZES, run_demo
 
 _BAD_INPUT = 2
@@ -218,7 +219,7 @@ def _streaming() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from .transformers_loader import prepare, resolve_folder
+    from ..streaming.transformers_loader import prepare, resolve_folder
 
     device = report.resolve_device(options.device)
     folder = resolve_folder(
@@ -272,7 +273,7 @@ def _prefill(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     console = Console()
-    from .transformers_loader import resolve_folder
+    from ..streaming.transformers_loader import resolve_folder
 
     device = report.resolve_device(options.device)
     folder = resolve_folder(
@@ -315,8 +316,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from ..streaming.transformers_loader import resolve_folder
     from . import bench
-    from .transformers_loader import resolve_folder
 
     device = report.resolve_device(options.device)
     folder = resolve_folder(
@@ -346,12 +347,12 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .checkpoint import Checkpoint
-    from .verify import print_verified, verify
+    from ..checkpoints.checkpoint import Checkpoint
+    from ..checkpoints.verify import print_verified, verify
 
     path = Path(options.model).expanduser()
     if options.revision is not None or not path.exists():
-        from .transformers_loader import resolve_folder
+        from ..streaming.transformers_loader import resolve_folder
 
         path = resolve_folder(
             options.model, revision=options.revision, local_files_only=options.local_files_only
@@ -399,7 +400,7 @@ def _load(
     options: argparse.Namespace, path: Any, device: torch.device, **replaced: Any
 ) -> Iterator[tuple[Any, float]]:
     """The model as the options say; `replaced`: budgets, and settings added to theirs."""
-    from .transformers_loader import from_pretrained
+    from ..streaming.transformers_loader import from_pretrained
 
     settings = _settings(options) | replaced.pop("config", {})
     budgets = {"device_memory": options.device_memory, "host_memory": options.host_memory}
@@ -480,7 +481,3 @@ def _write(
     if options.json:
         content = report.document(options.command_line, device, model, **results)
         report.write_json(options.json, content)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import _engine
-from .sources import Source
+from .. import _engine
+from ..modules.sources import Source
 
 PLACE_ALIGNMENT = 256
 

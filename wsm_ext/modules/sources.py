@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from . import _engine
-from .arrival import Arrival, Part
-from .checkpoint import Checkpoint, CheckpointError, TensorImage
+from .. import _engine
+from ..checkpoints.arrival import Arrival, Part
+from ..checkpoints.checkpoint import Checkpoint, CheckpointError, TensorImage
 from .units import Slot, Unit
 
 _MOST_NAMED = 10
@@ -282,3 +282,8 @@ def read_tensor(
     arrival = image.arrival or Arrival((Part(0, image.dtype, image.shape),))
     arrival.write(arrived, tensor)
     return tensor
+
+
+def unit_tensors(unit: Unit, source: Source) -> list[int]:
+    """The unit's tensors, each once, in the order of its slots."""
+    return list(dict.fromkeys(source.index_of[slot.name] for slot in unit.slots))

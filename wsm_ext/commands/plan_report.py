@@ -13,13 +13,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from . import sources
-from .buffers import Buffers
-from .checkpoint import Checkpoint
-from .config import Config
-from .plan import Plan
-from .planning import Budgets, Planner
-from .predict import (
+from ..checkpoints.checkpoint import Checkpoint
+from ..config import Config
+from ..modules import sources
+from ..planning.plan import Plan
+from ..planning.planner import Budgets, Planner
+from ..planning.predict import (
     LIMITS,
     Achieved,
     Prediction,
@@ -28,10 +27,11 @@ from .predict import (
     measuring_matters,
     predict,
 )
-from .rates import Rate, Sizes, gather
+from ..planning.rates import Rate, Sizes, gather
+from ..sizes import format_bytes
+from ..streaming.buffers import Buffers
+from ..streaming.trial import activation_bytes, usual_workload
 from .report import PLAN_KEYS
-from .sizes import format_bytes
-from .trial import activation_bytes, usual_workload
 
 _BAR_WIDTH = 26
 

@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import _engine
-from .checkpoint import Checkpoint, CheckpointError, TensorImage
-from .hashes import Piece, Recorded, hash_pieces, new_hash, read_sidecar, sidecar_of
-from .sources import Source
+from .. import _engine
+from ..checkpoints.checkpoint import Checkpoint, CheckpointError, TensorImage
+from ..checkpoints.hashes import Piece, Recorded, hash_pieces, new_hash, read_sidecar, sidecar_of
+from ..modules.sources import Source
 
 _BLOCK_BYTES = 8 << 20
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import sources
-from .checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..modules import sources
 from .integrity import Checker
 
 

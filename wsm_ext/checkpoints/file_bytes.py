@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from . import _engine
+from .. import _engine
 
 BLOCK_BYTES = 4 << 20
 THREADS = 8

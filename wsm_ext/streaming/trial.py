@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .device_memory import DeviceMemory
-from .planning import Planned
+from ..planning.device_memory import DeviceMemory
+from ..planning.planner import Planned
 from .residency import Residency
 
 # (sequences, tokens of each), or a function that runs the module as it will be run.

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _engine, measure
-from .config import USUAL_WAY, Config, Way
+from .. import _engine
+from ..config import USUAL_WAY, Config, Way
+from ..modules.sources import Source
+from ..modules.units import Unit
+from . import measure
 from .measure import Compute, Disk, Link, NotMeasuredError, Span
 from .measurements import Measurements, device_name, file_system, key_of
-from .sources import Source
-from .units import Unit
 
 _log = logging.getLogger("wsm_ext")
 

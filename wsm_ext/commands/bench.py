@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .budgets import host_available
-from .checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..planning.budgets import host_available
+from ..sizes import format_bytes
 from .report import synchronize
-from .sizes import format_bytes
 
 MIB = 1 << 20
 GB = 1e9

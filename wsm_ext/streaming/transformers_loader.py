@@ -24,10 +24,10 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .checkpoint import Checkpoint, CheckpointError
-from .config import Config
+from ..checkpoints.checkpoint import Checkpoint, CheckpointError
+from ..checkpoints.transformers_names import meta_parameter, place
+from ..config import Config
 from .stream import StreamedModule, resolve_device, stream
-from .transformers_names import meta_parameter, place
 from .trial import Workload, usual_workload
 
 _log = logging.getLogger("wsm_ext")

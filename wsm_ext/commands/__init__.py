@@ -1,0 +1,1 @@
+"""The command `wsm`, and what its parts print."""

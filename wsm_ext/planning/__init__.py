@@ -1,0 +1,1 @@
+"""From budgets, settings and measurements to a plan: what it takes, and what it predicts."""

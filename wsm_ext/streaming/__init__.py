@@ -1,0 +1,1 @@
+"""What runs: the streamed module, its units, its passes."""
