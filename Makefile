@@ -18,7 +18,7 @@ COUNT ?= 100000
 SEED ?= 1
 TARGET ?= plan
 RUNS ?= 1000000
-FUZZ_CXX ?= $(firstword $(shell for v in '' -19 -18 -17 -16 -15; do command -v clang++$$v; done))
+FUZZ_CXX ?= $(firstword $(shell for v in '' -19 -18 -17 -16 -15; do command -v clang++$$v; done; true))
 
 .PHONY: help setup build test test-cpp test-py test-gpu cycles soak hostile fuzz compatibility bench \
 	demo lint format clean

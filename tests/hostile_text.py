@@ -78,6 +78,10 @@ def sound_header(rng: random.Random) -> Header:
 # -- values
 
 
+def _any(rng: random.Random, values: list[Any]) -> Any:
+    return copy.deepcopy(rng.choice(values))  # it may be spoiled further
+
+
 def _tensor(rng: random.Random, header: Header) -> dict[str, Any]:
     return rng.choice(header.tensors() or [{}])
 
@@ -86,7 +90,7 @@ def spoil_number(rng: random.Random, header: Header) -> None:
     tensor = _tensor(rng, header)
     numbers = tensor.get(rng.choice(["shape", "data_offsets"]))
     if isinstance(numbers, list) and numbers:
-        numbers[rng.randrange(len(numbers))] = rng.choice(NUMBERS + OTHERS)
+        numbers[rng.randrange(len(numbers))] = _any(rng, NUMBERS + OTHERS)
 
 
 def spoil_offset(rng: random.Random, header: Header) -> None:
@@ -108,7 +112,7 @@ def shift_tensor(rng: random.Random, header: Header) -> None:
 def spoil_shape(rng: random.Random, header: Header) -> None:
     shapes: list[Any] = [[], [0], [2**32, 2**32], [2**63, 2], [2**64 - 1, 2**64 - 1, 0], [[2]]]
     shapes += [[0, 2**63], [0, 2**64], [1] * 70, [1] * 5000, [-1, -4], {"0": 4}, "4", 4, None]
-    _tensor(rng, header)["shape"] = rng.choice(shapes)
+    _tensor(rng, header)["shape"] = _any(rng, shapes)
 
 
 def reshape(rng: random.Random, header: Header) -> None:
@@ -119,12 +123,12 @@ def reshape(rng: random.Random, header: Header) -> None:
 
 
 def spoil_dtype(rng: random.Random, header: Header) -> None:
-    _tensor(rng, header)["dtype"] = rng.choice(DTYPES + OTHERS)
+    _tensor(rng, header)["dtype"] = _any(rng, DTYPES + OTHERS)
 
 
 def spoil_field(rng: random.Random, header: Header) -> None:
     tensor = _tensor(rng, header)
-    tensor[rng.choice(["dtype", "shape", "data_offsets"])] = rng.choice(NUMBERS + OTHERS)
+    tensor[rng.choice(["dtype", "shape", "data_offsets"])] = _any(rng, NUMBERS + OTHERS)
 
 
 def drop_field(rng: random.Random, header: Header) -> None:
@@ -134,7 +138,7 @@ def drop_field(rng: random.Random, header: Header) -> None:
 
 
 def add_field(rng: random.Random, header: Header) -> None:
-    _tensor(rng, header)[rng.choice(["extra", "Shape", "data_offset"])] = rng.choice(OTHERS)
+    _tensor(rng, header)[rng.choice(["extra", "Shape", "data_offset"])] = _any(rng, OTHERS)
 
 
 def rename(rng: random.Random, header: Header) -> None:
@@ -152,7 +156,7 @@ def repeat(rng: random.Random, header: Header) -> None:
 
 
 def spoil_metadata(rng: random.Random, header: Header) -> None:
-    value: Any = rng.choice([*OTHERS, {"k": 1}, {"k": None}, {"k": "v" * 10_000}, {"": "\0"}])
+    value: Any = _any(rng, [*OTHERS, {"k": 1}, {"k": None}, {"k": "v" * 10_000}, {"": "\0"}])
     header.entries.insert(rng.randint(0, len(header.entries)), ("__metadata__", value))
 
 
@@ -233,7 +237,7 @@ def spoil_file(rng: random.Random, content: Any, folder: Path) -> Any:
         weight_map = content["weight_map"]
         absolute = [str(folder / "1.safetensors"), str(folder.parent / "outside.safetensors")]
         name = rng.choice([*weight_map, *NAMES])
-        weight_map[name] = rng.choice(FILES * 2 + absolute + OTHERS + [7, 1.5])
+        weight_map[name] = _any(rng, FILES * 2 + absolute + OTHERS + [7, 1.5])
     return content
 
 
@@ -247,7 +251,7 @@ def drop_entry(rng: random.Random, content: Any, folder: Path) -> Any:
 
 def spoil_top(rng: random.Random, content: Any, folder: Path) -> Any:
     if isinstance(content, dict):
-        content[rng.choice(["weight_map", "metadata", "more"])] = rng.choice(OTHERS)
+        content[rng.choice(["weight_map", "metadata", "more"])] = _any(rng, OTHERS)
     return content
 
 
