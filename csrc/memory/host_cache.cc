@@ -19,6 +19,9 @@ HostCache::HostCache(Device& device, const Plan& plan, std::function<void()> pre
   if (before) take_over(*before, plan, kept);
   const uint64_t end = pieces_.empty() ? 0 : pieces_.back().begin + pieces_.back().memory->bytes();
   if (end < plan.cache_bytes) add_piece(device, plan, end);
+  for (const Chunk& chunk : plan.chunks) {
+    if (!pieces_.empty() && chunk.home == Home::kHost) check_place(chunk);
+  }
   if (plan.cache_bytes > 0) {
     thread_ = start_thread("the host cache", [this] { prepare(); });
   }
@@ -61,6 +64,15 @@ const HostCache::Piece& HostCache::piece_at(uint64_t cache_offset) const {
       std::upper_bound(pieces_.begin(), pieces_.end(), cache_offset,
                        [](uint64_t at, const Piece& piece) { return at < piece.begin; });
   return *(after - 1);
+}
+
+// A place in two pieces would never be ready.
+void HostCache::check_place(const Chunk& chunk) const {
+  const Piece& piece = piece_at(chunk.cache_offset);
+  check<Error>(chunk.cache_offset + chunk.read_bytes <= piece.begin + piece.memory->mapped_bytes(),
+               "the plan puts a chunk at ", chunk.cache_offset,
+               " of the host cache, across the end",
+               " of a piece of memory that it was to take over");
 }
 
 std::byte* HostCache::place(const Chunk& chunk) const {

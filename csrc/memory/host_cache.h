@@ -65,6 +65,7 @@ class HostCache {
   void take_over(HostCache& before, const Plan& plan, const KeptCache& kept);
   void add_piece(Device& device, const Plan& plan, uint64_t begin);
   const Piece& piece_at(uint64_t cache_offset) const;
+  void check_place(const Chunk& chunk) const;
   bool prepare_next();
   void prepare();
 

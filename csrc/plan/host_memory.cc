@@ -168,7 +168,8 @@ void plan_host_memory(const ModelSpec& spec, const Limits& limits, Plan& plan) {
   plan.slot_count = static_cast<uint32_t>(slots);
   const uint64_t most =
       std::min(limits.host_bytes - plan.staging_bytes(), limits.cache_bytes.value_or(UINT64_MAX));
-  if (!limits.kept_cache.ranges.empty()) {
+  // Also where nothing is in it yet: its memory is taken over in the pieces that it has.
+  if (!limits.kept_cache.segments.empty()) {
     place_around_kept(limits.kept_cache, chunks, most, granule, plan);
     return;
   }

@@ -56,6 +56,24 @@ TEST(KeptCache, TheSameBudgetsKeepAll) {
   EXPECT_EQ(after.disk_home_bytes, before.disk_home_bytes);
 }
 
+TEST(KeptCache, MemoryThatHoldsNothingYetIsTakenOverInItsPieces) {
+  const ModelSpec spec = uniform_model(12, 4, kTensor + 12'000);
+  for (uint64_t host = 40; host < 90; ++host) {
+    KeptCache kept = full_cache(make_plan(spec, limits(100 * kMiB, host * kMiB)));
+    ASSERT_FALSE(kept.ranges.empty());
+    kept.ranges.clear();
+    Limits more = limits(100 * kMiB, (host + 13) * kMiB);
+    more.kept_cache = kept;
+    for (const Chunk& chunk : make_plan(spec, more).chunks) {
+      if (chunk.home != Home::kHost) continue;
+      for (const uint64_t end : kept.segments) {
+        EXPECT_TRUE(chunk.cache_offset >= end || chunk.cache_offset + chunk.read_bytes <= end)
+            << host << " MiB: a chunk at " << chunk.cache_offset << " crosses " << end;
+      }
+    }
+  }
+}
+
 TEST(KeptCache, MoreDeviceMemoryKeepsWhatStillStreams) {
   const ModelSpec spec = uniform_model(12, 4, kTensor);
   const Plan before = make_plan(spec, limits(100 * kMiB, 120 * kMiB));
