@@ -15,6 +15,8 @@ from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
 from wsm_ext import _engine
+from wsm_ext.modules.sources import from_module
+from wsm_ext.modules.units import find_units
 from wsm_ext.planning import measure, predict, rates
 from wsm_ext.planning.measure import Compute, Link
 from wsm_ext.planning.predict import Achieved, Prediction, comparison, difference
@@ -122,8 +124,8 @@ def test_compute_is_part_of_the_pass(stream, machine):
 
 
 def test_a_layers_compute_is_shared_by_its_units_as_their_bytes_are(net):
-    units = wsm.units.find_units(net, "group")
-    source = wsm.sources.from_module(units)
+    units = find_units(net, "group")
+    source = from_module(units)
     known = Rates(Rate(1e9, "measured"), Rate(1e9, "measured"), 0.0, True)
     known = dataclasses.replace(known, compute=Compute(1.0, {"head": 3.0, "norm": 0.5}, 0.25, 1))
     seconds = dict(

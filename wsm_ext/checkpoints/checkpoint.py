@@ -216,6 +216,7 @@ def _choose(folder: Path) -> list[Path]:
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
+        _raise_refused(folder, error)
         raise CheckpointError(f"{folder} cannot be listed: {error}") from error
     files = [name for name in names if name.endswith(".safetensors")]
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
@@ -242,16 +243,16 @@ def _choose(folder: Path) -> list[Path]:
     return [folder / name for name in chosen]
 
 
-def _raise_refused(file: Path, error: BaseException) -> None:
-    """What the system refuses this process says nothing about the file."""
+def _raise_refused(path: Path, error: BaseException) -> None:
+    """What the system refuses this process says nothing about the file or folder."""
     if isinstance(error, MemoryError):
         raise MemoryError(
-            f"no memory to read the header of {file}: {error}; free some, or raise the limit on"
+            f"no memory to read the header of {path}: {error}; free some, or raise the limit on"
             " address space (ulimit -v), which a whole file must fit into"
         ) from error
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         raise OSError(
-            error.errno, f"{error.strerror}: raise the limit on open files (ulimit -n)", str(file)
+            error.errno, f"{error.strerror}: raise the limit on open files (ulimit -n)", str(path)
         ) from error
 
 
