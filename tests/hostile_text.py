@@ -111,7 +111,18 @@ def shift_tensor(rng: random.Random, header: Header) -> None:
 
 def spoil_shape(rng: random.Random, header: Header) -> None:
     shapes: list[Any] = [[], [0], [2**32, 2**32], [2**63, 2], [2**64 - 1, 2**64 - 1, 0], [[2]]]
-    shapes += [[0, 2**63], [0, 2**64], [1] * 70, [1] * 5000, [-1, -4], {"0": 4}, "4", 4, None]
+    shapes += [
+        [0, 2**63],
+        [0, 2**64],
+        [2**62, 0, 2**62],
+        [1] * 70,
+        [1] * 5000,
+        [-1, -4],
+        {"0": 4},
+        "4",
+        4,
+        None,
+    ]
     _tensor(rng, header)["shape"] = _any(rng, shapes)
 
 

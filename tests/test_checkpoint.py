@@ -398,6 +398,12 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
     refuse(tmp_path, str(tmp_path), "cannot be listed")
 
 
+@pytest.mark.parametrize("shape", [[0, 2**63], [2**62, 0, 2**62]])
+def test_empty_shapes_that_torch_cannot_count_are_refused(tmp_path, shape):
+    path = write_raw(tmp_path / "x.safetensors", {"a": entry("U8", shape, 0, 0)})
+    refuse(path, "x.safetensors", "'a'", "cannot count")
+
+
 def test_more_dimensions_than_any_tensor_has_are_refused(tmp_path):
     header = {"a": entry("U8", [1] * 65, 0, 1)}
     refuse(write_raw(tmp_path / "x.safetensors", header, b"0"), "x.safetensors", "65 dimensions")
