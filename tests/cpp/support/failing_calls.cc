@@ -11,6 +11,7 @@
 #include <cstdarg>
 #include <cstddef>
 #include <filesystem>
+#include <iostream>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -70,14 +71,22 @@ Held held_now() {
   return {entries("/proc/self/task"), entries("/proc/self/fd"), mapped_bytes.load()};
 }
 
-Held held_once_equal(const Held& wanted) {
+bool held_no_more_than(const Held& before) {
   const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(5);
-  Held held = held_now();
-  while (!(held == wanted) && std::chrono::steady_clock::now() < limit) {
+  while (true) {
+    const Held held = held_now();
+    if (held.threads <= before.threads && held.descriptors <= before.descriptors &&
+        held.mapped_bytes <= before.mapped_bytes) {
+      return true;
+    }
+    if (std::chrono::steady_clock::now() > limit) {
+      std::cerr << "held: " << held.threads << " threads, " << held.descriptors << " descriptors, "
+                << held.mapped_bytes << " bytes mapped; before: " << before.threads << ", "
+                << before.descriptors << ", " << before.mapped_bytes << "\n";
+      return false;
+    }
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    held = held_now();
   }
-  return held;
 }
 
 }  // namespace wsm::testing

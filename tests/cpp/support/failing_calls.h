@@ -33,11 +33,10 @@ struct Held {
   uint64_t threads = 0;
   uint64_t descriptors = 0;
   uint64_t mapped_bytes = 0;  // by the library's own mmap
-
-  bool operator==(const Held&) const = default;
 };
 Held held_now();
-// A thread that was joined may be seen a little longer: waits for that, up to some seconds.
-Held held_once_equal(const Held& wanted);
+// Whether no more is held than was before. A thread that was joined, or a ring's own, may be seen a
+// little longer: waits for that, up to some seconds. (Less may be held, where `before` saw one.)
+bool held_no_more_than(const Held& before);
 
 }  // namespace wsm::testing
