@@ -24,6 +24,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,12 @@ def _oracle(file: Path) -> dict[str, torch.Tensor] | None:
 
 def _known_to_be_stricter(theirs: dict[str, torch.Tensor]) -> bool:
     sub_byte = {getattr(torch, "float4_e2m1fn_x2", None)}
-    return any(t.dim() > MAX_DIMENSIONS or t.dtype in sub_byte for t in theirs.values())
+    return any(
+        tensor.dim() > MAX_DIMENSIONS
+        or tensor.dtype in sub_byte
+        or prod(max(dimension, 1) for dimension in tensor.shape) >= 2**63
+        for tensor in theirs.values()
+    )
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
