@@ -211,14 +211,11 @@ def _oracle(file: Path) -> dict[str, torch.Tensor] | None:
 def _known_to_be_stricter(theirs: dict[str, torch.Tensor]) -> bool:
     sub_byte = {getattr(torch, "float4_e2m1fn_x2", None)}
     return any(
-        t.dim() > MAX_DIMENSIONS or t.dtype in sub_byte or not _countable(t)
-        for t in theirs.values()
+        tensor.dim() > MAX_DIMENSIONS
+        or tensor.dtype in sub_byte
+        or prod(max(dimension, 1) for dimension in tensor.shape) >= 2**63
+        for tensor in theirs.values()
     )
-
-
-def _countable(tensor: torch.Tensor) -> bool:
-    """One of no elements may have other dimensions that torch cannot multiply."""
-    return prod(max(size, 1) for size in tensor.shape) * tensor.element_size() < 2**63
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

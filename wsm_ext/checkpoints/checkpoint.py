@@ -278,7 +278,7 @@ def _read_header(file: Path, shard: int) -> tuple[list[TensorImage], dict[str, s
                 f"{file}: tensor {_shown(name)} has {len(shape)} dimensions, more than"
                 f" {MAX_DIMENSIONS}"
             )
-        if prod(max(dimension, 1) for dimension in shape) * dtype.itemsize >= 2**63:
+        if prod(max(dimension, 1) for dimension in shape) >= 2**63:
             raise CheckpointError(  # one dimension is 0, and others are as large as one likes
                 f"{file}: tensor {_shown(name)} has a shape that torch cannot count: {shape}"
             )
