@@ -165,7 +165,6 @@ class StreamedModule(nn.Module):
         budgets: Budgets,
         progress: Progress | None,
         before: _engine.Engine | None = None,
-        kept: _engine.KeptCache | None = None,
     ) -> None:
         """Starts by the plan; by a smaller one, where the device has less memory than it said."""
         asked = budgets.device_bytes
@@ -177,6 +176,7 @@ class StreamedModule(nn.Module):
                 break
             except torch.OutOfMemoryError as error:
                 budgets.device_bytes = int(budgets.device_bytes * _LESS)
+                kept = None if before is None else before.kept_cache()
                 planned = self._plan_within(budgets, kept)
                 planned.warnings.append(
                     f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
@@ -286,13 +286,12 @@ class StreamedModule(nn.Module):
         with self._residency.passes.between():
             held = self._memory_held()
             budgets = Budgets(self._device, *asked, self._config, self._activation_bytes, held)
-            kept = self._engine.kept_cache()
-            planned = self._plan_for(budgets, kept)  # may refuse
+            planned = self._plan_for(budgets, self._engine.kept_cache())  # may refuse
             self._carry_counters()
             if self._source.in_ram:
                 self._restart_from_ram(budgets, progress)
             else:
-                self._restart(planned, budgets, progress, kept)
+                self._restart(planned, budgets, progress)
             self._asked = asked
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=2)
@@ -315,19 +314,13 @@ class StreamedModule(nn.Module):
         """Device and host bytes that a new plan may use again."""
         return self._planned.device_bytes, self._engine.memory()[0]
 
-    def _restart(
-        self,
-        planned: Planned,
-        budgets: Budgets,
-        progress: Progress | None,
-        kept: _engine.KeptCache,
-    ) -> None:
+    def _restart(self, planned: Planned, budgets: Budgets, progress: Progress | None) -> None:
         before = self._engine
         try:
             self._residency.undo()
             self._finalizer.detach()
             before.close()  # what it loads ahead must not reach memory that is freed now
-            self._start_with(planned, budgets, progress, before, kept)
+            self._start_with(planned, budgets, progress, before)
         except BaseException:
             self._abandon(before)
             raise
