@@ -4,7 +4,8 @@
 #   bench/gpu_check.sh [STEP...]
 #
 #   build tests ram disk   what is done without any step named
-#   memcheck               the tests under compute-sanitizer
+#   memcheck               those that stress the data path, under compute-sanitizer
+#   link                   what the rates of the link and of tmpfs depend on
 #   cases cases-disk       the twelve cases of bench/forward.py, 5 minutes each
 #   peers peers-disk       the same forwards by other projects, 7 and 5 minutes
 #
@@ -17,7 +18,7 @@
 #
 # Environment: OUT; WORK (builds, kept between runs); LAYERS (12) and RAM_FOLDER (tmpfs) for what runs from
 # RAM; DISK_LAYERS (4) and DISK_FOLDER for what runs from disk; CASES, DISK_CASES, PEERS, DISK_PEERS: which;
-# KEEP=1 keeps the checkpoints; TESTS: pytest's -k for memcheck.
+# KEEP=1 keeps the checkpoints; TESTS: pytest's -k for memcheck; MEMCHECK_LIMIT: seconds.
 set -uo pipefail
 shopt -s nullglob
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -168,19 +169,42 @@ do_peers_disk() {
   peers peers-disk "${DISK_PEERS:-wsm arena,accelerate disk,diffusers disk,airllm}"
 }
 
-# Torch's caching allocator would hide overruns between its blocks.
+# Torch's caching allocator would hide overruns between its blocks. Calls that CUDA refuses are no
+# errors here: the tests provoke them.
 do_memcheck() {
   cd "$WORK" || return
-  step "memcheck" "${MEMCHECK_LIMIT:-560}" shown env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
-    python3 -m pytest -q -m gpu -p no:cacheprovider -o timeout=500 ${TESTS:+-k "$TESTS"} "$root/tests"
+  local check=(compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9)
+  if have_gtest; then
+    step "memcheck C++" 120 shown "${check[@]}" \
+      "$native/tests/cpp/wsm_tests" --gtest_brief=1 --gtest_filter='Cuda*'
+  fi
+  step "memcheck pytest" "${MEMCHECK_LIMIT:-400}" shown env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    "${check[@]}" python3 -m pytest -q -m gpu -p no:cacheprovider -o timeout=500 \
+    -k "${TESTS:-test_stream or test_orders or test_resize or test_scarce_gpu}" "$root/tests"
   cd "$root" || return
+}
+
+# Why the link is slower over a whole model than over a GiB of it; how chunks and staging move case 7.
+do_link() {
+  step "link conditions" 120 shown python3 "$root/bench/link_conditions.py" --json "$OUT/link.json"
+  local file=$RAM_FOLDER-file chunk staging
+  head -c 64M /dev/urandom >"$file.block"
+  for _ in {1..128}; do cat "$file.block"; done >"$file"
+  for chunk in 2 4 8 16; do
+    for staging in 64 256 1024; do
+      [ $((staging / chunk)) -ge 8 ] || continue
+      step "tmpfs $chunk/$staging MiB" 60 shown "$native/bench/bench_pipeline" "$file" --unit-mb 1024 \
+        --passes 4 --repeats 3 --units 8 --host-mb 0 --staging-mb "$staging" --chunk-mb "$chunk" \
+        --device cuda --json "$OUT/tmpfs-$chunk-$staging.json"
+    done
+  done
+  rm -f "$file" "$file.block"
 }
 
 [ $# -gt 0 ] || set -- build tests ram disk
 for name in "$@"; do
   case $name in
-    build | tests | ram | disk | memcheck | budgets | cases | cases-disk | peers | peers-disk) ;;
+    build | tests | ram | disk | memcheck | link | budgets | cases | cases-disk | peers | peers-disk) ;;
     *)
       echo "gpu_check: no step '$name'; its first lines list them" >&2
       exit 2

@@ -268,9 +268,14 @@ def test_less_is_planned_where_the_device_has_less(
         check(streamed, net, cpu)
 
 
-def test_out_of_memory_in_a_forward_says_what_to_do(net: Net, folder: Path) -> None:
+@pytest.mark.parametrize("device_memory", ["30MiB", "300MiB"], ids=["streamed", "all_stays"])
+def test_out_of_memory_in_a_forward_says_what_to_do(
+    net: Net, folder: Path, device_memory: str
+) -> None:
     cpu = torch.device("cpu")
-    with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
+    budgets = {"device_memory": device_memory, "host_memory": "20MiB"}
+    with streamed_net(net, folder, cpu, **budgets) as streamed:
+        assert streamed.plan.streams == (device_memory == "30MiB")
 
         def hook(*_: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")

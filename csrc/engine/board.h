@@ -15,6 +15,7 @@
 // nobody holds; a prefetch leaves what is expected before it.
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -74,6 +75,15 @@ struct Board {
   bool stop = false;
 
   Counters counters;
+
+  // Whether anything that is expected is not there yet: what lies farthest ahead is looked at
+  // first, as it is the likeliest.
+  bool wants_more() const {
+    const auto& upcoming = sequence.upcoming();
+    return !discarded.empty() || std::any_of(upcoming.rbegin(), upcoming.rend(), [&](uint32_t u) {
+      return units[u].phase != Phase::kReady;
+    });
+  }
 };
 
 }  // namespace wsm

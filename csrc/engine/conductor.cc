@@ -25,6 +25,7 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
     : spec_(spec),
       plan_(plan),
       device_(device),
+      copies_(device),
       board_(board),
       shards_(shards),
       readers_(std::move(readers)),

@@ -28,6 +28,7 @@
 
 #include "device/device.h"
 #include "engine/board.h"
+#include "engine/copy_run.h"
 #include "engine/waker.h"
 #include "memory/host_cache.h"
 #include "memory/staging_ring.h"
@@ -168,6 +169,7 @@ class Conductor {
   const ModelSpec& spec_;
   const Plan& plan_;
   Device& device_;
+  CopyRun copies_;
   Board& board_;
   std::vector<std::unique_ptr<Shard>>& shards_;
   Readers readers_;

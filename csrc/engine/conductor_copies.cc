@@ -36,6 +36,7 @@ bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
     --work_[unit].left;
     moved = true;
   }
+  copies_.flush();
   if (work_[unit].left == 0) {
     finish_load(unit);
     moved = true;
@@ -135,6 +136,7 @@ std::byte* Conductor::target_of(const Chunk& chunk, const Copy& copy) const {
   return homes_[block].data + (copy.target_offset - plan_.home_blocks[block].offset);
 }
 
+// The caller flushes.
 void Conductor::enqueue(uint32_t index) {
   const Chunk& chunk = plan_.chunks[index];
   ChunkState& state = chunks_[index];
@@ -142,10 +144,11 @@ void Conductor::enqueue(uint32_t index) {
   const std::byte* source = through_slot ? ring_->data(state.slot) : cache_->place(chunk);
   for (uint32_t i = chunk.first_copy; i < chunk.first_copy + chunk.copy_count; ++i) {
     const Copy& copy = plan_.copies[i];
-    device_.copy_to_device(target_of(chunk, copy), source + copy.source_offset, copy.bytes);
+    copies_.add(target_of(chunk, copy), source + copy.source_offset, copy.bytes);
   }
   board_.counters.h2d_bytes += chunk.payload_bytes;
   if (through_slot) {
+    copies_.flush();
     ring_->copying(state.slot, device_.copy_stream());
     slot_chunk_[state.slot] = kNone;
   }

@@ -281,12 +281,11 @@ bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
                    "module in units=[...]");
     }
     if (state.acquired == 0 && !board_.sequence.use(unit)) ++board_.counters.misses;
-    ++board_.version;
     waited = state.phase != Phase::kReady || (state.discarded && state.acquired == 0);
     if (waited) {
       wait_ready(lock, unit, interrupt);
     } else {
-      conductor_->wake();
+      tell_conductor();
     }
     if (state.acquired++ == 0) board_.held.push_back(unit);
     loaded = !std::exchange(state.used, true);
@@ -359,8 +358,14 @@ void Engine::release(uint32_t unit, StreamHandle stream) {
   if (state.acquired == 0) return;  // recovered by begin_pass since
   record_released(state, stream);
   if (--state.acquired == 0) std::erase(board_.held, unit);
+  tell_conductor();
+}
+
+// Caller holds the board's mutex. Where all that is expected is there, the conductor may sleep on:
+// to wake a thread costs more than all else that an acquire does.
+void Engine::tell_conductor() {
   ++board_.version;
-  conductor_->wake();
+  if (options_.poison || board_.wants_more()) conductor_->wake();
 }
 
 void Engine::discard(uint32_t unit) {

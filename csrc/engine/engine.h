@@ -163,6 +163,7 @@ class Engine {
   void throw_kept_error();
   void wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit, const Interrupt& interrupt);
   void log_acquired(uint32_t unit, bool waited, double waited_ms);
+  void tell_conductor();
   void record_released(UnitState& state, StreamHandle stream);
   void abandon_buffers();
 

@@ -18,6 +18,15 @@ def current_task() -> int:
     return torch._C._current_graph_task_id()
 
 
+def out_of_memory(error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
+    """The error of a forward, with what can be done about it."""
+    return torch.OutOfMemoryError(
+        f"{error}\nThe streamed weights keep what they were given: shrink('1GiB') of the streamed"
+        " module gives device memory back, and workload=(batch, tokens) makes stream() leave room"
+        " for a forward of that size"
+    )
+
+
 class Passes:
     """Entered by every wrapped forward and by a backward, begun by the outermost.
 
@@ -75,11 +84,7 @@ class Passes:
     def explain(self, error: torch.OutOfMemoryError) -> None:
         """Out of the outermost forward: says what can be done when device memory runs out."""
         if self.depth == 1:
-            raise torch.OutOfMemoryError(
-                f"{error}\nThe streamed weights keep what they were given: shrink('1GiB') of the"
-                " streamed module gives device memory back, and workload=(batch, tokens) makes"
-                " stream() leave room for a forward of that size"
-            ) from error
+            raise out_of_memory(error) from error
 
     def inside(self) -> bool:
         """Whether this thread is in the middle of a pass."""

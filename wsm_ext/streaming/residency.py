@@ -249,7 +249,10 @@ class Residency:
                 return False
             return tensor.untyped_storage().data_ptr() == self._arena_storage
 
-        if not any(map(in_arena, tensors_in(values))):
+        if isinstance(values, torch.Tensor):  # as most forwards return: no tree to walk
+            if not in_arena(values):
+                return values
+        elif not any(map(in_arena, tensors_in(values))):
             return values
         # Autograd sees a view of a placeholder, which must not be an inference tensor.
         with torch.inference_mode(False):
@@ -405,8 +408,9 @@ def stream_getter(device: torch.device) -> Callable[[], int]:
     """The compute stream of the calling thread as an integer; 0 on the host device."""
     if device.type != "cuda":
         return lambda: 0
-    current = torch.cuda.current_stream
-    return lambda: current(device).cuda_stream
+    index = torch.cuda.current_device() if device.index is None else device.index
+    raw: Callable[[int], int] = torch._C._cuda_getCurrentRawStream  # makes no Stream object
+    return lambda: raw(index)
 
 
 def _same(fn: Callable[..., Any], parameter: torch.Tensor) -> bool:

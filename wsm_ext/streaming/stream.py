@@ -26,6 +26,7 @@ from ..planning.rates import Rates, Sizes, gather
 from ..sizes import format_bytes, parse_bytes
 from .buffers import Buffers
 from .integrity import Checker, Counts
+from .passes import out_of_memory
 from .residency import Residency, stream_getter
 from .trial import Usual, Workload, activation_bytes
 
@@ -483,7 +484,12 @@ class StreamedModule(nn.Module):
             del self._engine, self._residency, self._memory
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+        try:
+            return self.module(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if self._plan.streams:  # then the wrapped forwards have said it
+                raise
+            raise out_of_memory(error) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What the wrapped module has is set there: `net.generation_config = ...` means the model's.
