@@ -187,17 +187,24 @@ do_memcheck() {
 # Why the link is slower over a whole model than over a GiB of it; how chunks and staging move case 7.
 do_link() {
   step "link conditions" 120 shown python3 "$root/bench/link_conditions.py" --json "$OUT/link.json"
-  local file=$RAM_FOLDER-file chunk staging
+  local file=$RAM_FOLDER-file chunk staging requests block
   head -c 64M /dev/urandom >"$file.block"
   for _ in {1..128}; do cat "$file.block"; done >"$file"
-  for chunk in 2 4 8 16; do
-    for staging in 64 256 1024; do
-      [ $((staging / chunk)) -ge 8 ] || continue
-      step "tmpfs $chunk/$staging MiB" 60 shown "$native/bench/bench_pipeline" "$file" --unit-mb 1024 \
-        --passes 4 --repeats 3 --units 8 --host-mb 0 --staging-mb "$staging" --chunk-mb "$chunk" \
-        --device cuda --json "$OUT/tmpfs-$chunk-$staging.json"
-    done
-  done
+  # MiB of a chunk, MiB of staging, requests under way (0: the engine's choice), KiB of a block
+  while read -r chunk staging requests block; do
+    step "tmpfs $chunk/$staging/$requests/$block" 60 shown "$native/bench/bench_pipeline" "$file" \
+      --unit-mb 1024 --units 8 --passes 3 --repeats 3 --host-mb 0 --staging-mb "$staging" \
+      --chunk-mb "$chunk" --pool-requests "$requests" --pool-block-kb "$block" --device cuda \
+      --json "$OUT/tmpfs-$chunk-$staging-$requests-$block.json"
+  done <<<"${TMPFS:-16 1024 0 1024
+4 1024 0 1024
+16 1024 3 1024
+4 1024 8 1024
+4 1024 8 512
+4 64 0 1024
+4 256 32 4096
+4 128 24 4096
+4 256 0 1024}"
   rm -f "$file" "$file.block"
 }
 

@@ -4,7 +4,7 @@ where it lies, how long they are, how long they go on, and what runs beside them
     python bench/link_conditions.py --gib 21 --seconds 2 --json link-conditions.json
 
 The ceiling that the cases are measured against is short: 1 GiB, again and again. A pass over a
-large model is not. Where bare copies of as many bytes are as slow, the engine does not hold them up.
+large model is not. Where bare copies of as many bytes are as slow, it is not the engine.
 """
 
 from __future__ import annotations
