@@ -116,7 +116,8 @@ ModelSpec make_spec(const Settings& settings, uint64_t file_bytes) {
         " bytes, fewer than ", settings.units, " units of ", settings.unit_bytes,
         "; lower --units or --unit-mb");
   ModelSpec spec;
-  spec.shards.push_back({settings.path, file_bytes, direct_alignment(settings.path)});
+  spec.shards.push_back(
+      {settings.path, file_bytes, direct_alignment(settings.path), lies_in_memory(settings.path)});
   for (uint32_t u = 0; u < settings.units; ++u) {
     const std::string name = concat("unit", u);
     spec.tensors.push_back(

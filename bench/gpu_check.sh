@@ -190,6 +190,8 @@ do_link() {
   local file=$RAM_FOLDER-file chunk staging requests block
   head -c 64M /dev/urandom >"$file.block"
   for _ in {1..128}; do cat "$file.block"; done >"$file"
+  step "bench_read tmpfs" 60 shown "$native/bench/bench_read" "$file" --bytes-per-cell 2GiB \
+    --repeats 2 --json "$OUT/tmpfs-read.json"
   # MiB of a chunk, MiB of staging, requests under way (0: the engine's choice), KiB of a block
   while read -r chunk staging requests block; do
     step "tmpfs $chunk/$staging/$requests/$block" 60 shown "$native/bench/bench_pipeline" "$file" \

@@ -57,14 +57,14 @@ EXTENT = (0, 0, 4, 0)
     [
         ([("s", 4, 3)], [], [], "alignment 3"),
         ([("s", 2**63, 1)], [], [], "more than a file can have"),
-        ([("s", 3, 1)], [("t", 4, [EXTENT], 0)], [], "ends outside shard s"),
-        ([("s", 4, 1)], [("t", 3, [EXTENT], 0)], [], "ends outside the tensor"),
-        ([("s", 4, 1)], [("t", 4, [(1, 0, 4, 0)], 0)], [], "in shard 1"),
-        ([("s", 4, 1)], [("t", 4, [(0, 2**64 - 2, 4, 0)], 0)], [], "ends outside shard s"),
-        ([("s", 9, 1)], [("t", 4, [EXTENT, EXTENT], 0)], [], "two extents bring byte 0"),
-        ([("s", 9, 1)], [("t", 5, [EXTENT], 0)], [], "no extent brings byte 4"),
-        ([("s", 4, 1)], [("t", 4, [EXTENT], 0)], [("u", "u", [1], False)], "tensor 1"),
-        ([("s", 4, 1)], [("t", 4, [EXTENT], 0)], [("u", "u", [0, 0], False)], "in it twice"),
+        ([("s", 3, 1, False)], [("t", 4, [EXTENT], 0)], [], "ends outside shard s"),
+        ([("s", 4, 1, False)], [("t", 3, [EXTENT], 0)], [], "ends outside the tensor"),
+        ([("s", 4, 1, False)], [("t", 4, [(1, 0, 4, 0)], 0)], [], "in shard 1"),
+        ([("s", 4, 1, False)], [("t", 4, [(0, 2**64 - 2, 4, 0)], 0)], [], "ends outside shard s"),
+        ([("s", 9, 1, False)], [("t", 4, [EXTENT, EXTENT], 0)], [], "two extents bring byte 0"),
+        ([("s", 9, 1, False)], [("t", 5, [EXTENT], 0)], [], "no extent brings byte 4"),
+        ([("s", 4, 1, False)], [("t", 4, [EXTENT], 0)], [("u", "u", [1], False)], "tensor 1"),
+        ([("s", 4, 1, False)], [("t", 4, [EXTENT], 0)], [("u", "u", [0, 0], False)], "in it twice"),
         ([], [("t", 0, [], 9)], [("u", "u", [0], False)], "cannot be made of none"),
     ],
 )
@@ -77,7 +77,7 @@ def planned() -> _engine.PlannedModel:
     limits = _engine.Limits()
     limits.device_bytes = limits.host_bytes = 1 << 24
     tensors = [("t", 4, [EXTENT], 0)]
-    return _engine.plan_model([("s", 4, 1)], tensors, [("u", "u", [0], False)], limits)
+    return _engine.plan_model([("s", 4, 1, False)], tensors, [("u", "u", [0], False)], limits)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf, 1e-300])

@@ -39,7 +39,7 @@ struct PlannedModel {
   Plan plan;
 };
 
-using ShardTuple = std::tuple<std::string, uint64_t, uint32_t>;
+using ShardTuple = std::tuple<std::string, uint64_t, uint32_t, bool>;
 using ExtentTuple = std::tuple<uint32_t, uint64_t, uint64_t, uint64_t>;
 using TensorTuple = std::tuple<std::string, uint64_t, std::vector<ExtentTuple>, uint64_t>;
 using UnitTuple = std::tuple<std::string, std::string, std::vector<uint32_t>, bool>;
@@ -50,8 +50,8 @@ PlannedModel plan_model(const std::vector<ShardTuple>& shards,
                         const std::optional<Rates>& rates) {
   py::gil_scoped_release nogil;
   PlannedModel planned;
-  for (const auto& [path, bytes, alignment] : shards) {
-    planned.spec.shards.push_back({path, bytes, alignment});
+  for (const auto& [path, bytes, alignment, in_memory] : shards) {
+    planned.spec.shards.push_back({path, bytes, alignment, in_memory});
   }
   for (const auto& [name, bytes, extents, placed_bytes] : tensors) {
     TensorSpec tensor{name, bytes, {}, placed_bytes};
@@ -283,6 +283,7 @@ void bind_plan(py::module_& m) {
         py::arg("limits"), py::arg("rates") = py::none());
   m.def("device_block_bytes", &device_block_bytes, py::arg("bytes"));
   m.def("direct_alignment", &direct_alignment, py::arg("path"));
+  m.def("lies_in_memory", &lies_in_memory, py::arg("path"));
   m.def(
       "time_copies",
       [](int cuda_index, uintptr_t target, uint64_t target_bytes, uint64_t source_bytes,

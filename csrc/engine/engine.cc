@@ -22,6 +22,7 @@ constexpr uint32_t kMostReadThreads = 16;
 constexpr uint32_t kMostAskedThreads = 1024;
 constexpr uint32_t kCoresForThreads = 8;
 constexpr uint32_t kThreadBlockBytes = 256 << 10;
+constexpr uint64_t kLeastPoolRequests = 3;
 constexpr const char* kCauseNames[kStallCauses] = {"SSD", "H2D", "arena"};
 
 std::vector<uint64_t> streamed_bytes(const Plan& plan) {
@@ -83,8 +84,9 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
   device_->record(*records_[0].begin, allocated_on);
   device_->wait(device_->copy_stream(), *records_[0].begin);
   conductor_ = std::make_unique<Conductor>(
-      spec_, plan_, *device_, board_, shards_, make_readers(options_, any_direct()), arena,
-      std::move(homes), std::move(inherited_), estate.kept,
+      spec_, plan_, *device_, board_, shards_,
+      make_readers(options_, any_direct(), plan_.chunk_bytes), arena, std::move(homes),
+      std::move(inherited_), estate.kept,
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
 }
@@ -152,7 +154,7 @@ std::string Engine::choice_without_effect() const {
 // Else by the cores: on virtual disks a read is submitted at a cost, one after another where one
 // ring submits; threads submit side by side, and win where there are cores for them
 // (docs/performance.md has the figures).
-Readers make_readers(const EngineOptions& options, bool any_direct) {
+Readers make_readers(const EngineOptions& options, bool any_direct, uint64_t chunk_bytes) {
   check(options.read_timeout_s > 0 && std::isfinite(options.read_timeout_s),
         "read_timeout_s must be a number above 0, not ", options.read_timeout_s);
   check(options.read_threads <= kMostAskedThreads, "read_threads = ", options.read_threads,
@@ -191,6 +193,12 @@ Readers make_readers(const EngineOptions& options, bool any_direct) {
                                                   : "many cores: threads submit side by side";
   ReaderOptions pool;
   pool.depth = options.read_threads > 0 ? options.read_threads : std::min(cores, kMostReadThreads);
+  // What is in memory is read as fast as the processor's cache lets it be: into slots that were
+  // just copied out of, not into the next of a long queue. So no more waits than keeps all threads
+  // busy: a block for each to read, and one to go on with.
+  pool.requests = static_cast<uint32_t>(std::clamp<uint64_t>(
+      2ull * pool.depth * pool.block_bytes / std::max(chunk_bytes, uint64_t{1}), kLeastPoolRequests,
+      pool.requests));
   readers.pool = make_pread_reader(pool);
   return readers;
 }

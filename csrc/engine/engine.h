@@ -52,8 +52,8 @@ struct EngineOptions {
 };
 
 // The readers that these options ask for; throws where they cannot be had. `any_direct`: some file
-// is to be read directly.
-Readers make_readers(const EngineOptions& options, bool any_direct);
+// is to be read directly. `chunk_bytes`: what most requests will be for.
+Readers make_readers(const EngineOptions& options, bool any_direct, uint64_t chunk_bytes);
 
 // Memory as really taken, now; nothing is freed before `close`, so now is the peak too.
 struct MemoryUse {

@@ -49,7 +49,7 @@ class Timer {
     slots_ = std::make_unique<PinnedBuffer>(*device_, kSlots * slot_bytes_);
     for (uint32_t slot = 0; slot < kSlots; ++slot) free_.push_back(slot);
     for (const EngineOptions& way : ways)
-      ways_.push_back({readers_of(way, any_direct), way.read_timeout_s});
+      ways_.push_back({readers_of(way, any_direct, slot_bytes_), way.read_timeout_s});
   }
 
   std::vector<std::vector<double>> run(double seconds, uint32_t rounds) {
@@ -70,9 +70,9 @@ class Timer {
     double timeout_s = 0;
   };
 
-  static Readers readers_of(const EngineOptions& way, bool any_direct) {
+  static Readers readers_of(const EngineOptions& way, bool any_direct, uint64_t slot_bytes) {
     try {
-      return make_readers(way, any_direct);
+      return make_readers(way, any_direct, slot_bytes);
     } catch (const InvalidArgument&) {
       throw;
     } catch (const Error&) {

@@ -14,6 +14,9 @@ namespace wsm {
 namespace {
 
 constexpr uint64_t kDefaultChunk = 16 * kMiB;
+// Of what lies in memory: so small that a processor's cache holds the slots that are read into and
+// copied out of (an H100's host, 16 threads: 47 GB/s, against 34 by 16 MiB).
+constexpr uint64_t kMemoryChunk = 4 * kMiB;
 constexpr uint64_t kLeastChunk = 64 * kKiB;
 constexpr uint64_t kLeastSlots = 2;  // one of them is kept for demands
 constexpr uint64_t kUsualSlots = 4;  // keeps the disk and the link busy at once
@@ -150,7 +153,8 @@ uint64_t choose_chunk_bytes(const ModelSpec& spec, const Limits& limits,
   }
   // A quarter at most: what the ring does not take, the cache keeps.
   const uint64_t share = limits.staging_bytes ? room : room / 4;
-  uint64_t chunk = std::max(kDefaultChunk, least);
+  const bool in_memory = std::ranges::all_of(spec.shards, &ShardSpec::in_memory);
+  uint64_t chunk = std::max(in_memory ? kMemoryChunk : kDefaultChunk, least);
   while (chunk > least && chunk > share / kUsualSlots) chunk /= 2;
   return chunk;
 }

@@ -15,6 +15,7 @@ struct ShardSpec {
   std::string path;        // for RAM: the parameter's name
   uint64_t bytes = 0;      // size of the file, or of the memory
   uint32_t alignment = 1;  // what direct reads of it need (offset, length, address); 1 for RAM
+  bool in_memory = false;  // RAM, or a file of tmpfs: read as fast as memory can be copied
 };
 
 // A byte range in a shard, with its place inside the tensor.

@@ -23,10 +23,13 @@ namespace {
                        too_many ? "; raise the limit on open files (ulimit -n)" : ""));
 }
 
+bool keeps_files_in_memory(const struct statfs& file_system) {
+  return file_system.f_type == TMPFS_MAGIC || file_system.f_type == RAMFS_MAGIC;
+}
+
 bool in_memory_file_system(int fd) {
   struct statfs info{};
-  if (::fstatfs(fd, &info) != 0) return false;
-  return info.f_type == TMPFS_MAGIC || info.f_type == RAMFS_MAGIC;
+  return ::fstatfs(fd, &info) == 0 && keeps_files_in_memory(info);
 }
 
 // Some file systems take O_DIRECT at open and refuse it at the first read.
@@ -71,6 +74,11 @@ uint32_t direct_alignment(const std::string& path) {
   const DirectFacts facts = direct_facts(AT_FDCWD, path.c_str(), 0);
   if (facts.error == ENOENT || facts.error == ENOTDIR) fail("cannot examine", path, facts.error);
   return facts.alignment;
+}
+
+bool lies_in_memory(const std::string& path) {
+  struct statfs info{};
+  return ::statfs(path.c_str(), &info) == 0 && keeps_files_in_memory(info);
 }
 
 std::unique_ptr<Shard> Shard::open(const std::string& path, DirectMode mode) {

@@ -26,6 +26,8 @@ enum class DirectMode : uint8_t { kAuto, kOff, kOn };
 // What direct I/O needs of `path` (offset, length and address alike), by statx(STATX_DIOALIGN),
 // else the page size. Throws IoError where there is no such file.
 uint32_t direct_alignment(const std::string& path);
+// Whether the file's file system keeps it in memory: tmpfs, ramfs.
+bool lies_in_memory(const std::string& path);
 
 class Shard {
  public:

@@ -351,6 +351,19 @@ TEST(Engine, ADirectReadThatIsRefusedLateIsSaidOnceForEachFile) {
   }
 }
 
+// Requests beyond what keeps the threads busy would only wait, in slots that grow cold.
+TEST(Engine, ThePoolTakesNoMoreThanItsThreadsNeed) {
+  EngineOptions options;
+  options.read_threads = 16;
+  const auto capacity = [&](uint64_t chunk_bytes) {
+    return make_readers(options, false, chunk_bytes).pool->capacity();
+  };
+  EXPECT_EQ(capacity(4 * kMiB), 8u);  // 16 threads with a block of 1 MiB each, twice
+  EXPECT_EQ(capacity(16 * kMiB), 3u);
+  EXPECT_EQ(capacity(64 * kKiB), 64u);
+  EXPECT_EQ(capacity(0), 64u);  // a plan without chunks
+}
+
 TEST(Engine, AnAbandonedPassIsNotSummed) {
   StreamedModel model;
   Engine& engine = model.open(model.plan(limits(3 * model.largest_unit_bytes(), 0)));

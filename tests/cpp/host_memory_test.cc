@@ -82,6 +82,15 @@ TEST(HostMemory, ASmallBudgetTakesSmallerChunks) {
   EXPECT_EQ(chunk(128 * kKiB), 64 * kKiB);
 }
 
+TEST(HostMemory, WhatLiesInMemoryIsReadInSmallerChunks) {
+  ModelSpec spec = aligned_model();
+  spec.shards[0].in_memory = true;
+  EXPECT_EQ(make_plan(spec, streaming(48 * kChunk)).chunk_bytes, kChunk / 4);
+  EXPECT_EQ(make_plan(spec, streaming(kMiB)).chunk_bytes, 64 * kKiB);
+  spec.shards.push_back({.path = "on a disk", .bytes = 4096, .alignment = 4096});
+  EXPECT_EQ(make_plan(spec, streaming(48 * kChunk)).chunk_bytes, kChunk);
+}
+
 TEST(HostMemory, SlotsAreNoLargerThanTheLargestChunk) {
   const Plan plan = make_plan(uniform_model(100, 1, 300000), streaming(16 * kMiB));
   EXPECT_LE(plan.chunk_bytes, 300000u + 2 * 4096);

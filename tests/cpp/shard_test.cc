@@ -55,6 +55,7 @@ TEST(Shard, ReadsDirectlyWhereTheFileSystemDoes) {
   EXPECT_TRUE(std::has_single_bit(shard->alignment()));
   EXPECT_FALSE(shard->direct_refused());
   EXPECT_FALSE(shard->in_memory());
+  EXPECT_FALSE(lies_in_memory(file.path()));
 }
 
 TEST(Shard, OpensAnEmptyFile) {
@@ -78,6 +79,7 @@ TEST(Shard, StaysBufferedOnTmpfs) {
   EXPECT_EQ(shard->mode_reason(), "tmpfs");
   EXPECT_FALSE(shard->direct_refused());
   EXPECT_TRUE(shard->in_memory());
+  EXPECT_TRUE(lies_in_memory(folder / "shard"));
   EXPECT_TRUE(shard->in_page_cache(0, 8192));
   const auto error = error_of([&] { Shard::open(folder / "shard", DirectMode::kOn); });
   EXPECT_TRUE(contains(error, folder / "shard"));

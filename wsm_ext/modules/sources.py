@@ -55,7 +55,8 @@ class Owned:
 class Source:
     """Shards and tensor images for `_engine.plan_model`, and which slot has which image."""
 
-    shards: list[tuple[str, int, int]] = field(default_factory=list)  # path, bytes, alignment
+    # Path, bytes, alignment, and whether they lie in memory.
+    shards: list[tuple[str, int, int, bool]] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)  # address, or 0 for a file
     # name, bytes that arrive, extents, bytes of what is made of them (0: they are the parameter)
     tensors: list[tuple[str, int, list[tuple[int, int, int, int]], int]] = field(
@@ -161,8 +162,9 @@ def _raise_for(problems: list[str]) -> None:
 def _source_of_images(checkpoint: Checkpoint, images: dict[str, TensorImage]) -> Source:
     source = Source()
     for path in checkpoint.shards:
-        alignment = _engine.direct_alignment(str(path))
-        source.shards.append((str(path), path.stat().st_size, alignment))
+        name = str(path)
+        facts = _engine.direct_alignment(name), _engine.lies_in_memory(name)
+        source.shards.append((name, path.stat().st_size, *facts))
         source.memory.append(0)
     seen: dict[TensorImage, int] = {}
     for slot_name, image in images.items():
@@ -243,7 +245,7 @@ def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
 def _add_shard(source: Source, name: str, data: torch.Tensor) -> int:
     """A contiguous tensor in RAM as a shard of its own; its index among the tensors."""
     shard = len(source.shards)
-    source.shards.append((name, data.nbytes, 1))
+    source.shards.append((name, data.nbytes, 1, True))
     source.memory.append(data.data_ptr())
     source.tensors.append((name, data.nbytes, [(shard, 0, data.nbytes, 0)], 0))
     return len(source.tensors) - 1
