@@ -89,7 +89,9 @@ def synthetic_plan(units: int, compared: bool, tensor_bytes: int = 4 * MIB) -> A
     rates = _engine.Rates()
     rates.compute_s = [TENSORS * tensor_bytes / rates.h2d_bytes_per_s / 2] * units
     chosen_by = rates if compared else None
-    return lambda: _engine.plan_model([("file", total, 4096, False)], tensors, specs, limits, chosen_by)
+    return lambda: _engine.plan_model(
+        [("file", total, 4096, False)], tensors, specs, limits, chosen_by
+    )
 
 
 def plan() -> dict[str, Any]:
