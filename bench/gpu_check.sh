@@ -180,7 +180,7 @@ do_memcheck() {
   fi
   step "memcheck pytest" "${MEMCHECK_LIMIT:-400}" shown env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     "${check[@]}" python3 -m pytest -q -m gpu -p no:cacheprovider -o timeout=500 \
-    -k "${TESTS:-test_stream or test_orders or test_resize or test_scarce_gpu}" "$root/tests"
+    -k "${TESTS:-(test_stream or test_orders or test_resize or test_scarce_gpu) and not auto_budgets}" "$root/tests"
   cd "$root" || return
 }
 
