@@ -55,8 +55,8 @@ EXTENT = (0, 0, 4, 0)
 @pytest.mark.parametrize(
     ("shards", "tensors", "units", "why"),
     [
-        ([("s", 4, 3)], [], [], "alignment 3"),
-        ([("s", 2**63, 1)], [], [], "more than a file can have"),
+        ([("s", 4, 3, False)], [], [], "alignment 3"),
+        ([("s", 2**63, 1, False)], [], [], "more than a file can have"),
         ([("s", 3, 1, False)], [("t", 4, [EXTENT], 0)], [], "ends outside shard s"),
         ([("s", 4, 1, False)], [("t", 3, [EXTENT], 0)], [], "ends outside the tensor"),
         ([("s", 4, 1, False)], [("t", 4, [(1, 0, 4, 0)], 0)], [], "in shard 1"),
