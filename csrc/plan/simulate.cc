@@ -4,6 +4,7 @@
 #include <cmath>
 #include <deque>
 #include <list>
+#include <map>
 #include <numeric>
 #include <unordered_map>
 #include <vector>
@@ -173,16 +174,22 @@ class Simulator {
   // the device is done with them too.
   double evict(uint32_t unit, Waits& waits) {
     double released = 0;
-    if (plan_.units[unit].alone) return released;
-    std::erase_if(there_, [&](uint32_t other) {
-      if (!places_overlap(plan_.units[unit], plan_.units[other])) return false;
-      present_[other] = false;
-      const Use& last = uses_[last_use_[other]];
+    const UnitPlan& place = plan_.units[unit];
+    if (place.alone) return released;
+    auto other = there_.upper_bound(place.place_offset);
+    if (other != there_.begin()) --other;
+    while (other != there_.end() && other->first < place.place_offset + place.place_bytes) {
+      if (!places_overlap(place, plan_.units[other->second])) {
+        ++other;
+        continue;
+      }
+      present_[other->second] = false;
+      const Use& last = uses_[last_use_[other->second]];
       released = std::max(released, last.released);
       waits.place = std::max(waits.place, last.computed);
-      return true;
-    });
-    there_.push_back(unit);
+      other = there_.erase(other);
+    }
+    there_[place.place_offset] = unit;
     return released;
   }
 
@@ -265,8 +272,9 @@ class Simulator {
   const std::vector<uint32_t>& order_;
   Cache cache_;
   size_t streaming_units_ = 0;
-  std::vector<bool> present_;    // in the arena, by unit
-  std::vector<uint32_t> there_;  // of these, all whose places others take too
+  std::vector<bool> present_;  // in the arena, by unit
+  // Of these, all whose places others take too, by place: no two of them overlap.
+  std::map<uint64_t, uint32_t> there_;
   std::vector<Use> uses_;
   std::vector<size_t> last_use_;  // by unit, into uses_
   size_t window_from_ = 0;        // the use that brought the last one into the window
