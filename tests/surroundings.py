@@ -184,7 +184,7 @@ def mount_loop(
     image, place = folder / "image", folder / "mounted"
     place.mkdir()
     with open(image, "wb") as file:
-        file.truncate(96 << 20)
+        file.truncate(512 << 20)  # sparse; mkfs.xfs wants 300 MiB
     device = str(image)
     if sector_bytes != 512:
         device = _command("losetup", "-f", "--show", "-b", str(sector_bytes), device).strip()

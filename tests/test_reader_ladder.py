@@ -279,6 +279,8 @@ FILE_SYSTEMS: dict[str, tuple[Callable[[Path], Path], str]] = {
         ext4(4096, 512, "loop,data=journal"),
         "this file system does no direct reads of it$",
     ),
+    "xfs": (partial(mount_loop, make=("mkfs.xfs", "-q")), r"O_DIRECT, alignment \d+"),
+    "btrfs": (partial(mount_loop, make=("mkfs.btrfs", "-q")), r"O_DIRECT, alignment \d+"),
 }
 
 

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -501,6 +502,41 @@ def test_unknown_architectures_ask_for_auto_class(folder):
         prepare(folder)
     edit_config(folder, architectures=None)
     assert type(prepare(folder)[0]) is LlamaForCausalLM
+
+
+HOSTILE = [
+    *(None, True, -1, 0, 1, 3, 2**31, 2**62, 10**30, -(2**63), 0.5, 1e300, "", "x", "../..", "\0"),
+    *([], [1, "a", None], {}, {"a": {"b": []}}, {"rope_type": "x"}, "torch.load", ["Llama"] * 3),
+]
+
+
+def test_a_hostile_config_is_refused_or_loaded_in_bounded_time(folder):
+    """Each value of the config by turns, by others of all kinds; then the text itself, cut."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    loaded = refused = 0
+    for name in config:
+        for value in HOSTILE:
+            file.write_text(json.dumps(config | {name: value}))
+            begin = time.monotonic()
+            try:
+                prepare(folder)
+                loaded += 1
+            except CheckpointError:
+                refused += 1
+            assert time.monotonic() - begin < 20, (name, value)
+    assert min(loaded, refused) > 50
+    text = json.dumps(config)
+    for end in range(0, len(text), 37):
+        file.write_text(text[:end])
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            prepare(folder)
+
+
+def test_a_config_of_endless_layers_is_refused_before_they_are_built(folder):
+    edit_config(folder, num_hidden_layers=10**9, layer_types=None)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 1000000000, and .* tensors"):
+        prepare(folder)
 
 
 # Where the model is

@@ -34,6 +34,11 @@ _log = logging.getLogger("wsm_ext")
 
 _DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _NOT_DOWNLOADED = ["original/*", "consolidated*"]
+_LAYER_COUNTS = (
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers"),
+    *("decoder_layers", "n_layer", "n_layers"),
+)
+_MOST_LAYERS = 10_000
 _VARIANT = re.compile(
     r"model\.(?:safetensors\.index\.)?([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"
 )
@@ -88,8 +93,17 @@ def prepare(
     """The model with its parameters on meta, and the checkpoint under the model's names."""
     config = _read_config(folder)
     checkpoint = _open_weights(folder, config)
+    _refuse_endless(folder, config, checkpoint)
     main_dtype = _main_dtype(dtype, config, checkpoint)
-    model = _build(config, auto_class, main_dtype)
+    try:
+        model = _build(config, auto_class, main_dtype)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a config may have passed its class, and still make no model
+        raise CheckpointError(
+            f"transformers cannot build the model that {folder / 'config.json'} describes:"
+            f" {type(error).__name__}: {error}"
+        ) from error
 
     images, computed = place(model, checkpoint, main_dtype)
 
@@ -206,6 +220,19 @@ def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
         " quantized models are not supported: take the model's unquantized checkpoint, or load this"
         " one with transformers, call dequantize(), and save it with save_pretrained()"
     )
+
+
+def _refuse_endless(folder: Path, config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """Layers are built one by one before any is missed: a config may not ask for any number."""
+    most = max(_MOST_LAYERS, len(checkpoint.tensors))
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for name in _LAYER_COUNTS:
+            count = getattr(part, name, None)
+            if isinstance(count, int) and count > most:
+                raise CheckpointError(
+                    f"{folder / 'config.json'}: {name} is {count}, and the checkpoint has"
+                    f" {len(checkpoint.tensors)} tensors: is it this model's?"
+                )
 
 
 def _open_weights(folder: Path, config: PreTrainedConfig) -> Checkpoint:
