@@ -7,8 +7,11 @@ from typing import Any
 import coldness
 import harness
 from context import Context, Skipped, describe, open_streamed, print_streamed
+from cuptitrace import record
+from gaps import copies_of
+from gaps import describe as describe_copies
 from harness import GIB, LinkCeiling
-from passes import counted_passes, gpu_memory, run_ratios, timed_passes
+from passes import counted_passes, forwards, gpu_memory, run_ratios, timed_passes
 
 
 def measure(
@@ -52,8 +55,27 @@ def from_ram(context: Context) -> dict[str, Any]:
     for name, run in results["runs"].items():
         run["ratio_large"] = run["GB_per_s"]["median"] / large.median
         print(f"  {name}: {run['ratio_large']:.4f} of {large.median:.2f} GB/s, {what}")
+    results["copies"] = trace_copies(context, model)
     conditions = {"layers have device homes": results["all_layers_stream"]}
     return {**results, "figure": least_ratio(results), "conditions": conditions}
+
+
+def trace_copies(context: Context, model: Any) -> dict[str, Any] | None:
+    """What CUPTI sees of three more forwards: whether copies are slow, or apart. Not in the figure:
+    tracing costs time."""
+    if context.device.type != "cuda":
+        return None
+    ids = context.ids(*context.arguments.shapes[0])
+    link = context.link_ceiling()
+    before = len(link.gb_per_s)
+    link.sample()
+    found = describe_copies(copies_of(record(lambda: forwards(model, ids, 3))))
+    link.sample()
+    found["ceiling_around"] = harness.summary(link.gb_per_s[before:])
+    around = found["ceiling_around"]["median"]
+    print(f"  copies by themselves {found['gb_per_s_busy']:.2f} GB/s, the link around {around:.2f}")
+    print(f"  with what lies between them {found['gb_per_s_wall']:.2f} GB/s")
+    return found
 
 
 def from_tmpfs(context: Context) -> dict[str, Any]:
