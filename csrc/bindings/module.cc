@@ -296,9 +296,7 @@ void bind_plan(py::module_& m) {
       py::arg("sizes"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "in_page_cache",
-      [](int fd, uint64_t offset, uint64_t bytes) {
-        return cached(fd, offset, bytes) == Cached::kAll;
-      },
+      [](int fd, uint64_t offset, uint64_t bytes) { return mostly(cached(fd, offset, bytes)); },
       py::arg("fd"), py::arg("offset"), py::arg("bytes"));
   // Leaves the page cache as it is.
   m.def(

@@ -41,7 +41,7 @@ std::bitset<BlockRead::kParts> BlockRead::find_cold_parts() const {
   std::bitset<kParts> cold;
   const Cached whole = shard_->cached(offset_, bytes_);
   if (whole == Cached::kAll) return cold;
-  if (whole != Cached::kSome) return cold.set();
+  if (whole < Cached::kSome) return cold.set();
   const uint64_t step = part_bytes(bytes_);
   for (uint64_t part = 0, at = 0; at < bytes_; ++part, at += step) {
     const uint64_t length = std::min<uint64_t>(step, bytes_ - at);

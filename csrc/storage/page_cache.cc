@@ -39,6 +39,14 @@ PageRange pages_of(uint64_t offset, uint64_t bytes) {
   return {begin, align_up(offset + bytes, page_bytes()) - begin};
 }
 
+constexpr uint64_t kPagesForOneMissing = 128;
+
+Cached judge(uint64_t there, uint64_t pages) {
+  if (there == 0) return Cached::kNone;
+  if (there >= pages) return Cached::kAll;
+  return (pages - there) * kPagesForOneMissing <= pages ? Cached::kMost : Cached::kSome;
+}
+
 // mincore answers "all cached" about files of others, so that nobody can spy on them.
 bool mincore_is_honest(int fd) {
   struct stat info{};
@@ -60,29 +68,26 @@ Cached cached_by_cachestat(int fd, uint64_t offset, uint64_t bytes) {
   CacheRange range{pages.begin, pages.bytes};
   CacheCounts counts{};
   if (::syscall(__NR_cachestat, fd, &range, &counts, 0) != 0) return Cached::kUnknown;
-  if (counts.cached == 0) return Cached::kNone;
-  return counts.cached < pages.bytes / page_bytes() ? Cached::kSome : Cached::kAll;
+  return judge(counts.cached, pages.bytes / page_bytes());
 }
 
 Cached cached_by_mincore(int fd, uint64_t offset, uint64_t bytes) {
   if (!mincore_is_honest(fd)) return Cached::kUnknown;
   std::array<unsigned char, 4096> resident;
-  bool any = false, all = true;
-  for (PageRange pages = pages_of(offset, bytes); pages.bytes > 0 && (all || !any);) {
+  uint64_t there = 0;
+  PageRange pages = pages_of(offset, bytes);
+  const uint64_t count = pages.bytes / page_bytes();
+  while (pages.bytes > 0) {
     const uint64_t step = std::min<uint64_t>(pages.bytes, resident.size() * page_bytes());
     void* map = ::mmap(nullptr, step, PROT_READ, MAP_SHARED, fd, static_cast<off_t>(pages.begin));
     if (map == MAP_FAILED) return Cached::kUnknown;
     const bool told = ::mincore(map, step, resident.data()) == 0;
     ::munmap(map, step);
     if (!told) return Cached::kUnknown;
-    for (size_t page = 0; page < step / page_bytes(); ++page) {
-      const bool here = resident[page] & 1;
-      any |= here;
-      all &= here;
-    }
+    for (size_t page = 0; page < step / page_bytes(); ++page) there += resident[page] & 1;
     pages = {pages.begin + step, pages.bytes - step};
   }
-  return all ? Cached::kAll : any ? Cached::kSome : Cached::kNone;
+  return judge(there, count);
 }
 
 Cached cached(int fd, uint64_t offset, uint64_t bytes) {

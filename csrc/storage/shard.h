@@ -57,9 +57,9 @@ class Shard {
   bool in_memory() const { return in_memory_; }
   // How much of the range is in the page cache (cachestat, else mincore).
   Cached cached(uint64_t offset, uint64_t bytes) const;
-  // True when every page is; false when unknown.
+  // True when every page is, but for a few; false when unknown.
   bool in_page_cache(uint64_t offset, uint64_t bytes) const {
-    return cached(offset, bytes) == Cached::kAll;
+    return mostly(cached(offset, bytes));
   }
   // Tells the kernel that the range will not be used again (POSIX_FADV_DONTNEED). Never fails.
   void drop_from_page_cache(uint64_t offset, uint64_t bytes) const;

@@ -375,13 +375,13 @@ TEST(Engine, AnAbandonedPassIsNotSummed) {
   EXPECT_GT(steady.seconds, 0);
 }
 
-// Each unit has a place of its own, so nothing but a discard makes one be loaded again.
 // A tensor of many chunks lies in the host cache as in its file: it comes in one copy.
 TEST(Engine, WhatLiesTogetherInTheHostCacheIsCopiedTogether) {
   StreamedModel model(1, {.units = 4,
                           .tensors_per_unit = 1,
                           .least_tensor_bytes = 10 * kChunk,
-                          .most_tensor_bytes = 10 * kChunk});
+                          .most_tensor_bytes = 10 * kChunk,
+                          .exclusive = {}});
   DeviceLedger ledger;
   const Plan plan = model.plan(limits(2 * model.largest_unit_bytes(), 2 * model.bytes()));
   ASSERT_GE(plan.chunks.size(), 40u);
@@ -395,6 +395,7 @@ TEST(Engine, WhatLiesTogetherInTheHostCacheIsCopiedTogether) {
   model.close();
 }
 
+// Each unit has a place of its own, so nothing but a discard makes one be loaded again.
 TEST(Engine, ADiscardedUnitIsReadAgainWhereverItsBytesLay) {
   for (const bool cached : {false, true}) {
     SCOPED_TRACE(cached);
