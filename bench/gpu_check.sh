@@ -4,6 +4,7 @@
 #   bench/gpu_check.sh [STEP...]
 #
 #   build tests ram disk   what is done without any step named
+#   surroundings           tests of what the machine around allows: limits, readers, the page cache
 #   memcheck               those that stress the data path, under compute-sanitizer
 #   link                   what the rates of the link and of tmpfs depend on
 #   cases cases-disk       the twelve cases of bench/forward.py, 5 minutes each
@@ -111,6 +112,14 @@ do_tests() {
   fi
 }
 
+# What a machine allows differs: control groups, file systems, io_uring.
+do_surroundings() {
+  cd "$WORK" || return
+  step "surroundings" 180 shown python3 -m pytest -q -rs -p no:cacheprovider \
+    "$root/tests/test_limits.py" "$root/tests/test_reader_ladder.py" "$root/tests/test_page_cache.py"
+  cd "$root" || return
+}
+
 do_ram() {
   step "bench_h2d" 60 shown "$native/bench/bench_h2d" --json "$OUT/h2d.json"
   step "bits" 120 shown python3 "$root/bench/forward.py" --case bits --preset tiny --layers 6 \
@@ -213,7 +222,7 @@ do_link() {
 [ $# -gt 0 ] || set -- build tests ram disk
 for name in "$@"; do
   case $name in
-    build | tests | ram | disk | memcheck | link | budgets | cases | cases-disk | peers | peers-disk) ;;
+    build | tests | surroundings | ram | disk | memcheck | link | budgets | cases | cases-disk | peers | peers-disk) ;;
     *)
       echo "gpu_check: no step '$name'; its first lines list them" >&2
       exit 2
