@@ -143,8 +143,8 @@ class Disk:
     def best(self) -> dict[str, float]:
         return {"GB_per_s": 2.0}
 
-    def sample(self) -> None:
-        pass
+    def sample(self, count: int) -> None:
+        assert count > 0
 
 
 def test_half_cached_reads_the_other_half_and_is_judged_by_its_time(
