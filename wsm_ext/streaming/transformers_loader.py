@@ -196,8 +196,13 @@ def _unreadable(folder: Path, error: Exception) -> str:
     return f"{folder / 'config.json'} cannot be read by transformers: {error}"
 
 
+def _parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig | None]:
+    """The config itself, and those of its text, vision and other parts."""
+    return [config, *(getattr(config, name, None) for name in config.sub_configs)]
+
+
 def _refuse_kernels(folder: Path, config: PreTrainedConfig) -> None:
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+    for part in _parts_of(config):
         attention = getattr(part, "_attn_implementation", None)
         if isinstance(attention, str) and "/" in attention:
             raise CheckpointError(
@@ -225,7 +230,7 @@ def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
 def _refuse_endless(folder: Path, config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
     """Layers are built one by one before any is missed: a config may not ask for any number."""
     most = max(_MOST_LAYERS, len(checkpoint.tensors))
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+    for part in _parts_of(config):
         for name in _LAYER_COUNTS:
             count = getattr(part, name, None)
             if isinstance(count, int) and count > most:
