@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <iterator>
 #include <list>
 #include <map>
 #include <numeric>
@@ -177,17 +178,15 @@ class Simulator {
     const UnitPlan& place = plan_.units[unit];
     if (place.alone) return released;
     auto other = there_.upper_bound(place.place_offset);
-    if (other != there_.begin()) --other;
-    while (other != there_.end() && other->first < place.place_offset + place.place_bytes) {
-      if (!places_overlap(place, plan_.units[other->second])) {
-        ++other;
-        continue;
-      }
+    if (other != there_.begin() && places_overlap(place, plan_.units[std::prev(other)->second])) {
+      --other;
+    }
+    const uint64_t end = place.place_offset + place.place_bytes;
+    for (; other != there_.end() && other->first < end; other = there_.erase(other)) {
       present_[other->second] = false;
       const Use& last = uses_[last_use_[other->second]];
       released = std::max(released, last.released);
       waits.place = std::max(waits.place, last.computed);
-      other = there_.erase(other);
     }
     there_[place.place_offset] = unit;
     return released;
