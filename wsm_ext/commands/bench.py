@@ -8,7 +8,6 @@ of its slowest part; how close a pass comes is that least over its time.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import statistics
@@ -25,6 +24,7 @@ from rich.table import Table
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..planning.budgets import host_available
+from ..planning.device_memory import in_huge_pages
 from ..sizes import format_bytes
 from .report import synchronize
 
@@ -37,15 +37,6 @@ CELL_SECONDS = 0.4
 LAYER_CALLS = 12
 
 Step = Callable[[str], None]
-
-
-def _in_huge_pages(nbytes: int) -> torch.Tensor:
-    """Host memory as the engine has it: between small pages copies are slower by a third."""
-    memory = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class LinkProbe:
@@ -66,7 +57,7 @@ class LinkProbe:
         self.source = (
             torch.empty(total_bytes, dtype=torch.uint8, pin_memory=True)
             if cuda
-            else _in_huge_pages(total_bytes)
+            else in_huge_pages(total_bytes)
         )
         pattern = torch.arange(min(total_bytes, 1 << 30) // 4, dtype=torch.int32).view(torch.uint8)
         for part in self.source.split(pattern.numel()):
@@ -74,7 +65,7 @@ class LinkProbe:
         self.target = (
             torch.empty(2 * chunk_bytes, dtype=torch.uint8, device=device)
             if cuda
-            else _in_huge_pages(2 * chunk_bytes)
+            else in_huge_pages(2 * chunk_bytes)
         )
         self._sample()  # warm-up
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +11,7 @@ import torch
 from .. import _engine
 from ..modules.sources import Source
 
-PLACE_ALIGNMENT = 256
+_HUGE_PAGE = 2 << 20
 
 # What a block holds: the names and sizes of its tensors, in their order.
 _Contents = tuple[tuple[str, int], ...]
@@ -23,12 +25,26 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         if device.type != "cpu":
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        try:
-            block = torch.empty(nbytes + PLACE_ALIGNMENT, dtype=torch.uint8)
-        except RuntimeError as error:  # which is all that torch says of RAM
-            raise torch.OutOfMemoryError(str(error)) from error
-        start = -block.data_ptr() % PLACE_ALIGNMENT
-        return block[start : start + nbytes]
+        return in_huge_pages(nbytes)
+
+
+def in_huge_pages(nbytes: int) -> torch.Tensor:
+    """RAM in huge pages, where the kernel has them: it is written to for the first time three times
+    as fast, and read with fewer misses of the TLB. Only whole ones are asked for, so that no more
+    becomes resident than was counted."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    try:
+        memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise torch.OutOfMemoryError(f"cannot map {nbytes} bytes of RAM: {error}") from error
+    block = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -block.data_ptr() % _HUGE_PAGE
+    whole = nbytes // _HUGE_PAGE * _HUGE_PAGE
+    if whole and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE, start, whole)
+    return block[start : start + nbytes]
 
 
 @dataclass
