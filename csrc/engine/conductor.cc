@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kShortestNapUs = 40;
 constexpr int kLongestNapUs = 1000;
+constexpr double kLongestSleepS = 0.5;
 constexpr double kDevicePatience = 20;  // times the limit of a read
 
 }  // namespace
