@@ -14,7 +14,7 @@ from wsm_ext import _engine
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.commands import cli, demo
 from wsm_ext.planning import measure
-from wsm_ext.streaming import transformers_loader
+from wsm_ext.streaming import pretrained
 
 # More than 2 MiB of layers: the least that a block of device memory costs.
 TINY = {"layers": 12, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 256}
@@ -146,13 +146,13 @@ def test_other_errors_say_their_kind_and_interruptions_exit_with_130(folder, mon
     def fail(*arguments, **options):
         raise KeyError("layers")
 
-    monkeypatch.setattr(transformers_loader, "from_pretrained", fail)
+    monkeypatch.setattr(pretrained, "from_pretrained", fail)
     assert "KeyError: 'layers'" in failure(["prefill", str(folder)], capsys)
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transformers_loader, "from_pretrained", interrupt)
+    monkeypatch.setattr(pretrained, "from_pretrained", interrupt)
     assert cli.main(["prefill", str(folder)]) == 130
 
 
@@ -163,7 +163,7 @@ def test_every_option_reaches_the_loader(folder, monkeypatch, capsys):
         seen.update(options, path=path)
         raise ValueError("captured")
 
-    monkeypatch.setattr(transformers_loader, "from_pretrained", capture)
+    monkeypatch.setattr(pretrained, "from_pretrained", capture)
     options = {
         "--device-memory": "1GiB", "--host-memory": "2GiB", "--units": "model.norm,lm_head",
         "--lookahead": "5", "--reader": "uring", "--direct": "off", "--dtype": "bfloat16",

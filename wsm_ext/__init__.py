@@ -7,12 +7,11 @@ model.generate(...)
 
 from __future__ import annotations
 
-from typing import Any
-
 from ._engine import EngineError, __version__
 from .checkpoints.checkpoint import Checkpoint, CheckpointError, Extent, TensorImage, assemble
 from .config import Config
 from .streaming.integrity import IntegrityError
+from .streaming.pretrained import from_pretrained
 from .streaming.stream import StreamedModule, stream
 
 __all__ = [
@@ -29,12 +28,3 @@ __all__ = [
     "from_pretrained",
     "stream",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # transformers is optional, and slow to import.
-    if name == "from_pretrained":
-        from .streaming.transformers_loader import from_pretrained
-
-        return from_pretrained
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

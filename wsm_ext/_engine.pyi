@@ -88,6 +88,11 @@ class EngineOptions:
     poison: bool
     verbose: bool
 
+class ReadAhead:
+    held_bytes: int
+    def __init__(self, paths: Sequence[str], options: EngineOptions, most_bytes: int) -> None: ...
+    def stop(self) -> None: ...
+
 class Engine:
     closed: bool
     passes: int
@@ -102,6 +107,7 @@ class Engine:
         stream: int,
         options: EngineOptions,
         before: Engine | None = None,
+        ahead: ReadAhead | None = None,
     ) -> None: ...
     def load_resident(self, stream: int, progress: Callable[[], None] | None = None) -> None: ...
     def begin_pass(self, stream: int) -> None: ...

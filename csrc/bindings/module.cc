@@ -15,6 +15,7 @@
 
 #include "device/device.h"
 #include "engine/engine.h"
+#include "engine/read_ahead.h"
 #include "engine/time_reads.h"
 #include "memory/time_copies.h"
 #include "plan/best_plan.h"
@@ -150,9 +151,11 @@ using EngineHolder = std::unique_ptr<Engine, DeleteWithoutGil>;
 using HomeTuple = std::pair<uintptr_t, bool>;
 
 // `before`: a closed or open engine of the same shards, whose device and cache are taken over.
+// `ahead`: what was read of them before there was a plan.
 EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t arena,
                          const std::vector<HomeTuple>& blocks, const std::vector<uintptr_t>& memory,
-                         StreamHandle stream, const EngineOptions& options, Engine* before) {
+                         StreamHandle stream, const EngineOptions& options, Engine* before,
+                         std::shared_ptr<ReadAhead> ahead) {
   py::gil_scoped_release nogil;
   std::vector<const void*> sources;
   for (const uintptr_t address : memory) sources.push_back(reinterpret_cast<const void*>(address));
@@ -166,6 +169,7 @@ EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t 
   } else {
     estate.device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
   }
+  estate.ahead = std::move(ahead);
   return EngineHolder(new Engine(planned.spec, planned.plan, std::move(estate),
                                  reinterpret_cast<std::byte*>(arena), std::move(homes),
                                  std::move(sources), stream, options));
@@ -392,10 +396,15 @@ void bind_engine(py::module_& m) {
       },
       py::arg("paths"), py::arg("spans"), py::arg("ways"), py::arg("seconds"),
       py::arg("rounds") = 1, nogil);
+  py::class_<ReadAhead, std::shared_ptr<ReadAhead>>(m, "ReadAhead")
+      .def(py::init<const std::vector<std::string>&, const EngineOptions&, uint64_t>(),
+           py::arg("paths"), py::arg("options"), py::arg("most_bytes"), nogil)
+      .def("stop", &ReadAhead::stop, nogil)
+      .def_property_readonly("held_bytes", &ReadAhead::held_bytes);
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
            py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"),
-           py::arg("before") = nullptr)
+           py::arg("before") = nullptr, py::arg("ahead") = nullptr)
       .def(
           "load_resident",
           [](Engine& engine, StreamHandle stream, const py::object& progress) {

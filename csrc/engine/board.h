@@ -73,6 +73,7 @@ struct Board {
   uint32_t demand = kNone;         // the unit that an acquire waits for
   std::optional<KeptError> error;  // kept for the next acquire
   bool stop = false;
+  bool pass_over = false;  // some pass has ended
 
   Counters counters;
 

@@ -22,13 +22,15 @@ constexpr double kDevicePatience = 20;  // times the limit of a read
 Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Board& board,
                      std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
                      std::vector<HomeMemory> homes, std::unique_ptr<HostCache> cache_before,
-                     const KeptCache& kept, ConductorOptions options)
+                     const KeptCache& kept, std::shared_ptr<ReadAhead> ahead,
+                     ConductorOptions options)
     : spec_(spec),
       plan_(plan),
       device_(device),
       copies_(device),
       board_(board),
       shards_(shards),
+      ahead_(std::move(ahead)),
       readers_(std::move(readers)),
       arena_(arena),
       homes_(std::move(homes)),
@@ -47,6 +49,7 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
   for (uint32_t tag = tags; tag-- > 0;) free_tags_.push_back(tag);
   for (uint32_t u = 0; u < work_.size(); ++u) work_[u].left = chunks_of(u).second;
   skip_loaded_homes();
+  adopt_ahead();
   present_.reserve(plan.units.size() + 1);
   evicted_.reserve(plan.units.size());
 }
@@ -132,6 +135,7 @@ bool Conductor::step() {
   bool moved = reap();
   moved |= ring_->recycle() > 0;
   if (discarded_) drop_discarded();
+  if (pass_over_ && ahead_) drop_ahead();
   if (options_.poison) poison_released();
   moved |= copy();
   if (!paused_) moved |= read();
@@ -148,6 +152,7 @@ void Conductor::look() {
     demand_ = board_.demand;
     paused_ = board_.error.has_value();
     discarded_ = !board_.discarded.empty();
+    pass_over_ = board_.pass_over;
     const auto& upcoming = board_.sequence.upcoming();
     window_.assign(upcoming.begin(), upcoming.end());
   }
@@ -176,7 +181,9 @@ void Conductor::sleep() {
   pollfd fds[3] = {
       {waker_.fd(), POLLIN, 0}, {readers_.pool->ready_fd(), POLLIN, 0}, {-1, POLLIN, 0}};
   if (readers_.direct) fds[2].fd = readers_.direct->ready_fd();
-  timespec nap{0, 500'000'000};
+  // Not past the time limit, which is looked at when awake.
+  const double sleep_s = std::min(kLongestSleepS, options_.read_timeout_s);
+  timespec nap{0, static_cast<long>(sleep_s * 1e9)};
   if (slots_wanted_ && ring_->copies_pending()) {
     // A copy that ends wakes nobody: look again soon, less often the longer it takes.
     const int us = std::min(kLongestNapUs, kShortestNapUs << std::min(idle_steps_++, 5));

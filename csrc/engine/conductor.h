@@ -29,6 +29,7 @@
 #include "device/device.h"
 #include "engine/board.h"
 #include "engine/copy_run.h"
+#include "engine/read_ahead.h"
 #include "engine/waker.h"
 #include "memory/host_cache.h"
 #include "memory/staging_ring.h"
@@ -77,7 +78,7 @@ class Conductor {
   Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Board& board,
             std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
             std::vector<HomeMemory> homes, std::unique_ptr<HostCache> cache_before,
-            const KeptCache& kept, ConductorOptions options);
+            const KeptCache& kept, std::shared_ptr<ReadAhead> ahead, ConductorOptions options);
   ~Conductor();
 
   void start();
@@ -90,6 +91,7 @@ class Conductor {
   const StagingRing& ring() const { return *ring_; }
   const Readers& readers() const { return readers_; }
   const ShardUse& use_of(uint32_t shard) const { return uses_[shard]; }
+  uint64_t ahead_bytes() const { return ahead_bytes_; }
   // Caller holds the board's mutex: the host bytes of a chunk, where it lies in the cache; else
   // null.
   const std::byte* cached(uint32_t chunk) const;
@@ -116,7 +118,7 @@ class Conductor {
     uint32_t first_unread = 0;  // every chunk before it needs no read
     bool from_disk = false;     // some bytes of the present load came from the disk
   };
-  enum class Route : uint8_t { kDirect, kBuffered };
+  enum class Route : uint8_t { kDirect, kBuffered, kAhead };
   struct Flight {  // a read under way
     uint32_t chunk = kNone;
     uint32_t slot = kNoSlot;  // none: straight into the host cache
@@ -145,7 +147,10 @@ class Conductor {
   bool read();
   bool read_unit(uint32_t unit, bool demanded, bool* blocked);
   bool issue(uint32_t chunk, bool demanded);
-  Route route_of(const Chunk& chunk) const;
+  Route route_of(uint32_t chunk) const;
+  Shard& source_of(uint32_t chunk, Route route) const;
+  void adopt_ahead();
+  void drop_ahead();
   void count_use(const Flight& flight);
   bool needs_read(uint32_t chunk) const;
   uint32_t take_slot(bool demanded);
@@ -172,7 +177,9 @@ class Conductor {
   CopyRun copies_;
   Board& board_;
   std::vector<std::unique_ptr<Shard>>& shards_;
-  Readers readers_;
+  std::shared_ptr<ReadAhead> ahead_;  // null: nothing, or nothing any more
+  std::atomic<uint64_t> ahead_bytes_{0};
+  Readers readers_;  // after what they read from
   std::byte* arena_;
   std::vector<HomeMemory> homes_;  // by block
   ConductorOptions options_;
@@ -198,6 +205,7 @@ class Conductor {
   bool stop_ = false;
   bool slots_wanted_ = false;  // reads wait for slots to be recycled
   bool discarded_ = false;     // the board names units to drop
+  bool pass_over_ = false;     // what was read ahead and not used by now is not waited for
   int idle_steps_ = 0;
   Clock::time_point stall_mark_;
   Clock::time_point last_move_;

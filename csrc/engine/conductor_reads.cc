@@ -29,6 +29,10 @@ void Conductor::complete(const ReadCompletion& done, const Reader& reader) {
     if (done.error.empty()) board_.counters.disk_bytes += chunk.payload_bytes;
   }
   if (done.error.empty()) count_use(flight);
+  if (flight.route == Route::kAhead) {
+    ahead_->used(flight.chunk);
+    ahead_bytes_ = ahead_->held_bytes();
+  }
   // A doomed slot: nobody wants the bytes any more, nor the error.
   if (flight.slot != kNoSlot && !ring_->read_done(flight.slot)) return;
   if (!done.error.empty()) {
@@ -97,16 +101,16 @@ bool Conductor::issue(uint32_t index, bool demanded) {
     slot = take_slot(demanded);
     if (slot == kNoSlot) return false;
   }
-  const Route route = route_of(chunk);
+  const Route route = route_of(index);
   Reader& reader = route == Route::kDirect ? readers_.for_direct() : *readers_.pool;
   ReadRequest request;
-  request.shard = shards_[chunk.shard].get();
+  request.shard = &source_of(index, route);
   request.offset = chunk.read_offset;
   request.bytes = chunk.read_bytes;
   request.need_bytes = chunk.need_bytes;
   request.target = slot == kNoSlot ? cache_->place(chunk) : ring_->data(slot);
   request.tag = free_tags_.back();
-  request.buffered = route == Route::kBuffered;
+  request.buffered = route != Route::kDirect;
   if (!reader.submit(request)) {
     if (slot != kNoSlot) {
       ring_->discard(slot);
@@ -114,6 +118,7 @@ bool Conductor::issue(uint32_t index, bool demanded) {
     }
     return false;
   }
+  if (route == Route::kAhead) ahead_->take(index);
   free_tags_.pop_back();
   flights_[request.tag] = {index, slot, route, Clock::now()};
   chunks_[index] = {ChunkPhase::kReading, false, slot};
@@ -126,21 +131,46 @@ void Conductor::count_use(const Flight& flight) {
   const Chunk& chunk = plan_.chunks[flight.chunk];
   ShardUse& use = uses_[chunk.shard];
   const Shard& shard = *shards_[chunk.shard];
-  const bool direct = flight.route == Route::kDirect && shard.direct();
+  const bool direct = flight.route != Route::kBuffered && shard.direct();
   if (flight.route == Route::kDirect && !direct) {
     log_direct_refused(shard.path(), 0, shard.mode_reason());
   }
   (direct ? use.direct_bytes : use.buffered_bytes) += chunk.payload_bytes;
 }
 
-// Cold extents of a drive by direct reads; what the page cache (or RAM, or tmpfs) has, by the pool.
-Conductor::Route Conductor::route_of(const Chunk& chunk) const {
+// Cold extents of a drive by direct reads; what the page cache (or RAM, or tmpfs) has, or was read
+// ahead, by the pool.
+Conductor::Route Conductor::route_of(uint32_t index) const {
+  if (ahead_ && ahead_->find(index)) return Route::kAhead;
+  const Chunk& chunk = plan_.chunks[index];
   const Shard& shard = *shards_[chunk.shard];
   if (!shard.direct()) return Route::kBuffered;
   if (!readers_.always_direct && shard.in_page_cache(chunk.read_offset, chunk.need_bytes)) {
     return Route::kBuffered;
   }
   return Route::kDirect;
+}
+
+Shard& Conductor::source_of(uint32_t index, Route route) const {
+  return route == Route::kAhead ? *ahead_->find(index) : *shards_[plan_.chunks[index].shard];
+}
+
+// What was read before there was a plan, as far as the budget has room for it beside the plan's.
+void Conductor::adopt_ahead() {
+  if (!ahead_) return;
+  const uint64_t taken = plan_.cache_bytes + plan_.staging_bytes();
+  ahead_->settle(shards_, plan_,
+                 plan_.host_budget_bytes - std::min(plan_.host_budget_bytes, taken));
+  ahead_bytes_ = ahead_->held_bytes();
+}
+
+// Every unit was used, or is one that this model skips: nobody is known to want the rest.
+void Conductor::drop_ahead() {
+  const bool read_from = std::ranges::any_of(
+      flights_, [](const Flight& flight) { return flight.route == Route::kAhead; });
+  if (read_from) return;
+  ahead_.reset();
+  ahead_bytes_ = 0;
 }
 
 uint32_t Conductor::take_slot(bool demanded) {

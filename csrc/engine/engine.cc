@@ -86,7 +86,7 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
   conductor_ = std::make_unique<Conductor>(
       spec_, plan_, *device_, board_, shards_,
       make_readers(options_, any_direct(), plan_.chunk_bytes), arena, std::move(homes),
-      std::move(inherited_), estate.kept,
+      std::move(inherited_), estate.kept, std::move(estate.ahead),
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
 }
@@ -267,6 +267,7 @@ void Engine::end_pass(StreamHandle stream) {
   }
   std::lock_guard lock(board_.mutex);
   board_.sequence.end_pass();
+  board_.pass_over = true;
   ++board_.version;
   conductor_->wake();
 }

@@ -57,7 +57,7 @@ Readers make_readers(const EngineOptions& options, bool any_direct, uint64_t chu
 
 // Memory as really taken, now; nothing is freed before `close`, so now is the peak too.
 struct MemoryUse {
-  uint64_t host_bytes = 0;         // host cache and staging ring, as mapped
+  uint64_t host_bytes = 0;         // host cache and staging ring, as mapped; what was read ahead
   uint64_t host_pinned_bytes = 0;  // of these, page-locked
 };
 
@@ -81,13 +81,15 @@ struct PassSums {
   Counts counts;
 };
 
-// What an engine works with and may take over from the one before it.
+// What an engine works with and may take over: from the one before it, or from who read ahead of
+// it.
 struct Estate {
   std::unique_ptr<Device> device{};
   std::unique_ptr<HostCache> cache{};           // null: a new one
   KeptCache kept{};                             // what it holds
   std::vector<ShardSpec> shards{};              // that it holds it of
   std::vector<std::unique_ptr<Shard>> files{};  // these, as they were opened
+  std::shared_ptr<ReadAhead> ahead{};           // null: nothing was read
 };
 
 class Engine {

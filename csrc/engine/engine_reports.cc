@@ -73,7 +73,7 @@ MemoryUse Engine::memory() const {
   if (closed()) return use;
   const PinnedBuffer& ring = conductor_->ring().buffer();
   const HostCache& cache = conductor_->cache();
-  use.host_bytes = ring.mapped_bytes() + cache.mapped_bytes();
+  use.host_bytes = ring.mapped_bytes() + cache.mapped_bytes() + conductor_->ahead_bytes();
   use.host_pinned_bytes = ring.pinned_bytes() + cache.pinned_bytes();
   return use;
 }

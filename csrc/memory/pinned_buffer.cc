@@ -115,6 +115,14 @@ void PinnedBuffer::truncate(uint64_t bytes) {
   register_until(prepared_);
 }
 
+void PinnedBuffer::give_back(uint64_t begin, uint64_t bytes) {
+  check(begin >= prepared_ && begin % page_bytes() == 0 && bytes % page_bytes() == 0 &&
+            checked_add(begin, bytes) <= mapped_,
+        "a pinned buffer gives back ", bytes, " bytes at ", begin, ", of ", mapped_,
+        " of which the first ", prepared_.load(), " are prepared: whole pages behind these");
+  madvise(data_ + begin, bytes, MADV_DONTNEED);
+}
+
 std::vector<std::string> PinnedBuffer::warnings() const {
   std::lock_guard lock(warnings_mutex_);
   return warnings_;

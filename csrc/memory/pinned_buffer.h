@@ -43,6 +43,8 @@ class PinnedBuffer {
   // prepared meanwhile, and no copy reads from it. What lies before keeps its bytes, and is
   // page-locked.
   void truncate(uint64_t bytes);
+  // Gives back the memory of a part that was never prepared: it may be written to again.
+  void give_back(uint64_t begin, uint64_t bytes);
 
   std::byte* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }          // as asked

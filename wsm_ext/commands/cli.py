@@ -219,7 +219,8 @@ def _streaming() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ..streaming.transformers_loader import prepare, resolve_folder
+    from ..streaming.pretrained import resolve_folder
+    from ..streaming.transformers_loader import prepare
 
     device = report.resolve_device(options.device)
     folder = resolve_folder(
@@ -273,7 +274,7 @@ def _prefill(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     console = Console()
-    from ..streaming.transformers_loader import resolve_folder
+    from ..streaming.pretrained import resolve_folder
 
     device = report.resolve_device(options.device)
     folder = resolve_folder(
@@ -316,7 +317,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from ..streaming.transformers_loader import resolve_folder
+    from ..streaming.pretrained import resolve_folder
     from . import bench
 
     device = report.resolve_device(options.device)
@@ -352,7 +353,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     path = Path(options.model).expanduser()
     if options.revision is not None or not path.exists():
-        from ..streaming.transformers_loader import resolve_folder
+        from ..streaming.pretrained import resolve_folder
 
         path = resolve_folder(
             options.model, revision=options.revision, local_files_only=options.local_files_only
@@ -400,7 +401,7 @@ def _load(
     options: argparse.Namespace, path: Any, device: torch.device, **replaced: Any
 ) -> Iterator[tuple[Any, float]]:
     """The model as the options say; `replaced`: budgets, and settings added to theirs."""
-    from ..streaming.transformers_loader import from_pretrained
+    from ..streaming.pretrained import from_pretrained
 
     settings = _settings(options) | replaced.pop("config", {})
     budgets = {"device_memory": options.device_memory, "host_memory": options.host_memory}

@@ -7,6 +7,10 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from ..sizes import parse_bytes
+
+# With device="cpu" both budgets are RAM: what stays on the "device" needs no copy, so it gets more.
+CPU_DEVICE_SHARE = 0.85
 _GIB = 1 << 30
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -18,6 +22,13 @@ def host_available(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
     available = min([_mem_available(proc), *_group_headrooms(proc, cgroups)])
     available = max(0, available)
     return available - min(max(_GIB, available // 10), available // 2)
+
+
+def read_ahead_room(cpu: bool, host_memory: int | str) -> int:
+    """Bytes that may be read before there is a plan. On a CPU, RAM is for what stays as well."""
+    if host_memory != "auto":
+        return parse_bytes(host_memory, "host_memory")
+    return int(host_available() * (1 - CPU_DEVICE_SHARE)) if cpu else host_available()
 
 
 def device_available(device: torch.device, guard_bytes: int) -> int:

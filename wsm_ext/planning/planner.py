@@ -16,11 +16,9 @@ from ..modules import sources
 from ..modules.sources import Source, unit_tensors
 from ..modules.units import Unit, find_units
 from ..sizes import format_bytes, parse_bytes
-from .budgets import device_available, host_available
+from .budgets import CPU_DEVICE_SHARE, device_available, host_available
 
 _MIB = 1 << 20
-# With device="cpu" both budgets are RAM: what stays on the "device" needs no copy, so it gets more.
-_CPU_DEVICE_SHARE = 0.85
 # Where nobody says what activations and the KV cache need, they get the rest.
 _CUDA_DEVICE_SHARE = 0.85
 # Finer units mean more hooks and log lines: they must shorten the pass to this at least.
@@ -71,7 +69,7 @@ class Budgets:
         if not self.explicit_device:
             if config.sources["gpu_free_guard_mb"] != "default":
                 free = max(free - guard, 0)
-            share = _CPU_DEVICE_SHARE if not self.explicit_host else 1.0
+            share = CPU_DEVICE_SHARE if not self.explicit_host else 1.0
             self.device_bytes = max(int((free - self.host_bytes) * share), 0)
             self._leave_room()
         if not self.explicit_host:

@@ -248,13 +248,26 @@ def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[R
     return Rate(1 / seconds_per_byte, source, ", ".join(notes), tuple(entries)), way
 
 
+def remembered_way(paths: Sequence[Path], config: Config) -> Way:
+    """How the disk under the files was found to be read the fastest; nothing is measured."""
+    value = Measurements().get(key_of(_how(config), *_file_systems(paths)))
+    try:
+        return USUAL_WAY if value is None or config.measure is False else _as_disk(value).way
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return USUAL_WAY
+
+
 def _measure_disk(spans: Sequence[Span], config: Config) -> dict[str, Any]:
     return asdict(measure.measure_disk(spans, config))
 
 
 def _disk_key(spans: Sequence[Span], config: Config) -> str:
     kind = "page cache" if spans[0].cached else _how(config)
-    return key_of(kind, *sorted({file_system(span.path) for span in spans}))
+    return key_of(kind, *_file_systems([span.path for span in spans]))
+
+
+def _file_systems(paths: Sequence[Path]) -> list[str]:
+    return sorted({file_system(path) for path in paths})
 
 
 def _how(config: Config) -> str:

@@ -107,6 +107,7 @@ class StreamedModule(nn.Module):
         workload: Workload | None,
         config: Config | Mapping[str, Any] | None,
         progress: Progress | None,
+        ahead: _engine.ReadAhead | None = None,
     ) -> None:
         super().__init__()
         if isinstance(module, StreamedModule) or hasattr(module, "_wsm_streamed"):
@@ -129,6 +130,7 @@ class StreamedModule(nn.Module):
         self._sizes: Sizes | None = workload if stated else None  # type: ignore[assignment]
         self._made: Planned | None = None
         self._memory: DeviceMemory | None = None
+        self._ahead = ahead  # of the first engine: what is read of the checkpoint meanwhile
         self._carried_passes = 0  # of the engines before this one
         self._carried: dict[str, Any] = {}
         opened = _open(checkpoint)
@@ -141,7 +143,10 @@ class StreamedModule(nn.Module):
         try:
             if workload is not None:
                 self._activation_bytes = self._try_out(workload)
-            budgets = Budgets(self._device, *self._asked, self._config, self._activation_bytes)
+            held = (0, 0 if ahead is None else ahead.held_bytes)
+            budgets = Budgets(
+                self._device, *self._asked, self._config, self._activation_bytes, held
+            )
             self._start_with(self._plan_for(budgets), budgets, progress)
         except BaseException:
             self._moved_buffers.restore()
@@ -194,6 +199,8 @@ class StreamedModule(nn.Module):
         planned = self._plan_within(budgets, kept)
         if self._rates is not None or not measuring_matters(planned.plan, self._config):
             return planned
+        if self._ahead is not None:
+            self._ahead.stop()  # the disk is measured alone
         files = files_of(planned.source)
         self._rates = gather(self.module, files, self._device, self._config, self._sizes)
         return self._plan_within(budgets, kept)
@@ -229,7 +236,9 @@ class StreamedModule(nn.Module):
             current_stream(),
             engine_options(self._config, self._rates.way if self._rates else USUAL_WAY),
             before,
+            self._ahead,
         )
+        self._ahead = None
         # Before torch and the driver are torn down, should nobody close it.
         self._finalizer = weakref.finalize(self, self._engine.close)
         try:

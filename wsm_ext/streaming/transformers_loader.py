@@ -1,4 +1,4 @@
-"""Load a transformers model for streaming.
+"""Make a transformers model for streaming of its folder.
 
 The module is built with its parameters on the meta device, where they cost nothing, and its buffers
 real. `transformers_names` finds the tensor of each parameter and persistent buffer; what `stream`
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,14 +25,9 @@ from transformers.initialization import no_init_weights
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError
 from ..checkpoints.transformers_names import meta_parameter, place
-from ..config import Config
-from .stream import StreamedModule, resolve_device, stream
-from .trial import Workload, usual_workload
 
 _log = logging.getLogger("wsm_ext")
 
-_DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-_NOT_DOWNLOADED = ["original/*", "consolidated*"]
 _LAYER_COUNTS = (
     *("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers"),
     *("decoder_layers", "n_layer", "n_layers"),
@@ -42,49 +36,6 @@ _MOST_LAYERS = 10_000
 _VARIANT = re.compile(
     r"model\.(?:safetensors\.index\.)?([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"
 )
-
-
-def from_pretrained(
-    path: str | os.PathLike[str],
-    *,
-    dtype: str | torch.dtype = "auto",
-    auto_class: Any = None,
-    device: str | torch.device | None = None,
-    device_memory: int | str = "auto",
-    host_memory: int | str = "auto",
-    units: Any = "auto",
-    workload: Workload | None = None,
-    verify: bool | str | os.PathLike[str] | None = None,
-    config: Config | Mapping[str, Any] | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> StreamedModule:
-    """Stream the transformers model in the folder `path`, or behind the hub id `path`.
-
-    `dtype` is "auto" (what the config says) or a dtype: tensors that have another are cast when
-    they arrive, as transformers does it, what it keeps in fp32 included. `auto_class` is a
-    transformers class, or its name, for a config whose `architectures` does not decide. On a GPU,
-    device_memory="auto" leaves room for one sequence of 4096 tokens and its KV cache; state
-    `workload` for others. The other arguments are those of `stream`.
-    """
-    folder = resolve_folder(path, revision=revision, local_files_only=local_files_only)
-    module, checkpoint = prepare(folder, dtype=dtype, auto_class=auto_class)
-    # On a CPU the trial would take as long as the forward.
-    if workload is None and device_memory == "auto" and resolve_device(device).type == "cuda":
-        workload = usual_workload(module)
-    return stream(
-        module,
-        checkpoint,
-        device=device,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        units=units,
-        workload=workload,
-        verify=verify,
-        config=config,
-        progress=progress,
-    )
 
 
 def prepare(
@@ -112,43 +63,6 @@ def prepare(
     model.eval()
     view = {name: replace(image, name=name) for name, image in images.items()}
     return model, replace(checkpoint, tensors=view, computed=computed)
-
-
-def resolve_folder(
-    path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
-) -> Path:
-    """A local folder as it is; anything else is asked from the hub's cache, then from the hub."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise CheckpointError(
-                f"revision={revision!r} means nothing for the local folder {folder}"
-            )
-        return folder
-    if folder.is_file():
-        raise CheckpointError(
-            f"{folder} is a file: give the model's folder, which has its config.json too"
-        )
-    name = os.fspath(path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise CheckpointError(f"{name}: no such folder, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=_DOWNLOADED,
-                ignore_patterns=_NOT_DOWNLOADED,
-            )
-        )
-    except Exception as error:  # the hub client has no common base class for what can go wrong
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"{name}: no such folder here, and the hub did not supply it: {reason[0]}"
-        ) from error
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:

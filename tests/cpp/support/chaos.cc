@@ -1,9 +1,15 @@
 #include "support/chaos.h"
 
 #include <algorithm>
+#include <chrono>
+#include <memory>
 #include <optional>
+#include <string>
+#include <thread>
 #include <utility>
+#include <vector>
 
+#include "engine/read_ahead.h"
 #include "support/streamed_model.h"
 #include "support/witness.h"
 
@@ -60,8 +66,10 @@ class Chaos {
     limits_ = draw_limits(draws_, model_.spec());
     try {
       const Plan plan = model_.plan(limits_);
-      model_.open(plan, draw_options(draws_, terrain_, faults_),
-                  std::make_unique<FaultyDevice>(device_));
+      const EngineOptions options = draw_options(draws_, terrain_, faults_);
+      std::shared_ptr<ReadAhead> ahead = draw_ahead(options);
+      model_.open(plan, options, std::make_unique<FaultyDevice>(device_), std::move(ahead));
+      log_.calm = false;
     } catch (const InvalidArgument& error) {
       must(error.what() != std::string(), "budgets were refused without a reason");
       ++tally_.refused;
@@ -274,6 +282,24 @@ class Chaos {
     must(false, "a closed engine goes on");
   }
 
+  // Some of the shards may have been read before there is an engine; without faults, as nobody is
+  // told of an error there.
+  std::shared_ptr<ReadAhead> draw_ahead(EngineOptions options) {
+    if (!draws_.one_in(2)) return nullptr;
+    log_.calm = true;
+    options.direct = DirectMode::kOn;  // the shards lie in the page cache
+    options.read_timeout_s = 30;       // nothing gets lost
+    std::vector<std::string> paths;
+    for (const ShardSpec& shard : model_.spec().shards) paths.push_back(shard.path);
+    const uint64_t most_bytes = draws_.between(1, 3) * (4 << 20);
+    auto ahead = std::make_shared<ReadAhead>(paths, options, most_bytes);
+    for (int i = 0; i < 50 && ahead->held_bytes() == 0; ++i) {
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+    if (ahead->held_bytes() > 0) ++tally_.read_ahead;
+    return ahead;
+  }
+
   void reopen() {
     log_.calm = true;
     model_.close();
@@ -288,7 +314,8 @@ class Chaos {
       limits_ = before;
       plan = model_.plan(limits_);
     }
-    model_.open(*plan, options, std::make_unique<FaultyDevice>(device_));
+    std::shared_ptr<ReadAhead> ahead = draw_ahead(options);
+    model_.open(*plan, options, std::make_unique<FaultyDevice>(device_), std::move(ahead));
     start();
   }
 

@@ -61,10 +61,12 @@ StreamedModel::StreamedModel(ModelSpec spec, std::vector<const void*> memory)
   }
 }
 
-Engine& StreamedModel::open(const Plan& plan, EngineOptions options,
-                            std::unique_ptr<Device> device) {
+Engine& StreamedModel::open(const Plan& plan, EngineOptions options, std::unique_ptr<Device> device,
+                            std::shared_ptr<ReadAhead> ahead) {
   engine_.reset();
-  return start(plan, std::move(options), Estate{.device = std::move(device)}, {});
+  Estate estate{.device = std::move(device)};
+  estate.ahead = std::move(ahead);
+  return start(plan, std::move(options), std::move(estate), {});
 }
 
 Engine& StreamedModel::resize(const Limits& limits, EngineOptions options) {

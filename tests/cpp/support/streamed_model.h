@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/read_ahead.h"
 #include "plan/planner.h"
 #include "support/temp_file.h"
 
@@ -41,7 +42,8 @@ class StreamedModel {
   Plan plan(const Limits& limits) const { return make_plan(spec_, limits); }
   // Opens an engine by a plan; the memory is the model's, and lives on when the engine is closed.
   Engine& open(const Plan& plan, EngineOptions options = {},
-               std::unique_ptr<Device> device = make_host_device());
+               std::unique_ptr<Device> device = make_host_device(),
+               std::shared_ptr<ReadAhead> ahead = nullptr);
   // Opens an engine by a plan that follows the present one's; it takes over the cache, and the
   // homes whose tensors stay and were loaded. Throws, and changes nothing, where the budgets are
   // too small.

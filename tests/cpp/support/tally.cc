@@ -12,6 +12,7 @@ constexpr std::pair<const char*, uint64_t Tally::*> kFields[] = {
     {"uses", &Tally::uses},
     {"fetches", &Tally::fetches},
     {"resizes", &Tally::resizes},
+    {"read_ahead", &Tally::read_ahead},
     {"aborted_passes", &Tally::aborted_passes},
     {"refused_nestings", &Tally::refused_nestings},
     {"interrupted_waits", &Tally::interrupted_waits},

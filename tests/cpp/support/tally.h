@@ -13,6 +13,7 @@ struct Tally {
   uint64_t uses = 0;  // units acquired and checked
   uint64_t fetches = 0;
   uint64_t resizes = 0;
+  uint64_t read_ahead = 0;  // engines that found some of their shards read
   uint64_t aborted_passes = 0;
   uint64_t refused_nestings = 0;
   uint64_t interrupted_waits = 0;

@@ -1,0 +1,143 @@
+"""`from_pretrained`: a transformers model, streamed.
+
+To import transformers and to build a model with it takes seconds. The checkpoint is read meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _engine
+from ..checkpoints.checkpoint import CheckpointError
+from ..config import Config, engine_options
+from ..planning.budgets import read_ahead_room
+from ..planning.rates import remembered_way
+from .stream import StreamedModule, resolve_device
+from .trial import Workload, usual_workload
+
+_log = logging.getLogger("wsm_ext")
+
+_DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_NOT_DOWNLOADED = ["original/*", "consolidated*"]
+# Less is read faster than a thread is worth.
+_LEAST_READ_AHEAD = 256 << 20
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    auto_class: Any = None,
+    device: str | torch.device | None = None,
+    device_memory: int | str = "auto",
+    host_memory: int | str = "auto",
+    units: Any = "auto",
+    workload: Workload | None = None,
+    verify: bool | str | os.PathLike[str] | None = None,
+    config: Config | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> StreamedModule:
+    """Stream the transformers model in the folder `path`, or behind the hub id `path`.
+
+    `dtype` is "auto" (what the config says) or a dtype: tensors that have another are cast when
+    they arrive, as transformers does it, what it keeps in fp32 included. `auto_class` is a
+    transformers class, or its name, for a config whose `architectures` does not decide. On a GPU,
+    device_memory="auto" leaves room for one sequence of 4096 tokens and its KV cache; state
+    `workload` for others. The other arguments are those of `stream`.
+    """
+    folder = resolve_folder(path, revision=revision, local_files_only=local_files_only)
+    settings = Config.resolve(config)
+    if verify is not None:
+        settings.give("verify", verify)
+    ahead = _read_ahead(folder, device, host_memory, settings)
+    try:
+        from .transformers_loader import prepare
+
+        module, checkpoint = prepare(folder, dtype=dtype, auto_class=auto_class)
+        # On a CPU the trial would take as long as the forward.
+        if workload is None and device_memory == "auto" and resolve_device(device).type == "cuda":
+            workload = usual_workload(module)
+        return StreamedModule(
+            *(module, checkpoint, device, device_memory, host_memory, units, workload),
+            *(settings, progress, ahead),
+        )
+    finally:
+        if ahead is not None:
+            ahead.stop()
+
+
+def _read_ahead(
+    folder: Path, device: str | torch.device | None, host_memory: int | str, config: Config
+) -> _engine.ReadAhead | None:
+    """Begins to read the folder's weights into host memory, as much as the budget holds; None where
+    that is not worth it. What is wrong here, those who need it find and tell."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if config.direct == "off" or sum(map(_size, files)) < _LEAST_READ_AHEAD:
+        return None
+    try:
+        options = engine_options(config, remembered_way(files, config))
+        room = read_ahead_room(_is_cpu(device), host_memory)
+        return _engine.ReadAhead([str(file) for file in files], options, room)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        _log.debug("nothing is read ahead: %s", error)
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _is_cpu(device: str | torch.device | None) -> bool:
+    """Asks nothing of a GPU: that would take longer than it is worth."""
+    if device is None:
+        return not (_engine.built_with_cuda and torch.cuda.is_available())
+    return torch.device(device).type == "cpu"
+
+
+def resolve_folder(
+    path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """A local folder as it is; anything else is asked from the hub's cache, then from the hub."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r} means nothing for the local folder {folder}"
+            )
+        return folder
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder} is a file: give the model's folder, which has its config.json too"
+        )
+    name = os.fspath(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise CheckpointError(f"{name}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=local_files_only,
+                allow_patterns=_DOWNLOADED,
+                ignore_patterns=_NOT_DOWNLOADED,
+            )
+        )
+    except Exception as error:  # the hub client has no common base class for what can go wrong
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{name}: no such folder here, and the hub did not supply it: {reason[0]}"
+        ) from error
