@@ -4,26 +4,27 @@
     python bench/chart.py bench/results/DATE-h100-cases.json --out docs/cases.svg
     python bench/chart.py bench/results/DATE-h100-budgets.json --out docs/budgets.svg
 
-What is drawn follows from the record: peers as bars of GB/s, cases as how far each figure is from
-its bar, budgets as the time of a pass by the share of the model in RAM. The background is
-transparent, and the colours can be read on white and on black.
+What is drawn follows from the record: peers as bars of seconds, a panel for each shape, cases as
+how far each figure is from its bar, budgets as the time of a pass by the share of the model in RAM.
+The background is transparent, and the colours can be read on white and on black.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
-TEXT = "#818b98"
+TEXT = "#757d87"  # the same contrast to GitHub's light and dark background
 OURS = "#2f81f7"
 OTHERS = "#9198a1"
 MISSED = "#d9822b"
-SHAPE = "1x2048"
+CUT = 2.5  # bars longer than so many times the median are cut off
 
 
-def _figure(rows: int) -> tuple[Any, Any]:
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("svg")
@@ -38,11 +39,19 @@ def _figure(rows: int) -> tuple[Any, Any]:
     )
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.32 * rows), layout="constrained")
+    return pyplot
+
+
+def _plain(axes: Any) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(TEXT)
     axes.tick_params(left=False)
+
+
+def _figure(rows: int) -> tuple[Any, Any]:
+    figure, axes = _pyplot().subplots(figsize=(8, 0.8 + 0.32 * rows), layout="constrained")
+    _plain(axes)
     return figure, axes
 
 
@@ -57,25 +66,87 @@ def _where(record: dict[str, Any]) -> str:
     return f"{gpu['name'] if gpu else 'no GPU'}, {environment['date'][:10]}"
 
 
-def draw_peers(record: dict[str, Any], out: Path, shape: str = SHAPE) -> None:
-    """GB/s of the layers' bytes over the time of a forward, the fastest on top."""
-    rates = {}
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _tokens(shape: str) -> str:
+    batch, tokens = shape.split("x")
+    count = tokens if batch == "1" else f"{batch} x {tokens}"
+    return f"{count} token" + "s" * (count != "1")
+
+
+def _peers_panel(axes: Any, shape: str, rows: list[str], times: dict[str, float]) -> None:
+    """Seconds of one shape, in the order of the rows. What holds all on the GPU is a line."""
+    _plain(axes)
+    resident = times.get("resident")
+    shown = {name: seconds for name, seconds in times.items() if name in rows}
+    cut = CUT * statistics.median(shown.values())
+    longest = max(min(seconds, cut) for seconds in shown.values())
+    axes.set_xlim(0, 1.45 * longest)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    for place, name in enumerate(rows):
+        if name not in shown:
+            continue
+        seconds, ours = shown[name], name.startswith("wsm")
+        length = min(seconds, cut)
+        ends = [(0.0, length)]
+        if seconds > cut:  # a gap says that the bar goes on
+            ends = [(0.0, 0.9 * length), (0.93 * length, 0.07 * length)]
+        axes.broken_barh(ends, (place - 0.35, 0.7), color=OURS if ours else OTHERS, linewidth=0)
+        axes.annotate(
+            _seconds(seconds),
+            (length, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=OURS if ours else TEXT,
+            weight="bold" if ours else "normal",
+        )
+    title = _tokens(shape)
+    if resident:
+        axes.axvline(resident, color=MISSED, linewidth=1.2, linestyle="--")
+        title += f"\nall on the GPU: {_seconds(resident)}"
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.locator_params(axis="x", nbins=4)
+
+
+def draw_peers(record: dict[str, Any], out: Path) -> None:
+    """Seconds of a forward by project, a panel for each shape, the fastest on top."""
+    panels: dict[str, dict[str, float]] = {}
     for name, peer in record["results"].items():
-        runs = peer.get("runs", {})
-        # Those that read the disk ran the first shape alone: the disk is their limit in any.
-        run = runs.get(shape) or next(iter(runs.values()), None)
-        if run and name != "resident":
-            rates[name] = run["layers_GB_per_s"]
-    if not rates:
-        raise ValueError(f"the record has no peer with a run of {shape}")
-    names = sorted(rates, key=lambda name: rates[name])
-    figure, axes = _figure(len(names))
-    colours = [OURS if name.startswith("wsm") else OTHERS for name in names]
-    bars = axes.barh(names, [rates[name] for name in names], color=colours, height=0.7)
-    axes.bar_label(bars, fmt="%.1f", padding=4, color=TEXT)
-    layers = record["checkpoint"]["layers"]
-    axes.set_xlabel(f"GB/s of weights through a forward of {shape} tokens, {layers} layers")
-    axes.set_title(_where(record), loc="left", fontsize=9)
+        for shape, run in peer.get("runs", {}).items():
+            panels.setdefault(shape, {})[name] = run["seconds_per_pass"]["median"]
+    panels = {shape: times for shape, times in panels.items() if set(times) - {"resident"}}
+    if not panels:
+        raise ValueError("the record has no peer with a run")
+    totals: dict[str, list[float]] = {}
+    for times in panels.values():
+        for name in set(times) - {"resident"}:
+            totals.setdefault(name, []).append(times[name] / statistics.median(times.values()))
+    # The slowest is the lowest row.
+    rows = sorted(totals, key=lambda name: (-statistics.mean(totals[name]), name))
+    figure, all_axes = _pyplot().subplots(
+        1,
+        len(panels),
+        figsize=(8.6, 1.3 + 0.31 * len(rows)),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for axes, (shape, times) in zip(all_axes[0], panels.items(), strict=True):
+        _peers_panel(axes, shape, rows, times)
+    first = all_axes[0][0]
+    first.set_yticks(range(len(rows)), rows)
+    for label in first.get_yticklabels():
+        if label.get_text().startswith("wsm"):
+            label.set_color(OURS)
+            label.set_fontweight("bold")
+    made = record["checkpoint"]
+    what = (
+        f"seconds a forward, less is better · {made['layers']} layers of {made['preset'].upper()}"
+    )
+    figure.supxlabel(f"{what} shape · {_where(record)}", fontsize=9, color=TEXT)
     _save(figure, out)
 
 

@@ -3,18 +3,25 @@
     python bench/peers.py --folder /dev/shm/llama-12 --disk-folder DISK/peers --json peers.json
     python bench/peers.py --peers "wsm arena,two buffers" --device cpu --preset tiny --folder TMP/x
 
-Each runs in a process of its own, under a time limit; one that fails, or is not installed, says why
-and does not stop the others. Each is set up as its documentation advises for speed. GB/s are the
-bytes of the layers over the time of a forward, from before the first to a synchronize after the
-last of --passes back to back, three times; those that take seconds run once, and those that read a
-disk in every pass run the first shape alone.
+Each runs in a process of its own, under --limit-s, and all of them under --total-s; one that fails,
+or is not installed, says why and does not stop the others. Each is set up as its documentation
+advises for speed. GB/s are the bytes of the layers over the time of a forward, from before the
+first to a synchronize after the last of --passes back to back, three times; those that take seconds
+run once. Those that read a disk in every pass run the first shape alone, forward by forward, and
+what they read is dropped from the page cache before each; one that reads past the page cache and
+begins with the next pass before it is asked runs back to back. The last logits are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import json
+import mmap
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -27,15 +34,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import coldness
 import harness
 import shapes
 import torch
-from harness import GB, GIB
+from harness import GB, GIB, MIB
 from passes import gpu_memory, outside_torch, reset_peak, timed_passes
 from shapes import parse_shapes
 
 STAGING_BYTES = GIB
 SLOW_S = 1.5
+LEAST_S = 20  # with less time left a peer is not begun
+LOGITS = 16  # of the vocabulary's, spread over it
+SAME = 0.05  # of the largest of them: other kernels round otherwise in bfloat16
+TAIL_LINES, TAIL_SHOWN = 60, 25
 TOTAL_BYTES = 16 * GIB
 # Activations of 8x2048 tokens and the allocator's rounding are beside the weights in the 16 GiB.
 ROOM_BYTES = {(1, 1): GIB // 2, (1, 2048): 5 * GIB // 4}
@@ -54,6 +66,23 @@ class Job:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).eval()
+
+    def cool(self) -> None:
+        """Drops what every pass reads from the page cache."""
+        try:
+            coldness.make_cold(self._read())
+        except coldness.NotColdError as error:
+            print(f"not cold: {error}")
+
+    def cached_bytes(self) -> int:
+        """Of what every pass reads, what lies in the page cache."""
+        return sum(map(coldness.cached_pages, self._read())) * mmap.PAGESIZE
+
+    def _read(self) -> list[Path]:
+        """A peer's own copy, else the checkpoint."""
+        own = [path for path in self.scratch.rglob("*") if path.is_file()]
+        copied = sum(path.stat().st_size for path in own) > MIB
+        return own if copied else sorted(self.folder.glob("*.safetensors"))
 
 
 # -- each returns what is called -----------------------------------------------------------------
@@ -76,16 +105,17 @@ def two_buffers(job: Job) -> Any:
 
 
 def wsm_arena(job: Job) -> Any:
+    """What two buffers hold: places for two layers, and all that is no layer."""
     import wsm_ext as wsm
 
     sizes = shapes.measure_checkpoint(wsm.Checkpoint.open(job.folder))
-    arena = 2 * sizes.layer_place_bytes
+    arena, homes = 2 * sizes.layer_place_bytes, sizes.ends_place_bytes
     return wsm.from_pretrained(
         job.folder,
         device=job.device,
-        device_memory=shapes.blocks(arena),
+        device_memory=shapes.blocks(arena) + shapes.blocks(homes),
         host_memory=shapes.host_bytes(sizes, STAGING_BYTES),
-        config={"arena_bytes": arena, "home_bytes": 0},
+        config={"arena_bytes": arena, "home_bytes": homes},
     )
 
 
@@ -99,6 +129,22 @@ def wsm_16gib(job: Job) -> Any:
         device=job.device,
         device_memory=TOTAL_BYTES - outside_torch(job.device) - room,
         host_memory=shapes.host_bytes(sizes, STAGING_BYTES),
+    )
+
+
+def wsm_disk(job: Job) -> Any:
+    """The same on the device; of RAM the staging ring alone."""
+    import wsm_ext as wsm
+
+    sizes = shapes.measure_checkpoint(wsm.Checkpoint.open(job.folder))
+    arena, homes = 2 * sizes.layer_place_bytes, sizes.ends_place_bytes
+    return wsm.from_pretrained(
+        job.folder,
+        device=job.device,
+        device_memory=shapes.blocks(arena) + shapes.blocks(homes),
+        host_memory=STAGING_BYTES,
+        config={"arena_bytes": arena, "home_bytes": homes, "cpu_cache_cap_layers": 0}
+        | {"staging_mb": STAGING_BYTES // MIB},
     )
 
 
@@ -156,6 +202,8 @@ def deepspeed_zero3(job: Job) -> Any:
         port = free.getsockname()[1]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for library in ("NCCL", "GLOO"):  # one rank needs no network, and there may be none
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     config = AutoConfig.from_pretrained(job.folder)
     layer = 4 * config.hidden_size * (config.hidden_size + config.intermediate_size)  # at most
     settings = {
@@ -187,6 +235,7 @@ def mmgp(job: Job) -> Any:
         pinnedMemory=True,
         asyncTransfers=True,
         budgets={"*": 6000},
+        perc_reserved_mem_max=0.9,  # half by default, of what a virtual machine has grown to so far
         quantizeTransformer=False,
     )
     return model
@@ -210,27 +259,76 @@ class Peer:
     make: Callable[[Job], Any]
     package: str | None = None
     disk: bool = False  # reads the disk in every pass
+    ahead: bool = False  # past the page cache; and a pass begins before it is asked for
     only_cuda: bool = True
 
 
+# What matters most comes first: --total-s may cut the last.
 PEERS = {
-    "resident": Peer(resident, only_cuda=False),
-    "wsm arena": Peer(wsm_arena, "wsm_ext", only_cuda=False),
     "wsm 16 GiB": Peer(wsm_16gib, "wsm_ext"),
+    "wsm arena": Peer(wsm_arena, "wsm_ext", only_cuda=False),
     "two buffers": Peer(two_buffers, "torch", only_cuda=False),
     "diffusers leaf": Peer(diffusers("leaf_level"), "diffusers"),
     "diffusers block": Peer(diffusers("block_level"), "diffusers"),
-    "deepspeed zero3": Peer(deepspeed_zero3, "deepspeed"),
+    "resident": Peer(resident, only_cuda=False),
     "mmgp": Peer(mmgp, "mmgp"),
     "accelerate cpu": Peer(accelerate_cpu, "accelerate", only_cuda=False),
+    "deepspeed zero3": Peer(deepspeed_zero3, "deepspeed"),
+    "wsm disk": Peer(wsm_disk, "wsm_ext", disk=True, ahead=True, only_cuda=False),
     "accelerate disk": Peer(accelerate_disk, "accelerate", disk=True, only_cuda=False),
     "diffusers disk": Peer(diffusers("leaf_level", to_disk=True), "diffusers", disk=True),
     "airllm": Peer(airllm, "airllm", disk=True),
 }
 
 
-def measure(name: str, job: Job, passes: int) -> dict[str, Any]:
-    """In the child: load, warm up, run; the layers' GB/s by shape."""
+class Kept:
+    """A model whose last output is kept."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.output: Any = None
+
+    def __call__(self, **words: Any) -> Any:
+        self.output = self.model(**words)
+        return self.output
+
+    def logits(self) -> list[float]:
+        """A few of the last token's."""
+        last = self.output.logits[0, -1].float().cpu()
+        few: list[float] = last[:: max(1, last.numel() // LOGITS)][:LOGITS].tolist()
+        return few
+
+
+def measure_shape(
+    peer: Peer, job: Job, model: Any, ids: torch.Tensor, passes: int
+) -> dict[str, Any]:
+    """Seconds of a pass, after a first; and what the last one gave."""
+    kept = Kept(model)
+    timed_passes(kept, ids, 1)
+    out: dict[str, Any] = {}
+    if peer.disk:
+        seconds, cached = [], []
+        for _ in range(2):
+            job.cool()
+            cached.append(job.cached_bytes())
+            if peer.ahead:  # what it fetched in the meantime must not be had for nothing
+                timed_passes(kept, ids, 1)
+                seconds.append(timed_passes(kept, ids, passes) / passes)
+                cached.append(job.cached_bytes())
+            else:
+                seconds.append(timed_passes(kept, ids, 1))
+        out["cached_bytes"] = max(cached)
+    else:
+        seconds = [timed_passes(kept, ids, 1)]  # some learn their order in the first
+        if seconds[0] < SLOW_S:
+            seconds = [timed_passes(kept, ids, passes) / passes for _ in range(3)]
+    return {"seconds_per_pass": harness.summary(seconds), **out, "logits": kept.logits()}
+
+
+def measure(
+    name: str, job: Job, passes: int, keep: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """In the child: load, warm up, run; the layers' GB/s by shape. `keep` gets it as it grows."""
     import wsm_ext as wsm
 
     peer = PEERS[name]
@@ -239,25 +337,24 @@ def measure(name: str, job: Job, passes: int) -> dict[str, Any]:
     reset_peak(job.device)
     begin = time.perf_counter()
     model = peer.make(job)
-    load_s = time.perf_counter() - begin
-    runs: dict[str, Any] = {}
-    for batch, tokens in job.shapes[:1] if peer.disk else job.shapes:
-        ids = torch.randint(0, vocab, (batch, tokens), device=job.device)
-        warm = timed_passes(model, ids, 1)
-        # Slow ones run less often: a pass of seconds says enough.
-        repeats = 1 if warm > SLOW_S else 3
-        count = 1 if warm > SLOW_S else passes
-        if repeats > 1:
-            timed_passes(model, ids, 1)  # some learn their order in the first
-        seconds = [timed_passes(model, ids, count) / count for _ in range(repeats)]
-        runs[f"{batch}x{tokens}"] = {
-            "seconds_per_pass": harness.summary(seconds),
-            "layers_GB_per_s": sizes.layers_bytes / harness.summary(seconds)["median"] / GB,
-        }
-    out: dict[str, Any] = {"runs": runs, "load_s": load_s, **(gpu_memory(job.device) or {})}
+    out: dict[str, Any] = {"runs": {}, "load_s": time.perf_counter() - begin}
     if peer.package and peer.package != "wsm_ext":
         out["version"] = metadata.version(peer.package)
+    for batch, tokens in job.shapes[:1] if peer.disk else job.shapes:
+        torch.manual_seed(0)  # the same for all
+        ids = torch.randint(0, vocab, (batch, tokens), device=job.device)
+        run = measure_shape(peer, job, model, ids, passes)
+        run["layers_GB_per_s"] = sizes.layers_bytes / run["seconds_per_pass"]["median"] / GB
+        out["runs"][f"{batch}x{tokens}"] = run
+        out |= gpu_memory(job.device) or {}
+        if keep:
+            keep(out)
     return out
+
+
+def no_paths(text: str) -> str:
+    """Absolute paths by their last name: results are published."""
+    return re.sub(r"(?<![\w./])/(?!/)(?:[\w.+-]+/)+", "…/", text)
 
 
 def run_peer(
@@ -270,61 +367,110 @@ def run_peer(
     limit_s: float,
     scratch: Path | None = None,
 ) -> dict[str, Any]:
-    """A peer's figures, from a process of its own; {"failed": why} where there are none."""
+    """A peer's figures, from a process of its own; {"failed": why} where there are none.
+
+    One that is stopped by the limit keeps the shapes it has done; "cut" says so.
+    """
     with tempfile.TemporaryDirectory(dir=scratch) as own:
-        out = Path(own, "figures.json")
+        out, log, copy = (Path(own, name) for name in ("figures.json", "log.txt", "copy"))
+        copy.mkdir()
         command = [sys.executable, str(Path(__file__).resolve()), "--child", name]
-        command += ["--folder", str(folder), "--disk-folder", own, "--device", device]
+        command += ["--folder", str(folder), "--disk-folder", str(copy), "--device", device]
         command += ["--shapes", ",".join(f"{b}x{t}" for b, t in shapes)]
-        command += ["--passes", str(passes), "--json", str(out)]
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {limit_s:g} s"}
-        if not out.is_file():
-            lines = ran.stderr.strip().splitlines() or [f"status {ran.returncode}"]
-            return {"failed": lines[-1], "stderr": lines[-20:]}
-        figures: dict[str, Any] = json.loads(out.read_text())
-        return figures
+        command += ["--passes", str(passes), "--json", str(out), "--limit-s", str(limit_s)]
+        late = ""
+        # Into a file, and with all that it starts: a pipe would be waited for.
+        with log.open("w") as said:
+            running = subprocess.Popen(
+                command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                running.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                late = f"not done after {limit_s:g} s"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(running.pid, signal.SIGKILL)
+                running.wait()
+        lines = no_paths(log.read_text(errors="replace")).strip().splitlines()[-TAIL_LINES:]
+        figures: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    died = next(iter(lines[-1:]), "") or f"status {running.returncode}"
+    why = late or no_paths(figures.pop("failed", "")) or (died if running.returncode else "")
+    if figures.get("runs"):
+        return {**figures, "cut": why, "said": lines} if why else figures
+    return {"failed": why or died, "said": lines}
 
 
 def child(arguments: argparse.Namespace) -> int:
     job = Job(
         arguments.folder, arguments.disk_folder, torch.device(arguments.device), arguments.shapes
     )
+    faulthandler.dump_traceback_later(0.8 * arguments.limit_s)  # where it hangs, if it does
+    figures: dict[str, Any] = {}
+
+    def keep(so_far: dict[str, Any]) -> None:
+        figures.update(so_far)
+        partial = arguments.json.with_suffix(".part")
+        partial.write_text(json.dumps(figures))
+        partial.replace(arguments.json)
+
+    status = 0
     try:
-        figures = measure(arguments.child, job, arguments.passes)
-        status = 0
-    except ImportError as error:
-        figures, status = {"failed": f"not installed: {error}"}, 1
+        measure(arguments.child, job, arguments.passes, keep)
     except Exception as error:  # whatever another project raises
         traceback.print_exc()
-        figures = {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        missing = isinstance(error, ImportError)
+        why = f"not installed: {error}" if missing else f"{type(error).__name__}: {error}"
+        keep({"failed": why})
         status = 1
-    arguments.json.write_text(json.dumps(figures))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # some leave threads behind that never end
 
 
+def compare_logits(results: dict[str, dict[str, Any]], names: list[str]) -> None:
+    """Notes in each run how far its logits are from the resident model's, else the first peer's."""
+    for name in names:
+        runs = {
+            who: peer["runs"][name] for who, peer in results.items() if name in peer.get("runs", ())
+        }
+        if not runs:
+            continue
+        wanted = runs.get("resident", next(iter(runs.values())))["logits"]
+        largest = max(map(abs, wanted)) or 1.0
+        for run in runs.values():
+            pairs = zip(wanted, run["logits"], strict=True)
+            run["logits_off"] = max(abs(a - b) for a, b in pairs) / largest
+
+
 def table(results: dict[str, dict[str, Any]], names: list[str]) -> None:
-    rows = []
+    rows, notes = [], []
     for peer, figures in results.items():
         if "failed" in figures:
-            rows.append((peer, figures["failed"][:80]))
+            notes.append(f"{peer}: {figures['failed'][:160]}")
             continue
-        cells = []
+        if "cut" in figures:
+            notes.append(f"{peer}: {figures['cut']}; what it had done by then stands above")
+        cells: list[str] = []
         for name in names:
             run = figures["runs"].get(name)
             median = run and run["seconds_per_pass"]["median"]
-            cells.append(f"{median:.4f} s ({run['layers_GB_per_s']:.1f})" if run else "")
+            cells += (f"{median:.4f}", f"{run['layers_GB_per_s']:.1f}") if run else ("", "")
+        off = max(run["logits_off"] for run in figures["runs"].values())
+        cached = max(run.get("cached_bytes", 0) for run in figures["runs"].values())
+        if cached:
+            notes.append(
+                f"{peer}: {cached / MIB:.0f} MiB of what it reads stayed in the page cache"
+            )
         peak = figures.get("torch_peak_bytes")
         memory = f"{peak / GIB:.1f} GiB" if peak else ""
-        rows.append((peer, *cells, memory, f"{figures['load_s']:.1f} s"))
-    header = ("who", *(f"{name} (GB/s of layers)" for name in names), "GPU peak", "load")
-    width = len(header)
-    filled = [(*row, *[""] * (width - len(row))) for row in rows]
-    harness.print_table("the same forwards", header, filled)
+        same = "same" if off <= SAME else f"off by {off:.2g}"
+        rows.append((peer, *cells, memory, f"{figures['load_s']:.1f} s", same))
+    columns = [column for name in names for column in (f"{name} s", "GB/s")]
+    header = ("who", *columns, "GPU peak", "load", "logits")
+    harness.print_table("the same forwards: seconds, GB/s of layers", header, rows)
+    for note in notes:
+        print(f"  {note}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -339,8 +485,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", type=int, default=12)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--shapes", type=parse_shapes, default="1x1,1x2048,8x2048")
-    add("--passes", type=int, default=5)
-    add("--limit-s", type=float, default=150, help="for each peer")
+    add("--passes", type=int, default=3)
+    add("--limit-s", type=float, default=100, help="for each peer")
+    add("--total-s", type=float, default=420, help="for all, writing the checkpoint included")
     add("--json", type=Path)
     add("--plot", type=Path, help="draw the table here (SVG; needs matplotlib)")
     add("--child", help=argparse.SUPPRESS)
@@ -351,42 +498,72 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+class Record:
+    """What there is so far, in --json. The machine is described once, when a peer has run: to ask
+    the GPU may take memory of it, and the first peer is to find it empty."""
+
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        self.arguments, self.device = arguments, device
+        self.results: dict[str, dict[str, Any]] = {}
+        self.shapes = [f"{b}x{t}" for b, t in arguments.shapes]
+        self.whole: dict[str, Any] = {}
+
+    def write(self) -> None:
+        compare_logits(self.results, self.shapes)
+        if not self.whole:
+            self.whole = harness.result("peers", "forwards", self.device, self.results)
+            made = {"preset": self.arguments.preset, "layers": self.arguments.layers}
+            self.whole["checkpoint"] = made
+            self.whole["environment"]["transformers"] = metadata.version("transformers")
+        if self.arguments.json:
+            harness.write_results(self.arguments.json, [self.whole])
+
+
 def main() -> int:
     arguments = parse_arguments()
     if arguments.child:
         return child(arguments)
     device = torch.device(arguments.device)
+    end = time.perf_counter() + arguments.total_s
     shapes.ensure_checkpoint(arguments.folder, arguments.preset, arguments.layers)
     if arguments.disk_folder:
         arguments.disk_folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {}
+    record = Record(arguments, device)
+    results = record.results
     for name in arguments.peers.split(","):
         if PEERS[name].only_cuda and device.type != "cuda":
             results[name] = {"failed": "needs a GPU"}
             continue
         begin = time.perf_counter()
+        left = end - begin
+        if left < LEAST_S:
+            results[name] = {"failed": f"not begun: the {arguments.total_s:g} s for all are over"}
+            continue
         results[name] = run_peer(
             name,
             arguments.folder,
             device=arguments.device,
             shapes=arguments.shapes,
             passes=arguments.passes,
-            limit_s=arguments.limit_s,
+            limit_s=min(arguments.limit_s, left),
             scratch=arguments.disk_folder,
         )
-        said = results[name].get("failed", "done")
+        peer = results[name]
+        said = peer.get("failed") or peer.get("cut") or "done"
         print(f"{name}: {said} in {time.perf_counter() - begin:.1f} s", flush=True)
-        record = harness.result("peers", "forwards", device, results)
-        record["checkpoint"] = {"preset": arguments.preset, "layers": arguments.layers}
-        if arguments.json:
-            harness.write_results(arguments.json, [record])
-    table(results, [f"{b}x{t}" for b, t in arguments.shapes])
-    if arguments.plot:
+        if "said" in peer:
+            print("\n".join(f"    | {line}" for line in peer["said"][-TAIL_SHOWN:]), flush=True)
+        record.write()
+    record.write()
+    table(results, record.shapes)
+    if arguments.plot and any("runs" in peer for peer in results.values()):
         import chart
 
-        chart.draw_peers(record, arguments.plot)
-    return 0
+        chart.draw_peers(record.whole, arguments.plot)
+    ours = [name for name, peer in results.items() if name.startswith("wsm") and "failed" in peer]
+    return 1 if ours and device.type == "cuda" else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the peer that runs ends, too
     sys.exit(main())

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import bars
 import cases
 import chart
+import coldness
 import cuptitrace
 import forward
 import passes
@@ -216,6 +217,97 @@ def test_a_peer_that_takes_too_long_or_fails_says_so(tmp_path: Path) -> None:
     assert late["failed"] == "not done after 0.01 s"
     broken = peers.run_peer("resident", tmp_path / "none", limit_s=120, **settings)
     assert "none" in broken["failed"]
+    assert "Traceback" in "".join(broken["said"])
+    assert str(tmp_path) not in json.dumps(broken)
+
+
+ENDINGS = {
+    "time.sleep(60)": "not done after 2 s",
+    "raise SystemExit('out of memory')": "out of memory",
+    "os.kill(os.getpid(), 9)": "status -9",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_peer_that_is_cut_off_keeps_the_shapes_it_has_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    script = tmp_path / "child.py"
+    head = "import json, os, pathlib, subprocess, sys, time"
+    out = "pathlib.Path(sys.argv[sys.argv.index('--json') + 1])"
+    write = f"{out}.write_text(json.dumps({{'runs': {{'1x1': 5}}}}))"
+    script.write_text("\n".join([head, write, "subprocess.Popen(['sleep', '600'])", ending]))
+    monkeypatch.setattr(peers, "__file__", str(script))
+    settings: dict[str, Any] = {"device": "cpu", "shapes": [(1, 1)], "passes": 1, "limit_s": 2}
+    got = peers.run_peer("resident", tmp_path, **settings)
+    assert got["runs"] == {"1x1": 5}
+    assert got["cut"] == ENDINGS[ending]
+
+
+def test_a_disk_peer_reads_files_that_are_cold(odd_model: Path, tmp_path: Path) -> None:
+    if coldness.on_tmpfs(tmp_path):
+        pytest.skip("the temporary folder is memory")
+    job = peers.Job(odd_model, tmp_path, CPU, [(1, 4), (1, 8)])
+    got = peers.measure("wsm disk", job, passes=3)
+    assert list(got["runs"]) == ["1x4"]
+    assert got["runs"]["1x4"]["cached_bytes"] == 0
+    own = tmp_path / "copy.safetensors"
+    own.write_bytes(bytes(2 << 20))
+    assert job.cached_bytes() == 2 << 20
+    job.cool()
+    assert job.cached_bytes() == 0
+
+
+def test_logits_are_compared_with_the_resident_models() -> None:
+    def runs(*logits: float) -> dict[str, Any]:
+        return {"runs": {"1x1": {"logits": list(logits)}}}
+
+    results = {"a": runs(1, -4), "resident": runs(1, -8), "b": {"failed": "so"}}
+    peers.compare_logits(results, ["1x1", "1x8"])
+    assert results["a"]["runs"]["1x1"]["logits_off"] == 0.5
+    assert results["resident"]["runs"]["1x1"]["logits_off"] == 0
+
+
+def test_paths_are_left_out_of_what_is_published() -> None:
+    said = 'File "/a/b.d/c-1/peers.py", line 3: see https://x.org/y/z or /srv/model, not 1/2'
+    assert peers.no_paths(said) == (
+        'File "…/peers.py", line 3: see https://x.org/y/z or …/model, not 1/2'
+    )
+
+
+def peers_command(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> int:
+    sizes = ["--preset", "tiny", "--layers", "3", "--device", "cpu", "--shapes", "1x4,2x4"]
+    command = ["peers.py", "--folder", str(folder / "model"), *sizes, *words]
+    monkeypatch.setattr(sys, "argv", command)
+    return peers.main()
+
+
+def test_peers_make_a_table_a_record_and_a_chart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    out, plot = tmp_path / "peers.json", tmp_path / "peers.svg"
+    words = ["--peers", "wsm arena,resident,mmgp", "--json", str(out), "--plot", str(plot)]
+    assert (
+        peers_command(monkeypatch, tmp_path, *words, "--disk-folder", str(tmp_path / "disk")) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "mmgp: needs a GPU" in printed
+    assert printed.count("same\n") == 2
+    (record,) = json.loads(out.read_text())
+    assert record["results"]["wsm arena"]["runs"]["2x4"]["logits_off"] < 0.01
+    assert record["environment"]["transformers"]
+    assert "wsm arena" in plot.read_text()
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def test_peers_stop_when_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--peers", "wsm arena,two buffers", "--total-s", "1"]
+    assert peers_command(monkeypatch, tmp_path, *words, "--json", str(tmp_path / "x.json")) == 0
+    assert capsys.readouterr().out.count("not begun: the 1 s for all are over") == 2
+    assert (tmp_path / "x.json").is_file()
 
 
 # -- costs and charts ------------------------------------------------------------------------------
@@ -238,25 +330,33 @@ def test_synthetic_models_plan_and_construct(tmp_path: Path) -> None:
     assert got["weights_bytes"] == 100 * width * width * 4
 
 
-def peers_record(**rates: float) -> dict[str, Any]:
-    runs = {name: {"runs": {"1x2048": {"layers_GB_per_s": r}}} for name, r in rates.items()}
+def peers_record(shapes: str = "1x2048", **seconds: float) -> dict[str, Any]:
+    def runs(each: float) -> dict[str, Any]:
+        return {"runs": {name: {"seconds_per_pass": {"median": each}} for name in shapes.split()}}
+
     return {
         "benchmark": "peers",
         "environment": {"gpu": {"name": "GPU X"}, "date": "2026-01-02T03:04:05"},
-        "checkpoint": {"layers": 12},
-        "results": {**runs, "broken": {"failed": "not installed"}},
+        "checkpoint": {"preset": "70b", "layers": 12},
+        "results": {**{who: runs(s) for who, s in seconds.items()}, "broken": {"failed": "so"}},
     }
 
 
 def test_charts_are_drawn_from_records(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "peers.svg"
-    chart.draw([peers_record(wsm=53.8, other=8.25)], out)
+    record = peers_record("1x1 1x2048 8x2048", wsm=0.151, other=0.4, slow=12.5, resident=0.0125)
+    record["results"]["some"] = peers_record("1x1", some=0.2)["results"]["some"]
+    chart.draw([record], out)
     drawn = out.read_text()
-    assert all(text in drawn for text in ("wsm", "other", "53.8", "8.2", "GPU X, 2026-01-02"))
+    rows = ("wsm", "other", "slow", "some", "151 ms", "12.50 s", "all on the GPU: 12.5 ms")
+    around = ("1 token", "2048 tokens", "8 x 2048 tokens", "12 layers of 70B", "GPU X, 2026-01-02")
+    assert [text for text in (*rows, *around) if text not in drawn] == []
+    assert drawn.count("151 ms") == 3
+    assert drawn.count("200 ms") == 1
     assert "broken" not in drawn
     first = out.read_bytes()
-    chart.draw([peers_record(wsm=53.8, other=8.25)], out)
+    chart.draw([record], out)
     assert out.read_bytes() == first
 
     case = {**peers_record(), "benchmark": "forward"}
@@ -295,8 +395,9 @@ def test_budgets_are_drawn_beside_lru(tmp_path: Path) -> None:
 def test_a_chart_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run"):
         chart.draw_budgets(budgets_record(), tmp_path / "x.svg")
-    with pytest.raises(ValueError, match="no peer"):
-        chart.draw_peers(peers_record(), tmp_path / "x.svg")
+    for nobody in (peers_record(), peers_record(resident=0.1)):
+        with pytest.raises(ValueError, match="no peer"):
+            chart.draw_peers(nobody, tmp_path / "x.svg")
     with pytest.raises(ValueError, match="no case"):
         chart.draw_cases([{"results": {}}], tmp_path / "x.svg")
 
