@@ -36,6 +36,10 @@ native=$WORK/native
 table=() failed=0
 [ -d /usr/local/cuda/bin ] && PATH=$PATH:/usr/local/cuda/bin
 export PYTHONUNBUFFERED=1 WSM_REQUIRE_GPU=1
+# As after any installation: where there is no bytecode, and none may be written beside the packages,
+# every process would compile half of torch and transformers first.
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX=$WORK/bytecode
 
 unpack_wheels() {
   local wheels=("$root"/.whl/*.whl "$root"/.whl-peers/*.whl)
@@ -162,20 +166,21 @@ do_budgets() {
   [ "${KEEP:-0}" = 1 ] || rm -rf "$DISK_FOLDER"
 }
 
-# peers NAME LIST
+# peers NAME LIST LAYERS FOLDER
 peers() {
-  step "$1" 560 shown python3 "$root/bench/peers.py" --peers "$2" --preset 70b --layers "$LAYERS" \
-    --folder "$RAM_FOLDER" --disk-folder "$WORK/peers" --json "$OUT/$1.json"
-  [ "${KEEP:-0}" = 1 ] || rm -rf "$RAM_FOLDER"
+  step "$1" 560 shown python3 "$root/bench/peers.py" --peers "$2" --preset 70b --layers "$3" \
+    --folder "$4" --disk-folder "$WORK/peers" --json "$OUT/$1.json"
+  [ "${KEEP:-0}" = 1 ] || rm -rf "$4"
 }
 
 do_peers() {
-  local list="resident,wsm arena,wsm 16 GiB,two buffers,diffusers leaf,diffusers block"
-  peers peers "${PEERS:-$list,deepspeed zero3,mmgp,accelerate cpu}"
+  local list="wsm 16 GiB,wsm arena,two buffers,diffusers leaf,diffusers block,resident,mmgp"
+  peers peers "${PEERS:-$list,accelerate cpu,deepspeed zero3}" "$LAYERS" "$RAM_FOLDER"
 }
 
 do_peers_disk() {
-  peers peers-disk "${DISK_PEERS:-wsm arena,accelerate disk,diffusers disk,airllm}"
+  peers peers-disk "${DISK_PEERS:-wsm disk,accelerate disk,diffusers disk,airllm}" "$DISK_LAYERS" \
+    "$DISK_FOLDER"
 }
 
 # Torch's caching allocator would hide overruns between its blocks. Calls that CUDA refuses are no

@@ -45,7 +45,7 @@ void check_stream(StreamHandle stream) {
 
 class HostDevice final : public Device {
  public:
-  HostDevice() : thread_(start_thread("copies", [this] { run(); })) {}
+  HostDevice() : thread_(start_thread("wsm-copies", "copies", [this] { run(); })) {}
 
   ~HostDevice() override {
     {

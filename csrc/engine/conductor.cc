@@ -71,7 +71,7 @@ void Conductor::skip_loaded_homes() {
 }
 
 void Conductor::start() {
-  thread_ = start_thread("the schedule", [this] { run(); });
+  thread_ = start_thread("wsm-conductor", "the schedule", [this] { run(); });
 }
 
 bool Conductor::stop() {

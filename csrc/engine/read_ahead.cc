@@ -172,7 +172,7 @@ ReadAhead::ReadAhead(const std::vector<std::string>& paths, const EngineOptions&
       process_(::getpid()) {
   reading_->open(paths, options, most_bytes);
   if (reading_->files.empty()) return;
-  thread_ = start_thread("reading ahead", [reading = reading_] { reading->run(); });
+  thread_ = start_thread("wsm-ahead", "reading ahead", [reading = reading_] { reading->run(); });
 }
 
 ReadAhead::~ReadAhead() { stop(); }

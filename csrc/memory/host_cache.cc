@@ -23,7 +23,7 @@ HostCache::HostCache(Device& device, const Plan& plan, std::function<void()> pre
     if (!pieces_.empty() && chunk.home == Home::kHost) check_place(chunk);
   }
   if (plan.cache_bytes > 0) {
-    thread_ = start_thread("the host cache", [this] { prepare(); });
+    thread_ = start_thread("wsm-cache", "the host cache", [this] { prepare(); });
   }
 }
 

@@ -1,7 +1,5 @@
 // A fixed pool of threads that pread, or memcpy from memory shards. Serves every kind of request;
 // the way of choice for what is in memory already, where one thread's copying is the limit.
-#include <pthread.h>
-
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -23,7 +21,7 @@ class PreadReader final : public Reader {
     threads_.reserve(options.depth);
     try {
       for (uint32_t i = 0; i < options.depth; ++i) {
-        threads_.push_back(start_thread("reads", [this] { work(); }));
+        threads_.push_back(start_thread("wsm-pread", "reads", [this] { work(); }));
       }
     } catch (...) {
       stop();
@@ -61,7 +59,6 @@ class PreadReader final : public Reader {
 
  private:
   void work() {
-    (void)::pthread_setname_np(::pthread_self(), "wsm-pread");
     BlockRead block;
     std::unique_lock lock(mutex_);
     for (;;) {

@@ -1,5 +1,8 @@
-// Starts threads, with words for the day when the system refuses one.
+// Starts threads that tell who they are (top -H, a debugger), with words for the day when the
+// system refuses one.
 #pragma once
+
+#include <pthread.h>
 
 #include <system_error>
 #include <thread>
@@ -9,11 +12,15 @@
 
 namespace wsm {
 
-// Throws Error naming `purpose` where there may be no more threads, or no memory for their stacks.
+// `name`: at most 15 characters. Throws Error naming `purpose` where there may be no more threads,
+// or no memory for their stacks.
 template <typename F>
-std::thread start_thread(const char* purpose, F&& run) {
+std::thread start_thread(const char* name, const char* purpose, F&& run) {
   try {
-    return std::thread(std::forward<F>(run));
+    return std::thread([name, run = std::forward<F>(run)] {
+      (void)::pthread_setname_np(::pthread_self(), name);
+      run();
+    });
   } catch (const std::system_error& error) {
     throw Error(concat("cannot start a thread for ", purpose, ": ",
                        errno_text(error.code().value()),
