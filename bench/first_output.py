@@ -6,6 +6,7 @@ Started by the case `first`. Budgets are the defaults.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 BEGIN = time.perf_counter()
 
@@ -23,10 +24,28 @@ def main() -> None:
 
     import torch
 
+    laps: list[str] = []
+
+    def timed(owner: Any, name: str) -> None:
+        """Says when the call begins and ends."""
+        inner = getattr(owner, name)
+
+        def outer(*given: Any, **named: Any) -> Any:
+            begin = time.perf_counter() - BEGIN
+            try:
+                return inner(*given, **named)
+            finally:
+                laps.append(f"{name} {begin:.2f}-{time.perf_counter() - BEGIN:.2f}")
+
+        setattr(owner, name, outer)
+
     torch_s = time.perf_counter() - BEGIN
     import wsm_ext as wsm
+    from wsm_ext.streaming import stream
 
     wsm_s = time.perf_counter() - BEGIN
+    for name in ("__init__", "_try_out", "_plan_for", "_start"):
+        timed(stream.StreamedModule, name)
     model = wsm.from_pretrained(arguments.folder, device=arguments.device)
     loaded_s = time.perf_counter() - BEGIN
     with model, torch.inference_mode():
@@ -39,7 +58,7 @@ def main() -> None:
             raise SystemExit("the logits are not finite")
         print(
             f"output torch {torch_s:.2f} wsm {wsm_s:.2f} loaded {loaded_s:.2f} "
-            f"logits {output_s:.2f} s, streams: {model.plan.streams}",
+            f"logits {output_s:.2f} s, streams: {model.plan.streams}; {', '.join(laps)}",
             flush=True,
         )
 

@@ -88,6 +88,10 @@ class EngineOptions:
     poison: bool
     verbose: bool
 
+class Device: ...
+
+def open_device(cuda_index: int) -> Device: ...
+
 class ReadAhead:
     held_bytes: int
     def __init__(self, paths: Sequence[str], options: EngineOptions, most_bytes: int) -> None: ...

@@ -396,6 +396,9 @@ void bind_engine(py::module_& m) {
       },
       py::arg("paths"), py::arg("spans"), py::arg("ways"), py::arg("seconds"),
       py::arg("rounds") = 1, nogil);
+  // The context of a GPU takes up to a second to make, and stays while this does.
+  py::class_<Device>(m, "Device");
+  m.def("open_device", &make_cuda_device, py::arg("cuda_index"), nogil);
   py::class_<ReadAhead, std::shared_ptr<ReadAhead>>(m, "ReadAhead")
       .def(py::init<const std::vector<std::string>&, const EngineOptions&, uint64_t>(),
            py::arg("paths"), py::arg("options"), py::arg("most_bytes"), nogil)

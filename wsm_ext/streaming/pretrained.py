@@ -1,6 +1,7 @@
 """`from_pretrained`: a transformers model, streamed.
 
-To import transformers and to build a model with it takes seconds. The checkpoint is read meanwhile.
+To import transformers and to build a model with it takes seconds, on one core. Meanwhile the
+checkpoint is read, and the GPU gets its context, both without the GIL.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ def from_pretrained(
     settings = Config.resolve(config)
     if verify is not None:
         settings.give("verify", verify)
+    opened = _open_device(device)
     ahead = _read_ahead(folder, device, host_memory, settings)
     try:
         from .transformers_loader import prepare
@@ -73,6 +76,25 @@ def from_pretrained(
     finally:
         if ahead is not None:
             ahead.stop()
+        opened.clear()
+
+
+def _open_device(device: str | torch.device | None) -> list[_engine.Device]:
+    """Makes the context of the GPU that will be used, in a thread; who holds the list keeps it.
+    What is wrong here, those who need it find and tell."""
+    opened: list[_engine.Device] = []
+    if _is_cpu(device) or not _engine.built_with_cuda or torch.cuda.is_initialized():
+        return opened
+    index = 0 if device is None else torch.device(device).index or 0
+
+    def make() -> None:
+        try:
+            opened.append(_engine.open_device(index))
+        except (ValueError, RuntimeError) as error:
+            _log.debug("no context was made: %s", error)
+
+    threading.Thread(target=make, name="wsm-device", daemon=True).start()
+    return opened
 
 
 def _read_ahead(

@@ -1,0 +1,141 @@
+"""from_pretrained reads the checkpoint while Python imports and builds: what arrives is used,
+within the budget, and nothing depends on it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from surroundings import NotHereError, drop
+from transformers import AutoModelForCausalLM
+
+from wsm_ext import _engine
+from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
+from wsm_ext.config import Config
+from wsm_ext.planning.budgets import read_ahead_room
+from wsm_ext.streaming import pretrained, transformers_loader
+from wsm_ext.streaming.pretrained import from_pretrained
+
+MIB = 1 << 20
+SHAPE = {"layers": 4, "hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 4, "vocab": 512}
+IDS = torch.arange(1, 11)[None]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """On a drive: the usual folder for temporary files may be a tmpfs."""
+    place = Path(tempfile.mkdtemp(prefix="wsm-test-", dir=os.environ.get("TMPDIR") or "/var/tmp"))
+    yield make_llama_checkpoint(place / "model", shards=2, dtype=torch.float32, **SHAPE)
+    shutil.rmtree(place)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> torch.Tensor:
+    """The resident model's logits. It maps the files, so it is gone before they are to be cold."""
+    found = logits(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    gc.collect()
+    return found
+
+
+@pytest.fixture
+def cold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small as it is, it is worth reading."""
+    monkeypatch.setattr(pretrained, "_LEAST_READ_AHEAD", 0)
+    try:
+        for file in folder.glob("*.safetensors"):
+            drop(file)
+    except NotHereError as why:
+        pytest.skip(str(why))
+    return folder
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Each one that was begun, and what it held when the model was built."""
+    found: list[Any] = []
+    begin, prepare = pretrained._read_ahead, transformers_loader.prepare
+
+    def begun(*given: Any) -> Any:
+        found.append(begin(*given))
+        return found[-1]
+
+    def prepared(*given: Any, **named: Any) -> Any:
+        deadline = time.monotonic() + 20
+        before = -1
+        while found[-1] and found[-1].held_bytes > before and time.monotonic() < deadline:
+            before = found[-1].held_bytes
+            time.sleep(0.05)
+        found.append(found[-1].held_bytes if found[-1] else None)
+        return prepare(*given, **named)
+
+    monkeypatch.setattr(pretrained, "_read_ahead", begun)
+    monkeypatch.setattr(transformers_loader, "prepare", prepared)
+    return found
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        {"device_memory": "200MiB", "host_memory": "200MiB"},  # all stays
+        {"device_memory": "24MiB", "host_memory": "200MiB"},  # all is cached
+        {"device_memory": "24MiB", "host_memory": "24MiB"},  # the cache takes the budget
+        {"device_memory": "24MiB", "host_memory": "4MiB"},  # hardly a span
+    ],
+    ids=["stays", "cached", "full", "little"],
+)
+def test_bits_are_right_whatever_was_read(
+    expected: torch.Tensor, cold: Path, started: list[Any], budgets: dict[str, str]
+) -> None:
+    with from_pretrained(cold, device="cpu", **budgets) as model:
+        memory = model.stats()["memory"]
+        assert memory["host_bytes"] <= memory["host_budget_bytes"]
+        for _ in range(3):
+            assert torch.equal(logits(model), expected)
+        if model.plan.disk_home_bytes == 0:
+            assert model.stats()["totals"]["disk_bytes"] == model.plan.model_bytes
+    ahead, held = started
+    direct = next(iter(model.stats()["readers"].values()), {"why": ""})["why"]
+    if "O_DIRECT" not in direct and held == 0:
+        pytest.skip("no direct reads here")
+    assert held > 0
+    assert ahead.held_bytes == 0
+
+
+def test_a_failure_leaves_no_reading_behind(cold: Path, started: list[Any]) -> None:
+    with pytest.raises(ValueError, match="not a dtype"):
+        from_pretrained(cold, device="cpu", dtype="float99")
+    ahead, held = started
+    time.sleep(0.05)
+    assert ahead.held_bytes == held  # it has stopped
+
+
+def test_nothing_is_read_ahead_where_it_would_be_for_nothing(
+    cold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(device: str = "cpu", host_memory: str = "1GiB", **config: Any) -> Any:
+        return pretrained._read_ahead(cold, device, host_memory, Config.resolve(config))
+
+    assert isinstance(begun(), _engine.ReadAhead)
+    assert begun(direct=0) is None
+    monkeypatch.setattr(pretrained, "_LEAST_READ_AHEAD", 1 << 30)
+    assert begun() is None
+
+
+def test_the_room_is_the_budget() -> None:
+    assert read_ahead_room(True, "3MiB") == 3 * MIB
+    assert 0 < read_ahead_room(True, "auto") < read_ahead_room(False, "auto")
+    with pytest.raises(ValueError, match="host_memory"):
+        read_ahead_room(False, "much")
