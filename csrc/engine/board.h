@@ -28,6 +28,7 @@
 #include "device/device.h"
 #include "engine/counters.h"
 #include "engine/sequence.h"
+#include "engine/trace.h"
 #include "plan/plan.h"
 #include "util/check.h"
 
@@ -76,6 +77,7 @@ struct Board {
   bool pass_over = false;  // some pass has ended
 
   Counters counters;
+  Trace trace;
 
   // Whether anything that is expected is not there yet: what lies farthest ahead is looked at
   // first, as it is the likeliest.

@@ -140,6 +140,7 @@ bool Conductor::step() {
   moved |= copy();
   if (!paused_) moved |= read();
   account_stall(moved);
+  board_.trace.host_waits(stalled_ ? demand_ : kNone, stall_cause_, stall_mark_);
   return moved;
 }
 

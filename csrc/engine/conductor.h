@@ -152,6 +152,7 @@ class Conductor {
   void adopt_ahead();
   void drop_ahead();
   void count_use(const Flight& flight);
+  void trace_read(const Flight& flight, const ReadCompletion& done);
   bool needs_read(uint32_t chunk) const;
   uint32_t take_slot(bool demanded);
   bool slot_comes_free() const;

@@ -25,6 +25,7 @@ bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
   if (board_.units[unit].phase == Phase::kAbsent && !begin_load(unit, ahead, demanded))
     return false;
   bool moved = false;
+  uint64_t bytes = 0;
   const auto [first, count] = chunks_of(unit);
   for (uint32_t c = first; c < first + count; ++c) {
     if (chunks_[c].copied) continue;
@@ -32,11 +33,14 @@ bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
                            ? cache_->filled(c)
                            : chunks_[c].phase == ChunkPhase::kFilled;
     if (!there) continue;
+    if (!moved) board_.trace.begin_copies(unit);
     enqueue(c);
+    bytes += plan_.chunks[c].payload_bytes;
     --work_[unit].left;
     moved = true;
   }
   copies_.flush();
+  if (moved) board_.trace.end_copies(bytes);
   if (work_[unit].left == 0) {
     finish_load(unit);
     moved = true;

@@ -29,6 +29,7 @@ void Conductor::complete(const ReadCompletion& done, const Reader& reader) {
     if (done.error.empty()) board_.counters.disk_bytes += chunk.payload_bytes;
   }
   if (done.error.empty()) count_use(flight);
+  if (board_.trace.on()) trace_read(flight, done);
   if (flight.route == Route::kAhead) {
     ahead_->used(flight.chunk);
     ahead_bytes_ = ahead_->held_bytes();
@@ -136,6 +137,26 @@ void Conductor::count_use(const Flight& flight) {
     log_direct_refused(shard.path(), 0, shard.mode_reason());
   }
   (direct ? use.direct_bytes : use.buffered_bytes) += chunk.payload_bytes;
+}
+
+// Told when done, for the same reason.
+void Conductor::trace_read(const Flight& flight, const ReadCompletion& done) {
+  const Chunk& chunk = plan_.chunks[flight.chunk];
+  const Shard& shard = *shards_[chunk.shard];
+  const bool failed = !done.error.empty();
+  const bool direct = flight.route == Route::kDirect && shard.direct();
+  board_.trace.read({.unit = owner_of(flight.chunk),
+                     .bytes = failed ? 0 : chunk.payload_bytes,
+                     .shard = chunk.shard,
+                     .offset = chunk.read_offset,
+                     .read_bytes = done.bytes,
+                     .way = flight.route == Route::kAhead ? ReadWay::kAhead
+                            : shard.memory()              ? ReadWay::kMemory
+                            : direct                      ? ReadWay::kDirect
+                                                          : ReadWay::kBuffered,
+                     .cached = flight.slot == kNoSlot,
+                     .failed = failed},
+                    flight.issued);
 }
 
 // Cold extents of a drive by direct reads; what the page cache (or RAM, or tmpfs) has, or was read

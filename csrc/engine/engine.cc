@@ -252,6 +252,7 @@ void Engine::begin_pass(StreamHandle stream) {
   record.counts = board_.counters.read();
   record.ended = false;
   device_->record(*record.begin, stream);
+  board_.trace.begin_pass(stream);
 }
 
 void Engine::end_pass(StreamHandle stream) {
@@ -262,6 +263,7 @@ void Engine::end_pass(StreamHandle stream) {
     passes_ended_ = passes_;
     PassRecord& record = record_of(passes_ - 1);
     device_->record(*record.end, stream);
+    board_.trace.end_pass(stream);
     record.counts = board_.counters.read().since(record.counts);
     record.ended = true;
   }
@@ -278,7 +280,7 @@ bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
   check(plan_.units[unit].place_bytes > 0, "unit '", spec_.units[unit].name, "' does not stream");
   UnitState& state = board_.units[unit];
   const auto begin = Clock::now();
-  bool waited = false, loaded = false;
+  bool waited = false, loaded = false, first = false;
   {
     std::unique_lock lock(board_.mutex);
     throw_kept_error();
@@ -296,12 +298,16 @@ bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
     } else {
       tell_conductor();
     }
-    if (state.acquired++ == 0) board_.held.push_back(unit);
+    first = state.acquired++ == 0;
+    if (first) board_.held.push_back(unit);
     loaded = !std::exchange(state.used, true);
   }
   {
     std::lock_guard lock(reports_mutex_);
+    board_.trace.begin_wait(unit, *state.ready, stream);
     probes_->wait(stream, *state.ready, passes_ - 1);
+    board_.trace.end_wait(stream);
+    if (first) board_.trace.begin_forward(unit, stream);
   }
   if (options_.verbose) {
     const std::chrono::duration<double, std::milli> ms = Clock::now() - begin;
@@ -366,7 +372,10 @@ void Engine::release(uint32_t unit, StreamHandle stream) {
   std::lock_guard lock(board_.mutex);
   if (state.acquired == 0) return;  // recovered by begin_pass since
   record_released(state, stream);
-  if (--state.acquired == 0) std::erase(board_.held, unit);
+  if (--state.acquired == 0) {
+    std::erase(board_.held, unit);
+    board_.trace.end_forward(unit, stream);
+  }
   tell_conductor();
 }
 
@@ -433,6 +442,7 @@ Estate Engine::hand_over() {
   // Events, and all that has them, go before the device.
   conductor_.reset();
   probes_.reset();
+  board_.trace.take();
   for (UnitState& state : board_.units) state = {};
   for (PassRecord& record : records_) record = {};
   estate.device = std::move(device_);
@@ -444,6 +454,8 @@ Estate Engine::hand_over() {
 void Engine::abandon_buffers() {
   abandon(conductor_);
   abandon(probes_);
+  auto trace = std::make_unique<std::shared_ptr<Trace::Recording>>(board_.trace.take());
+  abandon(trace);
   for (auto& shard : shards_) abandon(shard);
   for (UnitState& state : board_.units) {
     abandon(state.ready);

@@ -141,6 +141,10 @@ class Engine {
   // Of the passes after the first (which fills the host cache) that the device has ended. A pass
   // whose record was taken again before its end was seen is left out.
   PassSums steady_passes();
+  // A trace of what happens from now on: `start_trace` waits for `stream`, `stop_trace` until the
+  // device has come to its end. The first `most_records` things are kept.
+  void start_trace(StreamHandle stream, uint32_t most_records, const Interrupt& interrupt);
+  Timeline stop_trace(const Interrupt& interrupt);
   MemoryUse memory() const;
   std::vector<ShardReport> shards() const;
   std::vector<std::string> warnings() const;

@@ -9,6 +9,12 @@
 
 namespace wsm {
 
+namespace {
+
+constexpr uint32_t kMostTraceRecords = 1 << 24;
+
+}  // namespace
+
 uint64_t Engine::passes() const {
   std::lock_guard lock(reports_mutex_);
   return passes_ended_;
@@ -66,6 +72,19 @@ PassSums Engine::steady_passes() {
   std::lock_guard lock(reports_mutex_);
   if (!closed()) sum_ended_passes();
   return steady_;
+}
+
+void Engine::start_trace(StreamHandle stream, uint32_t most_records, const Interrupt& interrupt) {
+  check_usable();
+  check(most_records > 0 && most_records <= kMostTraceRecords, "a trace of ", most_records,
+        " events: at least 1, at most ", kMostTraceRecords);
+  const auto units = static_cast<uint32_t>(plan_.units.size());
+  board_.trace.start(*device_, stream, units, most_records, interrupt);
+}
+
+Timeline Engine::stop_trace(const Interrupt& interrupt) {
+  check<Error>(::getpid() == process_ && device_, "this streamed model has no trace here");
+  return board_.trace.stop(interrupt);
 }
 
 MemoryUse Engine::memory() const {

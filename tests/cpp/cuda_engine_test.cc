@@ -5,6 +5,8 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <span>
 #include <string>
@@ -143,6 +145,40 @@ TEST_F(CudaEngineTest, WhatCannotBePinnedIsCopiedAllTheSame) {
     EXPECT_LE(ledger_.registered_bytes, most);
     ASSERT_FALSE(engine.warnings().empty());
     EXPECT_NE(engine.warnings()[0].find("stay pageable"), std::string::npos);
+  }
+}
+
+// The device's clock and the host's agree: nothing is copied before any of it was read, nor used
+// before it was copied, nor ends after the trace did.
+TEST_F(CudaEngineTest, ATraceHasTheDevicesTimesOnTheHostsClock) {
+  plan_.lookahead_units = 0;  // each unit is read when it is asked for
+  plan_.read_ahead_bytes = 0;
+  Engine& engine = open();
+  const auto begin = Trace::Clock::now();
+  engine.start_trace(0, 10'000, {});
+  ASSERT_EQ(pass(), "");
+  const Timeline timeline = engine.stop_trace({});
+  const std::chrono::nanoseconds took = Trace::Clock::now() - begin;
+  RecordProperty("clock_error_ns", static_cast<int>(timeline.clock_error_ns));
+  const int64_t slack_ns = timeline.clock_error_ns + 20'000;
+  EXPECT_LE(timeline.length_ns, took.count() + slack_ns);
+  for (uint32_t unit = 0; unit < model_.spec().units.size(); ++unit) {
+    SCOPED_TRACE(unit);
+    int64_t read_ns = INT64_MAX, copy_ns = INT64_MAX, copied_ns = 0, used_ns = INT64_MAX;
+    for (const TraceRecord& record : timeline.records) {
+      if (record.unit != unit) continue;
+      EXPECT_GE(record.begin_ns, 0);
+      EXPECT_LE(record.begin_ns, record.end_ns);
+      if (record.kind == TraceKind::kRead) read_ns = std::min(read_ns, record.end_ns);
+      if (record.kind == TraceKind::kForward) used_ns = record.begin_ns;
+      if (record.kind != TraceKind::kCopy) continue;
+      copy_ns = std::min(copy_ns, record.begin_ns);
+      copied_ns = std::max(copied_ns, record.end_ns);
+    }
+    EXPECT_LE(read_ns, copy_ns + slack_ns);
+    EXPECT_LT(copy_ns, copied_ns);
+    EXPECT_LE(copied_ns, used_ns);
+    EXPECT_LT(used_ns, INT64_MAX);
   }
 }
 
