@@ -97,6 +97,27 @@ class ReadAhead:
     def __init__(self, paths: Sequence[str], options: EngineOptions, most_bytes: int) -> None: ...
     def stop(self) -> None: ...
 
+class TraceRecord:
+    kind: str
+    unit: int | None
+    begin_ns: int
+    end_ns: int
+    bytes: int
+    shard: int
+    offset: int
+    read_bytes: int
+    way: str
+    cached: bool
+    failed: bool
+    cause: str
+
+class Timeline:
+    records: list[TraceRecord]
+    dropped: int
+    full_ns: int
+    length_ns: int
+    clock_error_ns: int
+
 class Engine:
     closed: bool
     passes: int
@@ -125,6 +146,8 @@ class Engine:
     def totals(self) -> dict[str, Any]: ...
     def last_pass(self) -> dict[str, Any]: ...
     def steady_passes(self) -> dict[str, Any]: ...
+    def start_trace(self, stream: int, most_records: int) -> None: ...
+    def stop_trace(self) -> Timeline: ...
     def memory(self) -> tuple[int, int]: ...
     def readers(self) -> dict[str, dict[str, Any]]: ...
 

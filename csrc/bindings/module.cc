@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/trace.h"
 #include "device/device.h"
 #include "engine/engine.h"
 #include "engine/read_ahead.h"
@@ -441,6 +442,14 @@ void bind_engine(py::module_& m) {
       .def("totals", [](Engine& engine) { return counts_dict(engine.totals()); })
       .def("last_pass", &last_pass_dict)
       .def("steady_passes", &steady_passes_dict)
+      .def(
+          "start_trace",
+          [](Engine& engine, StreamHandle stream, uint32_t most_records) {
+            engine.start_trace(stream, most_records, plain_interrupt());
+          },
+          py::arg("stream"), py::arg("most_records"), nogil)
+      .def(
+          "stop_trace", [](Engine& engine) { return engine.stop_trace(plain_interrupt()); }, nogil)
       .def("memory",
            [](const Engine& engine) {
              const MemoryUse use = engine.memory();
@@ -461,6 +470,7 @@ PYBIND11_MODULE(_engine, m) {
   register_errors(m);
   bind_simulator(m);
   bind_plan(m);
+  bind_trace(m);
   bind_engine(m);
   m.attr("__version__") = WSM_VERSION;
   m.attr("built_with_cuda") = built_with_cuda();
