@@ -8,9 +8,7 @@ finds what went wrong by accident; who can write the files can write the sidecar
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..whole_file import write_whole
 from .checkpoint import (
     _TORCH_NAMES,
     Checkpoint,
@@ -146,19 +145,7 @@ def write_sidecar(path: Path, hashes: Mapping[str, Recorded]) -> None:
         for name, h in sorted(hashes.items())
     )
     head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in _HEAD.items())
-    text = f'{{\n{head} "tensors": {{\n{lines}\n }}\n}}\n'
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as partial:
-        try:
-            partial.write(text)
-            partial.flush()
-            os.fsync(partial.fileno())
-            os.fchmod(partial.fileno(), 0o644)
-            os.replace(partial.name, path)
-        except BaseException:
-            Path(partial.name).unlink(missing_ok=True)
-            raise
+    write_whole(path, f'{{\n{head} "tensors": {{\n{lines}\n }}\n}}\n')
 
 
 def read_sidecar(path: Path) -> dict[str, Recorded]:
