@@ -6,6 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,8 @@ from .buffers import Buffers
 from .integrity import Checker, Counts
 from .passes import out_of_memory
 from .residency import Residency, stream_getter
+from .timeline import Names
+from .trace import MOST_EVENTS, Tracing
 from .trial import Usual, Workload, activation_bytes
 
 CheckpointLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Checkpoint
@@ -119,6 +122,7 @@ class StreamedModule(nn.Module):
             )
         self._closed = True  # until everything stands
         self._final_stats: dict[str, Any] = {}
+        self._tracing: Tracing | None = None
         self.module = module
         self._device = resolve_device(device)
         self._config = Config.resolve(config)
@@ -289,6 +293,8 @@ class StreamedModule(nn.Module):
             raise RuntimeError("the streamed module is closed")
         if self._residency.passes.inside():
             raise RuntimeError("resize() is for between passes, not inside a forward")
+        if self._tracing is not None:
+            raise RuntimeError("resize() is not for inside a trace: end the trace first")
         asked = (
             self._asked[0] if device_memory is None else device_memory,
             self._asked[1] if host_memory is None else host_memory,
@@ -453,6 +459,45 @@ class StreamedModule(nn.Module):
             "warnings": list(dict.fromkeys(self._plan.warnings + self._engine.warnings)),
         }
 
+    @contextmanager
+    def trace(
+        self, path: str | os.PathLike[str], *, most_events: int = MOST_EVENTS
+    ) -> Iterator[None]:
+        """Write a timeline of what happens in the `with` block to `path`, for ui.perfetto.dev.
+
+        It shows each read, what was copied to the device, forwards, waits and passes. The end of
+        the block waits for the device. Events beyond the first `most_events` are counted, not kept.
+
+        Raises RuntimeError where the module is closed, or traced already; OSError or ValueError
+        where the file cannot be written.
+        """
+        if self._closed:
+            raise RuntimeError("the streamed module is closed")
+        if self._tracing is not None:
+            raise RuntimeError("a trace of this streamed module is being taken: end it first")
+        if not self._plan.streams:
+            warnings.warn(
+                "all weights stay on the device: a trace has nothing to show", stacklevel=3
+            )
+        names = Names(
+            [unit.name for unit in self._plan.units],
+            [os.path.basename(shard[0]) for shard in self._source.shards],
+        )
+        stream = stream_getter(self._device)()
+        self._tracing = Tracing(self._engine, stream, path, names, str(self._device), most_events)
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # what the block raised is what matters
+                self._end_trace()
+            raise
+        self._end_trace()
+
+    def _end_trace(self) -> None:
+        tracing, self._tracing = self._tracing, None
+        if tracing is not None:  # close() may have ended it
+            tracing.finish()
+
     def fetch(self, name: str) -> torch.Tensor:
         """A copy on the device of the parameter `name` (a name of the wrapped module).
 
@@ -478,6 +523,7 @@ class StreamedModule(nn.Module):
             )
         try:
             if not self._engine.closed:
+                self._end_trace()
                 self._give_back_owned()
                 self._final_stats = self.stats()
         finally:

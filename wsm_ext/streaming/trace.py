@@ -1,0 +1,62 @@
+"""A trace of a streamed module: taken by the engine, written as a timeline (timeline.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+from .. import _engine
+from ..whole_file import write_whole
+from .timeline import Names, document
+
+# Two passes of 141 GB from disk in chunks of 16 MiB, and a second or two of passes of microseconds.
+MOST_EVENTS = 1 << 15
+
+
+class Tracing:
+    """Begins with the constructor; `finish` ends it and writes the file. Raises what the engine
+    raises, and OSError or ValueError where the file cannot be written."""
+
+    def __init__(
+        self,
+        engine: _engine.Engine,
+        stream: int,
+        path: str | os.PathLike[str],
+        names: Names,
+        device: str,
+        most_events: int,
+    ) -> None:
+        self._engine = engine
+        self._path = Path(path)
+        self._names = names
+        self._device = device
+        check_target(self._path)
+        engine.start_trace(stream, most_events)
+
+    def finish(self) -> None:
+        """Waits until the device has come to the end of what was traced."""
+        timeline = self._engine.stop_trace()
+        content = document(timeline, self._names, self._device)
+        write_whole(self._path, json.dumps(content) + "\n")
+        if timeline.dropped:
+            warnings.warn(
+                f"the trace was full after {timeline.full_ns * 1e-9:.3f} s: {timeline.dropped}"
+                " later events are missing; trace less, or give trace() a larger most_events",
+                stacklevel=4,
+            )
+
+
+def check_target(path: Path) -> None:
+    """Before anything takes its time: raises OSError or ValueError where `path` cannot be written.
+
+    What is there is replaced; anything but a file would be lost by that.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"a trace cannot be written to {path}: {folder} is no folder")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"a trace cannot be written to {path}: it is there, and is no file")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"a trace cannot be written to {path}: {folder} cannot be written to")
