@@ -88,6 +88,27 @@ def test_prefill_prints_its_figures_and_writes_them(folder, tmp_path, capsys):
     assert {reader["reader"] for reader in content["stats"]["readers"].values()} == {"pread"}
 
 
+def test_traces_are_of_the_last_prefill_or_the_whole_generation(with_tokenizer, tmp_path, capsys):
+    def passes_after(*arguments):
+        out = tmp_path / "trace.json"
+        assert cli.main([*arguments, *BUDGETS, "--no-measure", "--trace", str(out)]) == 0
+        printed = capsys.readouterr().out.replace("\n", "")
+        assert f"{out}; open it in https://ui.perfetto.dev" in printed
+        events = json.loads(out.read_text())["traceEvents"]
+        assert {"read", "copy", "forward"} <= {event.get("cat") for event in events}
+        return sum(event.get("cat") == "pass" for event in events)
+
+    model = str(with_tokenizer)
+    assert passes_after("prefill", model, "--tokens", "4", "--repeat", "2") == 1
+    assert passes_after("generate", model, "--prompt", "w1 w2", "--max-new-tokens", "3") == 3
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_loading(tmp_path, capsys):
+    for command in (["prefill"], ["generate", "--prompt", "w1"]):
+        asked = [*command, str(tmp_path / "no model"), "--trace", str(tmp_path / "no" / "folder")]
+        assert "a trace cannot be written" in failure(asked, capsys)
+
+
 def test_generate_continues_the_prompt_as_the_resident_model_does(with_tokenizer, tmp_path, capsys):
     out = tmp_path / "out.json"
     prompt = "w3 w1 w4"

@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from .. import __version__
+from ..streaming.trace import check_target
 from . import plan_report, report
 from .demo import SIZES, run_demo
 
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"wsm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    common, streaming, workload = _common(), _streaming(), _workload()
+    common, streaming, workload, traced = _common(), _streaming(), _workload(), _traced()
 
     plan = commands.add_parser(
         "plan",
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     prefill = commands.add_parser(
         "prefill",
-        parents=[streaming, workload, common],
+        parents=[streaming, workload, traced, common],
         help="time prefills of random tokens",
         description="Stream a model and time prefills of random tokens: rates, stalls, memory.",
     )
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser(
         "generate",
-        parents=[streaming, common],
+        parents=[streaming, traced, common],
         help="continue a text",
         description="Stream a model and continue a text; the model's folder must have a tokenizer.",
     )
@@ -176,6 +177,17 @@ def _workload() -> argparse.ArgumentParser:
     return parser
 
 
+def _traced() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write a timeline to FILE, for ui.perfetto.dev: of the last prefill, or of all of a "
+        "generation",
+    )
+    return parser
+
+
 def _streaming() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("model", metavar="MODEL", help="a model's folder, or its id on the hub")
@@ -246,6 +258,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _prefill(options: argparse.Namespace) -> int:
     console = Console()
+    _check_trace(options)
     device = report.resolve_device(options.device)
     with _load(options, options.model, device) as (model, load_seconds):
         model.expect(options.batch, options.tokens)
@@ -257,8 +270,10 @@ def _prefill(options: argparse.Namespace) -> int:
             batch=options.batch,
             tokens=options.tokens,
             repeat=options.repeat,
+            trace=options.trace,
         )
         report.print_prefills(console, result, load_seconds=load_seconds)
+        report.print_trace(console, options.trace, "the last prefill")
         plan_report.print_comparison(console, model.plan)
         _write(
             options,
@@ -274,6 +289,7 @@ def _prefill(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     console = Console()
+    _check_trace(options)
     from ..streaming.pretrained import resolve_folder
 
     device = report.resolve_device(options.device)
@@ -288,22 +304,25 @@ def _generate(options: argparse.Namespace) -> int:
     options.revision = None  # the folder is that revision
     with _load(options, folder, device) as (model, load_seconds):
         streamer = _timed_streamer(tokenizer)
-        begin = time.perf_counter()
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=options.max_new_tokens,
-            do_sample=False,
-            streamer=streamer,
-        )
-        report.synchronize(device)
+        with report.traced(model, options.trace):
+            begin = time.perf_counter()
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=options.max_new_tokens,
+                do_sample=False,
+                streamer=streamer,
+            )
+            report.synchronize(device)
+            seconds = time.perf_counter() - begin
         figures = {
             "prompt_tokens": prompt_tokens,
             "new_tokens": output.shape[1] - prompt_tokens,
             "first_seconds": streamer.first_token_at - begin,
-            "seconds": time.perf_counter() - begin,
+            "seconds": seconds,
         }
         report.print_generation(console, **figures, device=device)
+        report.print_trace(console, options.trace, "the generation")
         text = tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
         _write(
             options,
@@ -378,6 +397,12 @@ def _demo(options: argparse.Namespace) -> int:
     if options.json:
         report.write_json(options.json, content)
     return 0 if content["bit_equal"] else 1
+
+
+def _check_trace(options: argparse.Namespace) -> None:
+    """Before a model is loaded for minutes."""
+    if options.trace is not None:
+        check_target(Path(options.trace))
 
 
 def _units(options: argparse.Namespace) -> Any:

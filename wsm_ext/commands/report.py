@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -112,8 +113,12 @@ def run_prefills(
     repeat: int,
     seed: int = 0,
     gpu: Callable[[], Mapping[str, float]] | None = None,
+    trace: str | None = None,
 ) -> Prefills:
-    """`repeat` forwards over random tokens, each timed from the call until the device is idle."""
+    """`repeat` forwards over random tokens, each timed from the call until the device is idle.
+
+    `trace`: where to write a timeline of the last one.
+    """
     if min(batch, tokens, repeat) < 1:
         raise ValueError(
             f"batch ({batch}), tokens ({tokens}) and repeat ({repeat}) must all be at least 1"
@@ -124,12 +129,13 @@ def run_prefills(
         torch.cuda.reset_peak_memory_stats(device)
     passes = []
     with Monitor(device, gpu=gpu) as monitor, torch.inference_mode():
-        for _ in range(repeat):
+        for index in range(repeat):
             synchronize(device)
-            begin = time.perf_counter()
-            output = model(input_ids=ids, use_cache=False, logits_to_keep=1)
-            synchronize(device)
-            seconds = time.perf_counter() - begin
+            with traced(model, trace if index == repeat - 1 else None):
+                begin = time.perf_counter()
+                output = model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                synchronize(device)
+                seconds = time.perf_counter() - begin
             del output
             passes.append({**model.stats()["last_pass"], "seconds": seconds})
     return Prefills(
@@ -141,6 +147,11 @@ def run_prefills(
         device_peak_bytes=device_peak_bytes(device),
         rss_peak_bytes=rss_peak_bytes(),
     )
+
+
+def traced(model: Any, path: str | None) -> AbstractContextManager[None]:
+    """Writes a timeline of what happens inside to `path`, if there is one."""
+    return nullcontext() if path is None else model.trace(path)
 
 
 def synchronize(device: torch.device) -> None:
@@ -275,6 +286,12 @@ def print_generation(
         table.add_row("tokens/s after that", f"{rate:,.2f}")
     add_memory_rows(table, device_peak_bytes(device), rss_peak_bytes())
     console.print(table)
+
+
+def print_trace(console: Console, path: str | None, what: str) -> None:
+    if path is not None:
+        text = f"timeline of {what}: {path}; open it in https://ui.perfetto.dev"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(title: str) -> Table:
