@@ -32,24 +32,27 @@ constexpr uint64_t kChunk = 64 * kKiB;
 constexpr int64_t kMs = 1'000'000;
 constexpr uint32_t kUnits = 4;
 
-// Does at once what it is told. Its clock moves by a step with each record, and is read as CUDA's
-// is: in milliseconds, as a float.
+// Does at once what it is told, which for copies is nothing. Its clock moves with each record and
+// each copy, and is read as CUDA's is: in milliseconds, as a float.
 class StepDevice final : public Device {
  public:
-  explicit StepDevice(double step_ms = 1) : step_ms_(step_ms) {}
+  explicit StepDevice(double record_ms = 1, double copy_ms = 0)
+      : record_ms_(record_ms), copy_ms_(copy_ms) {}
 
   bool slow = false;  // nothing is ever done
+  std::atomic<int64_t> copies{0};
 
   const char* kind() const override { return "steps"; }
   int index() const override { return 0; }
   bool register_host(void*, size_t, std::string*) override { return true; }
   void unregister_host(void*) noexcept override {}
-  void copy_to_device(void*, const void*, size_t) override {}
+  void copy_to_device(void*, const void*, size_t) override { ++copies; }
   void fill(void*, uint8_t, size_t) override {}
   StreamHandle copy_stream() const override { return 1; }
   std::unique_ptr<Event> make_event(bool) override { return std::make_unique<StepEvent>(); }
   void record(Event& event, StreamHandle) override {
-    static_cast<StepEvent&>(event).ms = step_ms_ * static_cast<double>(++records_);
+    static_cast<StepEvent&>(event).ms =
+        record_ms_ * static_cast<double>(++records_) + copy_ms_ * static_cast<double>(copies);
   }
   void wait(StreamHandle, const Event&) override {}
   bool done(const Event&) override { return !slow; }
@@ -64,8 +67,9 @@ class StepDevice final : public Device {
   };
   static double ms_of(const Event& event) { return static_cast<const StepEvent&>(event).ms; }
 
-  const double step_ms_;
-  int64_t records_ = 0;
+  const double record_ms_;
+  const double copy_ms_;
+  std::atomic<int64_t> records_{0};
 };
 
 // One call of each kind.
@@ -165,7 +169,7 @@ TEST(Trace, WhatHappensOnAStreamHasTheTimesOfItsEvents) {
 // From the start, half an hour later, a float of 24 bits tells steps of 0.1 ms.
 TEST(Trace, NeighboursAreExactHoweverLongItTakes) {
   const double step_ns = 400'001'234;
-  StepDevice device(step_ns / kMs);
+  StepDevice device(/*record_ms=*/step_ns / kMs);
   Trace trace;
   trace.start(device, 0, kUnits, 2000, {});
   for (int i = 0; i < 2000; ++i) {
@@ -320,7 +324,7 @@ TEST(Trace, ThreadsWriteWhileItStartsAndStops) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// Two units at once, chunks that need several reads, nothing ahead unless asked for.
+// Two units at once, of several chunks each.
 Limits limits_of(const StreamedModel& model, uint64_t cache = 0) {
   Limits limits;
   limits.device_bytes = 64 * kMiB;
@@ -330,6 +334,13 @@ Limits limits_of(const StreamedModel& model, uint64_t cache = 0) {
   limits.cache_bytes = cache;
   limits.host_bytes = cache + 4 * kChunk;
   limits.chunk_bytes = kChunk;
+  return limits;
+}
+
+// No byte moves but for an acquire that waits.
+Limits on_demand(Limits limits) {
+  limits.lookahead_units = 0;
+  limits.read_ahead_bytes = 0;
   return limits;
 }
 
@@ -345,10 +356,7 @@ uint64_t bytes(const std::vector<TraceRecord>& records) {
 
 TEST(EngineTrace, PassesOnDemandShowEveryReadCopyAndForward) {
   StreamedModel model;
-  Limits limits = limits_of(model);
-  limits.lookahead_units = 0;
-  limits.read_ahead_bytes = 0;
-  Engine& engine = model.open(model.plan(limits));
+  Engine& engine = model.open(model.plan(on_demand(limits_of(model))));
   ASSERT_EQ(model.pass(model.all_units()), "");
   const Counts before = engine.totals();
   engine.start_trace(0, 10'000, {});
@@ -409,9 +417,29 @@ TEST(EngineTrace, PassesOnDemandShowEveryReadCopyAndForward) {
   EXPECT_FALSE(of_kind(timeline, TraceKind::kHostWait).empty());
 }
 
+TEST(EngineTrace, CopiesLieBetweenTheirBeginAndTheirEnd) {
+  StreamedModel model;
+  for (const uint64_t cache : {uint64_t{0}, model.bytes() + kMiB}) {
+    SCOPED_TRACE(cache);
+    auto device = std::make_unique<StepDevice>(/*record_ms=*/0, /*copy_ms=*/1);
+    const std::atomic<int64_t>& copies = device->copies;
+    Engine& engine =
+        model.open(model.plan(on_demand(limits_of(model, cache))), {}, std::move(device));
+    engine.start_trace(0, 10'000, {});
+    model.pass(model.all_units());
+    const Timeline timeline = engine.stop_trace({});
+    int64_t copied_ns = 0;
+    for (const TraceRecord& copy : of_kind(timeline, TraceKind::kCopy)) {
+      copied_ns += copy.end_ns - copy.begin_ns;
+    }
+    EXPECT_GE(copies, 8);
+    EXPECT_EQ(copied_ns, copies * kMs);
+  }
+}
+
 TEST(EngineTrace, ReadsIntoTheCacheSaySoAndComeOnce) {
   StreamedModel model;
-  Engine& engine = model.open(model.plan(limits_of(model, model.bytes() + kMiB)));
+  Engine& engine = model.open(model.plan(on_demand(limits_of(model, model.bytes() + kMiB))));
   engine.start_trace(0, 10'000, {});
   for (int pass = 0; pass < 2; ++pass) ASSERT_EQ(model.pass(model.all_units()), "");
   const Timeline timeline = engine.stop_trace({});
@@ -420,6 +448,7 @@ TEST(EngineTrace, ReadsIntoTheCacheSaySoAndComeOnce) {
     EXPECT_TRUE(read.cached);
     EXPECT_EQ(++seen[std::pair(read.shard, read.offset)], 1);
   }
+  EXPECT_GE(seen.size(), 8u);
   EXPECT_EQ(of_kind(timeline, TraceKind::kForward).size(), 16u);
 }
 
@@ -427,10 +456,8 @@ TEST(EngineTrace, AnErrorOfTheDeviceLeavesItOff) {
   StreamedModel model;
   DeviceLedger ledger;
   const auto device = [&] { return std::make_unique<FailingDevice>(make_host_device(), ledger); };
-  Limits limits = limits_of(model);
-  limits.lookahead_units = 0;  // the conductor asks nothing of the device meanwhile
-  limits.read_ahead_bytes = 0;
-  Engine& engine = model.open(model.plan(limits), {}, device());
+  // The conductor asks nothing of the device meanwhile.
+  Engine& engine = model.open(model.plan(on_demand(limits_of(model))), {}, device());
   ASSERT_EQ(model.pass(model.all_units()), "");
   const int64_t events = ledger.events;
   ledger.fail_at = ledger.calls + 20;
@@ -457,6 +484,18 @@ TEST(EngineTrace, ItEndsWithItsEngine) {
   next.close();
   EXPECT_EQ(of_kind(next.stop_trace({}), TraceKind::kForward).size(), 8u);
   EXPECT_THROW(next.start_trace(0, 1000, {}), Error);
+}
+
+TEST(EngineTrace, ItsEventsAreGoneBeforeTheDeviceIsHandedOver) {
+  StreamedModel model;
+  DeviceLedger ledger;
+  auto device = std::make_unique<FailingDevice>(make_host_device(), ledger);
+  Engine& engine = model.open(model.plan(limits_of(model)), {}, std::move(device));
+  engine.start_trace(0, 1000, {});
+  ASSERT_EQ(model.pass(model.all_units()), "");
+  const Estate estate = engine.hand_over();
+  EXPECT_EQ(ledger.events, 0);
+  model.close();
 }
 
 TEST(EngineTrace, RoomForNoneOrForTooManyIsRefused) {
