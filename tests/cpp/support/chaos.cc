@@ -54,7 +54,7 @@ class Chaos {
     tally_.scenarios = 1;
     if (!open()) return;
     for (int i = 0; i < terrain_.most_passes && !draws_.empty(); ++i) {
-      pass();
+      i % 2 == 0 ? pass() : traced_pass();
       if (witness_.device_broken()) replace_device();
       between_passes();
     }
@@ -122,6 +122,21 @@ class Chaos {
     }
     while (!held_.empty()) let_go();
     engine.end_pass(0);
+  }
+
+  // The trace is often full before the end.
+  void traced_pass() {
+    Engine& engine = model_.engine();
+    engine.start_trace(0, 100, {});
+    pass();
+    const Timeline timeline = engine.stop_trace({});
+    must(timeline.records.size() <= 100, "a trace has grown");
+    for (const TraceRecord& record : timeline.records) {
+      must(0 <= record.begin_ns && record.begin_ns <= record.end_ns, "a trace runs backwards");
+      must(record.end_ns <= timeline.length_ns, "a trace is longer than it says");
+      const bool is_pass = record.kind == TraceKind::kPass;
+      must(is_pass || record.unit <= order_.size(), "a trace names a unit that there is not");
+    }
   }
 
   // False where an error was thrown.
