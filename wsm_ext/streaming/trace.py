@@ -11,7 +11,7 @@ from .. import _engine
 from ..whole_file import write_whole
 from .timeline import Names, document
 
-# Two passes of 141 GB from disk in chunks of 16 MiB, and a second or two of passes of microseconds.
+# A pass of 141 GB from disk, in chunks of 16 MiB, has half as many: a read and a copy of each.
 MOST_EVENTS = 1 << 15
 
 
