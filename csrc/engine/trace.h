@@ -7,9 +7,10 @@
 //
 // Lifecycle: lies on the board. What `start` made goes before the device does: by `stop`, or
 // `take`. Nothing else allocates. Thread-safe; its mutex is the innermost one, and under it lie
-// only calls that record an event. It orders nothing: events are recorded beside the copies and
-// forwards, and nobody waits for them but `stop`. Failure: what finds no more room is counted, not
-// kept. An error of the device is thrown on. When `start` or `stop` throws, the trace is off.
+// only calls that record an event or ask for one. It orders nothing: events are recorded beside the
+// copies and forwards, and nobody waits for them but `stop`.
+// Failure: what finds no more room is counted, not kept. An error of the device is thrown on. When
+// `start` or `stop` throws, the trace is off.
 //
 // Times are of the host's steady clock, in ns since the start. What happens on a stream is timed by
 // a pair of events from a fixed pool, which `stop` reads. What ties the device's clock to the
