@@ -22,12 +22,12 @@ using testing::write_pattern_file;
 
 constexpr uint64_t kSpan = 4 * kMiB;
 constexpr uint64_t kAll = 1 * kGiB;
-// Two shards of about ten spans each.
-constexpr ModelShape kShape{.units = 20,
+// Two shards of about four spans each.
+constexpr ModelShape kShape{.units = 14,
                             .tensors_per_unit = 2,
                             .shards = 2,
-                            .least_tensor_bytes = 1'000'000,
-                            .most_tensor_bytes = 3'000'000,
+                            .least_tensor_bytes = 700'000,
+                            .most_tensor_bytes = 1'400'000,
                             .in_memory = false,
                             .exclusive = {}};
 
@@ -135,15 +135,15 @@ TEST(ReadAhead, WhatItHoldsIsNotReadAgain) {
 TEST(ReadAhead, TheRestComesFromTheDisk) {
   StreamedModel model(2, kShape);
   if (no_direct_reads(model)) GTEST_SKIP() << "no direct reads here";
-  for (const uint64_t spans : {1, 3, 12}) {
+  for (const uint64_t spans : {1, 3}) {
     const auto ahead = read(paths_of(model), spans * kSpan + 5, spans * kSpan);
     EXPECT_EQ(ahead->held_bytes(), spans * kSpan);
     Engine& engine = model.open(
-        model.plan({.device_bytes = 16 * kMiB, .host_bytes = 80 * kMiB, .cache_bytes = 8 * kMiB}),
+        model.plan({.device_bytes = 10 * kMiB, .host_bytes = 80 * kMiB, .cache_bytes = 8 * kMiB}),
         {}, make_host_device(), ahead);
     EXPECT_GT(engine.plan().disk_home_bytes, 0u);
     model.load_resident();
-    for (int pass = 0; pass < 3; ++pass) EXPECT_EQ(model.pass(model.all_units()), "");
+    for (int pass = 0; pass < 2; ++pass) EXPECT_EQ(model.pass(model.all_units()), "");
     EXPECT_EQ(ahead->held_bytes(), 0u);
     model.close();
   }
@@ -152,9 +152,9 @@ TEST(ReadAhead, TheRestComesFromTheDisk) {
 TEST(ReadAhead, TheBudgetHoldsBothItAndThePlan) {
   StreamedModel model(3, kShape);
   if (no_direct_reads(model)) GTEST_SKIP() << "no direct reads here";
-  for (const uint64_t room : {uint64_t{0}, kSpan, 5 * kSpan}) {
+  for (const uint64_t room : {uint64_t{0}, kSpan, 3 * kSpan}) {
     const auto ahead = read(paths_of(model), kAll, spans_bytes(model));
-    const Limits limits{.device_bytes = 16 * kMiB,
+    const Limits limits{.device_bytes = 10 * kMiB,
                         .host_bytes = 24 * kMiB + room,
                         .staging_bytes = 16 * kMiB,
                         .cache_bytes = 8 * kMiB};
@@ -173,7 +173,7 @@ TEST(ReadAhead, UnitsThatAPassLeavesOutKeepNothing) {
   const auto ahead = read(paths_of(model), kAll, spans_bytes(model));
   Engine& engine = model.open(
       model.plan(
-          {.device_bytes = 16 * kMiB, .host_bytes = kAll, .home_bytes = 0, .read_ahead_bytes = 1}),
+          {.device_bytes = 10 * kMiB, .host_bytes = kAll, .home_bytes = 0, .read_ahead_bytes = 1}),
       {}, make_host_device(), ahead);
   EXPECT_EQ(model.pass({0, 1, 2}), "");
   EXPECT_EQ(model.pass({0, 1, 2}), "");  // the conductor has seen that a pass is over
@@ -196,7 +196,7 @@ TEST(ReadAhead, AFileThatWasReplacedIsReadAnew) {
   const auto ahead = read(paths_of(model), kAll, spans_bytes(model));
   ASSERT_EQ(ahead->held_bytes(), spans_bytes(model));
   std::filesystem::rename(right, path);
-  model.open(model.plan({.device_bytes = 16 * kMiB, .host_bytes = kAll}), {}, make_host_device(),
+  model.open(model.plan({.device_bytes = 10 * kMiB, .host_bytes = kAll}), {}, make_host_device(),
              ahead);
   model.load_resident();
   EXPECT_EQ(model.pass(model.all_units()), "");
