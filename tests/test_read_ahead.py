@@ -47,8 +47,9 @@ def expected(folder: Path) -> torch.Tensor:
 
 @pytest.fixture
 def cold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small as it is, it is worth reading."""
+    """Small as it is, it is worth reading, and there is room until a plan says otherwise."""
     monkeypatch.setattr(pretrained, "_LEAST_READ_AHEAD", 0)
+    monkeypatch.setattr(pretrained, "read_ahead_room", lambda *_: 1 << 30)
     try:
         for file in folder.glob("*.safetensors"):
             drop(file)
@@ -101,7 +102,7 @@ def test_bits_are_right_whatever_was_read(
 ) -> None:
     with from_pretrained(cold, device="cpu", **budgets) as model:
         memory = model.stats()["memory"]
-        assert memory["host_bytes"] <= memory["host_budget_bytes"]
+        assert memory["host_bytes"] <= memory["host_peak_bytes"] <= memory["host_budget_bytes"]
         for _ in range(3):
             assert torch.equal(logits(model), expected)
         if model.plan.disk_home_bytes == 0:
@@ -114,28 +115,38 @@ def test_bits_are_right_whatever_was_read(
     assert ahead.held_bytes == 0
 
 
-def test_a_failure_leaves_no_reading_behind(cold: Path, started: list[Any]) -> None:
-    with pytest.raises(ValueError, match="not a dtype"):
-        from_pretrained(cold, device="cpu", dtype="float99")
-    ahead, held = started
-    time.sleep(0.05)
-    assert ahead.held_bytes == held  # it has stopped
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": "float99"}, {"device_memory": "1KiB"}, {"auto_class": "NoSuchModel"}]
+)
+def test_a_failure_keeps_nothing_of_what_was_read(
+    cold: Path, started: list[Any], wrong: dict[str, str]
+) -> None:
+    with pytest.raises(ValueError) as failed:
+        from_pretrained(cold, device="cpu", **wrong)
+    assert started[0].held_bytes == 0
+    assert failed.traceback  # which may be kept, and all that it refers to
 
 
 def test_nothing_is_read_ahead_where_it_would_be_for_nothing(
     cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def begun(device: str = "cpu", host_memory: str = "1GiB", **config: Any) -> Any:
-        return pretrained._read_ahead(cold, device, host_memory, Config.resolve(config))
+    def begun(**config: Any) -> Any:
+        return pretrained._read_ahead(cold, "cpu", "auto", Config.resolve(config))
 
     assert isinstance(begun(), _engine.ReadAhead)
     assert begun(direct=0) is None
+    assert begun(cpu_cache_hwm_layers=3) is None  # a hard limit, which a plan must know
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained, "read_ahead_room", lambda *_: 1 << 20)
+        assert begun() is None
     monkeypatch.setattr(pretrained, "_LEAST_READ_AHEAD", 1 << 30)
     assert begun() is None
 
 
 def test_the_room_is_the_budget() -> None:
-    assert read_ahead_room(True, "3MiB") == 3 * MIB
+    assert read_ahead_room(True, "259MiB") == 3 * MIB
+    assert read_ahead_room(True, "3MiB") == 0
     assert 0 < read_ahead_room(True, "auto") < read_ahead_room(False, "auto")
+    assert read_ahead_room(False, "1000TiB") <= read_ahead_room(False, "auto") * 1.01
     with pytest.raises(ValueError, match="host_memory"):
         read_ahead_room(False, "much")

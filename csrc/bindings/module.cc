@@ -390,20 +390,22 @@ void bind_engine(py::module_& m) {
       "time_reads",
       [](const std::vector<std::string>& paths,
          const std::vector<std::tuple<uint32_t, uint64_t, uint32_t>>& pieces,
-         const std::vector<EngineOptions>& ways, double seconds, uint32_t rounds) {
+         const std::vector<EngineOptions>& ways, double seconds, uint32_t rounds,
+         double most_seconds) {
         std::vector<ReadSpan> spans;
         for (const auto& [file, offset, bytes] : pieces) spans.push_back({file, offset, bytes});
-        return time_reads(paths, spans, ways, seconds, rounds);
+        return time_reads(paths, spans, ways, seconds, rounds, most_seconds);
       },
       py::arg("paths"), py::arg("spans"), py::arg("ways"), py::arg("seconds"),
-      py::arg("rounds") = 1, nogil);
+      py::arg("rounds") = 1, py::arg("most_seconds") = 3600.0, nogil);
   // The context of a GPU takes up to a second to make, and stays while this does.
   py::class_<Device>(m, "Device");
   m.def("open_device", &make_cuda_device, py::arg("cuda_index"), nogil);
   py::class_<ReadAhead, std::shared_ptr<ReadAhead>>(m, "ReadAhead")
-      .def(py::init<const std::vector<std::string>&, const EngineOptions&, uint64_t>(),
-           py::arg("paths"), py::arg("options"), py::arg("most_bytes"), nogil)
+      .def(py::init<std::vector<std::string>, const EngineOptions&, uint64_t>(), py::arg("paths"),
+           py::arg("options"), py::arg("most_bytes"), nogil)
       .def("stop", &ReadAhead::stop, nogil)
+      .def("give_up", &ReadAhead::give_up, nogil)
       .def_property_readonly("held_bytes", &ReadAhead::held_bytes);
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
@@ -453,7 +455,7 @@ void bind_engine(py::module_& m) {
       .def("memory",
            [](const Engine& engine) {
              const MemoryUse use = engine.memory();
-             return py::make_tuple(use.host_bytes, use.host_pinned_bytes);
+             return py::make_tuple(use.host_bytes, use.host_pinned_bytes, use.host_peak_bytes);
            })
       .def("readers", [](const Engine& engine) {
         py::dict readers;

@@ -74,7 +74,7 @@ struct Board {
   uint32_t demand = kNone;         // the unit that an acquire waits for
   std::optional<KeptError> error;  // kept for the next acquire
   bool stop = false;
-  bool pass_over = false;  // some pass has ended
+  uint64_t passes_over = 0;
 
   Counters counters;
   Trace trace;

@@ -31,6 +31,8 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
       board_(board),
       shards_(shards),
       ahead_(std::move(ahead)),
+      ahead_bytes_(ahead_ ? ahead_->held_bytes() : 0),
+      most_ahead_bytes_(ahead_bytes_),
       readers_(std::move(readers)),
       arena_(arena),
       homes_(std::move(homes)),
@@ -49,7 +51,6 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
   for (uint32_t tag = tags; tag-- > 0;) free_tags_.push_back(tag);
   for (uint32_t u = 0; u < work_.size(); ++u) work_[u].left = chunks_of(u).second;
   skip_loaded_homes();
-  adopt_ahead();
   present_.reserve(plan.units.size() + 1);
   evicted_.reserve(plan.units.size());
 }
@@ -135,7 +136,7 @@ bool Conductor::step() {
   bool moved = reap();
   moved |= ring_->recycle() > 0;
   if (discarded_) drop_discarded();
-  if (pass_over_ && ahead_) drop_ahead();
+  if (ahead_) drop_ahead();
   if (options_.poison) poison_released();
   moved |= copy();
   if (!paused_) moved |= read();
@@ -153,7 +154,7 @@ void Conductor::look() {
     demand_ = board_.demand;
     paused_ = board_.error.has_value();
     discarded_ = !board_.discarded.empty();
-    pass_over_ = board_.pass_over;
+    passes_over_ = board_.passes_over;
     const auto& upcoming = board_.sequence.upcoming();
     window_.assign(upcoming.begin(), upcoming.end());
   }

@@ -30,30 +30,15 @@
 #include "engine/board.h"
 #include "engine/copy_run.h"
 #include "engine/read_ahead.h"
+#include "engine/readers.h"
 #include "engine/waker.h"
 #include "memory/host_cache.h"
 #include "memory/staging_ring.h"
 #include "plan/model_spec.h"
 #include "plan/plan.h"
-#include "storage/reader.h"
 #include "util/check.h"
 
 namespace wsm {
-
-// The readers at hand. `direct` takes the cold extents of a drive, `pool` all others (page cache,
-// tmpfs, RAM), and all where there is no other, or it has broken.
-struct Readers {
-  std::unique_ptr<Reader> direct;
-  std::unique_ptr<Reader> pool;
-  std::string why_direct;      // why this one reads directly, for stats()
-  bool always_direct = false;  // even where the page cache has the bytes
-
-  Reader& for_direct() const { return direct && !direct->broken() ? *direct : *pool; }
-  std::string why() const {
-    const int error = direct ? direct->broken() : 0;
-    return error == 0 ? why_direct : concat("io_uring failed: ", errno_text(error));
-  }
-};
 
 // Bytes read from one shard, by the way they took.
 struct ShardUse {
@@ -91,7 +76,9 @@ class Conductor {
   const StagingRing& ring() const { return *ring_; }
   const Readers& readers() const { return readers_; }
   const ShardUse& use_of(uint32_t shard) const { return uses_[shard]; }
+  // What was read ahead: taken now, and at the start, when it was most.
   uint64_t ahead_bytes() const { return ahead_bytes_; }
+  uint64_t most_ahead_bytes() const { return most_ahead_bytes_; }
   // Caller holds the board's mutex: the host bytes of a chunk, where it lies in the cache; else
   // null.
   const std::byte* cached(uint32_t chunk) const;
@@ -149,7 +136,6 @@ class Conductor {
   bool issue(uint32_t chunk, bool demanded);
   Route route_of(uint32_t chunk) const;
   Shard& source_of(uint32_t chunk, Route route) const;
-  void adopt_ahead();
   void drop_ahead();
   void count_use(const Flight& flight);
   void trace_read(const Flight& flight, const ReadCompletion& done);
@@ -179,7 +165,8 @@ class Conductor {
   Board& board_;
   std::vector<std::unique_ptr<Shard>>& shards_;
   std::shared_ptr<ReadAhead> ahead_;  // null: nothing, or nothing any more
-  std::atomic<uint64_t> ahead_bytes_{0};
+  std::atomic<uint64_t> ahead_bytes_;
+  const uint64_t most_ahead_bytes_;
   Readers readers_;  // after what they read from
   std::byte* arena_;
   std::vector<HomeMemory> homes_;  // by block
@@ -206,7 +193,8 @@ class Conductor {
   bool stop_ = false;
   bool slots_wanted_ = false;  // reads wait for slots to be recycled
   bool discarded_ = false;     // the board names units to drop
-  bool pass_over_ = false;     // what was read ahead and not used by now is not waited for
+  uint64_t passes_over_ = 0;   // as the board has it
+  uint64_t ahead_pass_ = 0;    // in which something was taken of what was read ahead
   int idle_steps_ = 0;
   Clock::time_point stall_mark_;
   Clock::time_point last_move_;

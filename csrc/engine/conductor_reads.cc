@@ -119,7 +119,10 @@ bool Conductor::issue(uint32_t index, bool demanded) {
     }
     return false;
   }
-  if (route == Route::kAhead) ahead_->take(index);
+  if (route == Route::kAhead) {
+    ahead_->take(index);
+    ahead_pass_ = passes_over_;
+  }
   free_tags_.pop_back();
   flights_[request.tag] = {index, slot, route, Clock::now()};
   chunks_[index] = {ChunkPhase::kReading, false, slot};
@@ -176,17 +179,9 @@ Shard& Conductor::source_of(uint32_t index, Route route) const {
   return route == Route::kAhead ? *ahead_->find(index) : *shards_[plan_.chunks[index].shard];
 }
 
-// What was read before there was a plan, as far as the budget has room for it beside the plan's.
-void Conductor::adopt_ahead() {
-  if (!ahead_) return;
-  const uint64_t taken = plan_.cache_bytes + plan_.staging_bytes();
-  ahead_->settle(shards_, plan_,
-                 plan_.host_budget_bytes - std::min(plan_.host_budget_bytes, taken));
-  ahead_bytes_ = ahead_->held_bytes();
-}
-
-// Every unit was used, or is one that this model skips: nobody is known to want the rest.
+// When all was used; or when a whole pass took nothing of it: nobody is known to want the rest.
 void Conductor::drop_ahead() {
+  if (ahead_bytes_ > 0 && passes_over_ < ahead_pass_ + 2) return;
   const bool read_from = std::ranges::any_of(
       flights_, [](const Flight& flight) { return flight.route == Route::kAhead; });
   if (read_from) return;

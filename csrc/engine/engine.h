@@ -31,33 +31,18 @@
 #include "engine/board.h"
 #include "engine/conductor.h"
 #include "engine/counters.h"
+#include "engine/read_ahead.h"
+#include "engine/readers.h"
 #include "engine/stall_probes.h"
 #include "plan/model_spec.h"
 #include "plan/plan.h"
 
 namespace wsm {
 
-enum class ReaderChoice : uint8_t { kAuto, kUring, kPread };
-
-struct EngineOptions {
-  ReaderChoice reader = ReaderChoice::kAuto;     // of direct reads; asked for: it or an error
-  ReaderChoice preferred = ReaderChoice::kAuto;  // where it is not: the faster one, as measured
-  uint32_t block_bytes = 0;                      // of direct reads; 0: as suits the reader
-  DirectMode direct = DirectMode::kAuto;         // kOn: never through the page cache
-  uint32_t read_threads = 0;  // of the pread pool; 0: as many as there are cores, at most 16
-  double read_timeout_s = 30;
-  bool poison = false;
-  bool verbose = false;
-  std::function<Readers()> make_readers;  // tests: instead of the real ones
-};
-
-// The readers that these options ask for; throws where they cannot be had. `any_direct`: some file
-// is to be read directly. `chunk_bytes`: what most requests will be for.
-Readers make_readers(const EngineOptions& options, bool any_direct, uint64_t chunk_bytes);
-
-// Memory as really taken, now; nothing is freed before `close`, so now is the peak too.
+// Memory as really taken.
 struct MemoryUse {
-  uint64_t host_bytes = 0;         // host cache and staging ring, as mapped; what was read ahead
+  uint64_t host_bytes = 0;  // now: host cache and staging ring, as mapped; what was read ahead
+  uint64_t host_peak_bytes = 0;
   uint64_t host_pinned_bytes = 0;  // of these, page-locked
 };
 

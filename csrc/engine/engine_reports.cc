@@ -92,7 +92,9 @@ MemoryUse Engine::memory() const {
   if (closed()) return use;
   const PinnedBuffer& ring = conductor_->ring().buffer();
   const HostCache& cache = conductor_->cache();
-  use.host_bytes = ring.mapped_bytes() + cache.mapped_bytes() + conductor_->ahead_bytes();
+  const uint64_t planned = ring.mapped_bytes() + cache.mapped_bytes();  // kept until `close`
+  use.host_bytes = planned + conductor_->ahead_bytes();
+  use.host_peak_bytes = planned + conductor_->most_ahead_bytes();
   use.host_pinned_bytes = ring.pinned_bytes() + cache.pinned_bytes();
   return use;
 }

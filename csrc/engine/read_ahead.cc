@@ -11,10 +11,8 @@
 #include <mutex>
 #include <utility>
 
-#include "device/device.h"
-#include "engine/engine.h"
 #include "engine/log.h"
-#include "memory/pinned_buffer.h"
+#include "memory/mapped_memory.h"
 #include "util/align.h"
 #include "util/threads.h"
 
@@ -33,108 +31,125 @@ struct ReadAhead::Span {
 };
 
 struct ReadAhead::File {
-  std::unique_ptr<Shard> shard;
-  std::unique_ptr<PinnedBuffer> memory;  // mapped only; never page-locked
+  std::unique_ptr<Shard> shard;  // closed once it was read: it still tells which file it was
+  std::unique_ptr<MappedMemory> memory;  // of its beginning, as far as there is room
   std::unique_ptr<Shard> held_shard;     // the same memory, as what it is read from
   std::vector<Span> spans;
+  uint32_t flying = 0;  // reads under way
 
   uint64_t span_bytes(uint64_t span) const {
     return std::min(kSpanBytes, shard->bytes() - span * kSpanBytes);
   }
 };
 
-// What the thread works with. Its own until `over`.
+// What the thread works with: its own until `over`.
 struct ReadAhead::Reading {
-  std::unique_ptr<Device> device = make_host_device();
+  std::vector<std::string> paths;
+  EngineOptions options;
+  uint64_t room_spans = 0;  // that may still be mapped
   std::vector<File> files;
-  Readers readers;           // after the files: their destructors wait for reads into them
-  Reader* reader = nullptr;  // of these, to the end: what it was given it alone gives back
-  bool always_direct = false;
-  std::atomic<uint64_t> held_bytes{0};
+  Readers readers;  // after the files: their destructors wait for reads into them
 
+  std::atomic<uint64_t> held_bytes{0};
+  std::atomic<uint64_t> ended_reads{0};
   std::mutex mutex;
   std::condition_variable changed;
   bool stopping = false;  // guarded by mutex
   bool over = false;      // guarded by mutex
 
-  void open(const std::vector<std::string>& paths, const EngineOptions& options, uint64_t most);
   void run();
 
  private:
-  bool next(uint32_t* file, uint32_t* span);
+  void read_all();
+  bool open_next();
+  bool next(uint32_t* span);
   bool submit_next();
   bool reap();
   bool asked_to_stop() {
-    std::lock_guard lock(mutex);
+    const std::lock_guard lock(mutex);
     return stopping;
   }
 
-  uint32_t file_ = 0;
-  uint32_t span_ = 0;
+  Reader* reader_ = nullptr;  // of the readers, to the end: what it was given it alone gives back
+  size_t path_ = 0;           // the next to open
+  uint32_t span_ = 0;         // the next of the last file
   uint32_t in_flight_ = 0;
   bool failed_ = false;
 };
 
-void ReadAhead::Reading::open(const std::vector<std::string>& paths, const EngineOptions& options,
-                              uint64_t most) {
-  for (const std::string& path : paths) {
-    const uint64_t room = most / kSpanBytes;
-    if (room == 0) break;
-    File file;
-    try {
-      file.shard = Shard::open(path, options.direct);
-    } catch (const IoError&) {
-      break;  // who needs the file says why
-    }
-    if (!file.shard->direct() || file.shard->bytes() == 0) continue;
-    const uint64_t wanted = align_up(file.shard->bytes(), kSpanBytes) / kSpanBytes;
-    file.spans.resize(std::min(wanted, room));
-    const uint64_t bytes = file.spans.size() * kSpanBytes;
-    file.memory = PinnedBuffer::unprepared(*device, bytes, {});
-    file.held_shard = Shard::from_memory(path, file.memory->data(), file.shard->bytes());
-    most -= bytes;
-    files.push_back(std::move(file));
-  }
-  if (files.empty()) return;
-  readers = make_readers(options, true, kSpanBytes);
-  reader = &readers.for_direct();
-  always_direct = options.direct == DirectMode::kOn;
-}
-
 void ReadAhead::Reading::run() {
-  const uint32_t most = std::min(kInFlight, reader->capacity());
-  bool more = true;
-  while (more || in_flight_ > 0) {
-    more = more && !failed_ && !asked_to_stop();
-    while (more && in_flight_ < most) more = submit_next();
-    if (in_flight_ > 0 && !reap()) {
-      pollfd ready{reader->ready_fd(), POLLIN, 0};
-      ::poll(&ready, 1, kPollMs);
-    }
+  try {
+    read_all();
+  } catch (const std::exception&) {
+    // Who reads the same tells it.
   }
-  std::lock_guard lock(mutex);
+  // A read into memory is never left behind.
+  while (in_flight_ > 0) {
+    if (!reap()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  for (File& file : files) file.shard->close();
+  const std::lock_guard lock(mutex);
   over = true;
   changed.notify_all();
 }
 
-// The next span in order that is not in the page cache.
-bool ReadAhead::Reading::next(uint32_t* file, uint32_t* span) {
-  for (; file_ < files.size(); ++file_, span_ = 0) {
-    const File& now = files[file_];
-    while (span_ < now.spans.size()) {
-      *file = file_;
-      *span = span_++;
-      if (always_direct) return true;
-      if (!now.shard->in_page_cache(*span * kSpanBytes, now.span_bytes(*span))) return true;
+void ReadAhead::Reading::read_all() {
+  bool more = true;
+  while (more || in_flight_ > 0) {
+    more = more && !failed_ && !asked_to_stop();
+    while (more && (!reader_ || in_flight_ < std::min(kInFlight, reader_->capacity()))) {
+      more = submit_next();
     }
+    if (in_flight_ > 0 && !reap()) {
+      pollfd ready{reader_->ready_fd(), POLLIN, 0};
+      ::poll(&ready, 1, kPollMs);
+    }
+  }
+}
+
+// The next file that direct reads can read; false when there is none, or no room.
+bool ReadAhead::Reading::open_next() {
+  while (path_ < paths.size() && room_spans > 0) {
+    File file;
+    file.shard = Shard::open(paths[path_++], options.direct);
+    if (!file.shard->direct() || file.shard->bytes() == 0) continue;
+    if (!reader_) {
+      readers = make_readers(options, true, kSpanBytes);
+      reader_ = &readers.for_direct();
+    }
+    const uint64_t wanted = align_up(file.shard->bytes(), kSpanBytes) / kSpanBytes;
+    file.spans.resize(std::min(wanted, room_spans));
+    room_spans -= file.spans.size();
+    file.memory = std::make_unique<MappedMemory>(file.spans.size() * kSpanBytes);
+    file.held_shard =
+        Shard::from_memory(file.shard->path(), file.memory->data(), file.shard->bytes());
+    files.push_back(std::move(file));
+    span_ = 0;
+    return true;
+  }
+  return false;
+}
+
+// The next span of the last file, or of the one after it, that is not in the page cache.
+bool ReadAhead::Reading::next(uint32_t* span) {
+  while (!asked_to_stop()) {
+    if (files.empty() || span_ == files.back().spans.size()) {
+      if (!files.empty() && files.back().flying == 0) files.back().shard->close();
+      if (!open_next()) return false;
+    }
+    const File& file = files.back();
+    *span = span_++;
+    const bool cached = options.direct != DirectMode::kOn &&
+                        file.shard->in_page_cache(*span * kSpanBytes, file.span_bytes(*span));
+    if (!cached) return true;
   }
   return false;
 }
 
 bool ReadAhead::Reading::submit_next() {
-  uint32_t at = 0, span = 0;
-  if (!next(&at, &span)) return false;
-  File& file = files[at];
+  uint32_t span = 0;
+  if (!next(&span)) return false;
+  File& file = files.back();
   const uint64_t offset = span * kSpanBytes;
   const auto need = static_cast<uint32_t>(file.span_bytes(span));
   ReadRequest request;
@@ -143,69 +158,86 @@ bool ReadAhead::Reading::submit_next() {
   request.bytes = static_cast<uint32_t>(align_up(need, file.shard->alignment()));
   request.need_bytes = need;
   request.target = file.memory->data() + offset;
-  request.tag = uint64_t{at} << 32 | span;
-  if (!reader->submit(request)) return false;  // cannot be: fewer are under way than it takes
+  request.tag = (files.size() - 1) << 32 | span;
+  if (!reader_->submit(request)) return false;  // cannot be: fewer are under way than it takes
   ++in_flight_;
+  ++file.flying;
   return true;
 }
 
 bool ReadAhead::Reading::reap() {
   std::array<ReadCompletion, kInFlight> done;
-  const size_t count = reader->poll(done);
+  const size_t count = reader_->poll(done);
   for (size_t i = 0; i < count; ++i) {
     --in_flight_;
+    ++ended_reads;
     File& file = files[done[i].tag >> 32];
-    const auto span = static_cast<uint32_t>(done[i].tag);
     // A file that has come to refuse direct reads passes through the page cache: no more of it.
     failed_ |= !done[i].error.empty() || !file.shard->direct();
-    if (!done[i].error.empty()) continue;
-    file.spans[span].held = true;
-    held_bytes += kSpanBytes;
+    if (done[i].error.empty()) {
+      file.spans[static_cast<uint32_t>(done[i].tag)].held = true;
+      held_bytes += kSpanBytes;
+    }
+    if (--file.flying == 0 && &file != &files.back()) file.shard->close();
   }
   return count > 0;
 }
 
-ReadAhead::ReadAhead(const std::vector<std::string>& paths, const EngineOptions& options,
+ReadAhead::ReadAhead(std::vector<std::string> paths, const EngineOptions& options,
                      uint64_t most_bytes)
     : reading_(std::make_shared<Reading>()),
       timeout_s_(options.read_timeout_s),
       process_(::getpid()) {
-  reading_->open(paths, options, most_bytes);
-  if (reading_->files.empty()) return;
+  reading_->paths = std::move(paths);
+  reading_->options = options;
+  reading_->room_spans = most_bytes / kSpanBytes;
   thread_ = start_thread("wsm-ahead", "reading ahead", [reading = reading_] { reading->run(); });
 }
 
 ReadAhead::~ReadAhead() { stop(); }
 
 void ReadAhead::stop() {
+  if (::getpid() != process_) {
+    // The threads are the parent's, and would be waited for: nothing of it is touched.
+    if (reading_) new std::pair(std::move(reading_), std::move(thread_));
+    return;
+  }
   if (!thread_.joinable()) return;
-  if (::getpid() != process_) return abandon();
   bool over = false;
   {
     std::unique_lock lock(reading_->mutex);
     reading_->stopping = true;
-    over = reading_->changed.wait_for(lock, std::chrono::duration<double>(timeout_s_),
-                                      [this] { return reading_->over; });
+    uint64_t ended = 0;
+    do {
+      ended = reading_->ended_reads;
+      over = reading_->changed.wait_for(lock, std::chrono::duration<double>(timeout_s_),
+                                        [this] { return reading_->over; });
+    } while (!over && reading_->ended_reads != ended);
   }
-  if (over) return thread_.join();
-  log_warning(concat("reading ahead: a read of ", reading_->files[0].shard->path(),
-                     " has not ended in ", timeout_s_, " s; its memory is left to the process"));
-  abandon();
+  if (over) {
+    thread_.join();
+    reading_->readers = {};  // and their threads
+    return;
+  }
+  log_warning(concat("reading ahead: no read has ended in ", timeout_s_,
+                     " s; their memory is left to the process"));
+  thread_.detach();
+  reading_.reset();
 }
 
-// The thread is there and stuck, or was the parent's: neither it nor its memory is touched again.
-void ReadAhead::abandon() {
-  static auto* const kept = new std::vector<std::pair<std::shared_ptr<Reading>, std::thread>>;
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  kept->emplace_back(std::exchange(reading_, std::make_shared<Reading>()), std::move(thread_));
+void ReadAhead::give_up() {
+  stop();
+  reading_.reset();
+  places_.clear();
 }
 
-uint64_t ReadAhead::held_bytes() const { return reading_->held_bytes; }
+uint64_t ReadAhead::held_bytes() const { return reading_ ? reading_->held_bytes.load() : 0; }
 
 void ReadAhead::settle(const std::vector<std::unique_ptr<Shard>>& shards, const Plan& plan,
                        uint64_t most_bytes) {
   stop();
+  places_.assign(plan.chunks.size(), {});
+  if (!reading_) return;
   std::vector<File>& files = reading_->files;
   // From the end: what comes last is used last.
   for (size_t f = files.size(); f-- > 0;) {
@@ -219,7 +251,6 @@ void ReadAhead::settle(const std::vector<std::unique_ptr<Shard>>& shards, const 
       if (shards[i]->memory() == nullptr && files[f].shard->same_file(*shards[i])) file_of[i] = f;
     }
   }
-  places_.assign(plan.chunks.size(), {});
   for (size_t c = 0; c < plan.chunks.size(); ++c) {
     const Chunk& chunk = plan.chunks[c];
     if (file_of[chunk.shard] == kNone) continue;

@@ -52,12 +52,14 @@ class Timer {
       ways_.push_back({readers_of(way, any_direct, slot_bytes_), way.read_timeout_s});
   }
 
-  std::vector<std::vector<double>> run(double seconds, uint32_t rounds) {
+  std::vector<std::vector<double>> run(double seconds, uint32_t rounds, double most_seconds) {
+    const auto begin = Clock::now();
     std::vector<std::vector<double>> rates(ways_.size());
     for (uint32_t round = 0; round < rounds; ++round) {
       for (size_t i = 0; i < ways_.size(); ++i) {
         // There and back: a drift hits all alike.
         const size_t way = round % 2 ? ways_.size() - 1 - i : i;
+        if (seconds_since(begin) > most_seconds) return rates;
         if (ways_[way].readers.pool) rates[way].push_back(sample(ways_[way], seconds));
       }
     }
@@ -149,10 +151,10 @@ class Timer {
 std::vector<std::vector<double>> time_reads(const std::vector<std::string>& paths,
                                             const std::vector<ReadSpan>& spans,
                                             const std::vector<EngineOptions>& ways, double seconds,
-                                            uint32_t rounds) {
+                                            uint32_t rounds, double most_seconds) {
   auto timer = std::make_unique<Timer>(paths, spans, ways);
   try {
-    return timer->run(seconds, rounds);
+    return timer->run(seconds, rounds, most_seconds);
   } catch (const TimeoutError&) {
     // Its end would wait for the drive. What is still read into is kept for good, and reachable.
     static auto* const kept = new std::vector<std::unique_ptr<Timer>>;

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/engine.h"
+#include "engine/readers.h"
 
 namespace wsm {
 
@@ -20,11 +20,12 @@ struct ReadSpan {
 // Bytes per second by each way of reading, `rounds` samples of each, the ways by turns:
 // [way][round]. A sample reads on where the last one stopped, from the first span again behind the
 // last, as many spans as are begun within `seconds`. A way whose reader cannot be had has no
-// samples. Throws IoError where a file cannot be read, TimeoutError where nothing moves for a way's
-// `read_timeout_s`, InvalidArgument for no spans or one without a file.
+// samples. After `most_seconds` in all no further sample is taken: a slow drive has fewer, and not
+// as many of each way. Throws IoError where a file cannot be read, TimeoutError where nothing moves
+// for a way's `read_timeout_s`, InvalidArgument for no spans or one without a file.
 std::vector<std::vector<double>> time_reads(const std::vector<std::string>& paths,
                                             const std::vector<ReadSpan>& spans,
                                             const std::vector<EngineOptions>& ways, double seconds,
-                                            uint32_t rounds = 1);
+                                            uint32_t rounds = 1, double most_seconds = 3600);
 
 }  // namespace wsm

@@ -1,8 +1,6 @@
 #include "memory/pinned_buffer.h"
 
-#include <sys/mman.h>
 #include <sys/resource.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,11 +18,6 @@ constexpr uint64_t kHugePage = 2 * kMiB;
 constexpr uint64_t kLeastPiece = 16 * kMiB;  // smaller ones are not worth a registration
 constexpr unsigned kMostThreads = 16;        // more do not touch memory faster
 
-uint64_t page_bytes() {
-  static const auto bytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-  return bytes;
-}
-
 std::string mib_text(uint64_t bytes) {
   return concat(static_cast<double>(bytes) / static_cast<double>(kMiB), " MiB");
 }
@@ -39,8 +32,8 @@ void check_segments(const std::vector<uint64_t>& ends, uint64_t bytes) {
   uint64_t begin = 0;
   for (uint64_t end : ends) {
     check(end > begin, "segments of a pinned buffer must ascend: ", end, " follows ", begin);
-    check(end == bytes || end % page_bytes() == 0, "a pinned buffer's segment ends at ", end,
-          ", which is not a multiple of the page size (", page_bytes(), ")");
+    check(end == bytes || end % map_page_bytes() == 0, "a pinned buffer's segment ends at ", end,
+          ", which is not a multiple of the page size (", map_page_bytes(), ")");
     begin = end;
   }
   check(begin == bytes, "the segments of a pinned buffer end at ", begin, ", not at its ", bytes,
@@ -58,6 +51,11 @@ std::string memlock_text() {
 PinnedBuffer::PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments, MapOnly)
     : device_(device), bytes_(bytes), segments_(std::move(segments)) {
   if (!segments_.empty()) check_segments(segments_, bytes);
+  if (bytes == 0) return;
+  memory_.emplace(bytes);
+  most_ = mapped_bytes();
+  if (segments_.empty()) segments_ = equal_segments(bytes_);
+  segments_.back() = mapped_bytes();
 }
 
 PinnedBuffer::PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments,
@@ -65,20 +63,17 @@ PinnedBuffer::PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t>
     : PinnedBuffer(device, bytes, std::move(segments), MapOnly{}) {
   if (bytes == 0) return;
   threads_ = threads;
-  map();
   // All is touched before any is registered, so that the threads are started once.
-  touch(0, mapped_, threads_);
+  touch(0, mapped_bytes(), threads_);
   for (const uint64_t end : segments_) register_until(end);
   next_segment_ = segments_.size();
-  prepared_ = mapped_;
+  prepared_ = mapped_bytes();
 }
 
 std::unique_ptr<PinnedBuffer> PinnedBuffer::unprepared(Device& device, uint64_t bytes,
                                                        std::vector<uint64_t> segments) {
-  std::unique_ptr<PinnedBuffer> buffer(
+  return std::unique_ptr<PinnedBuffer>(
       new PinnedBuffer(device, bytes, std::move(segments), MapOnly{}));
-  if (bytes > 0) buffer->map();
-  return buffer;
 }
 
 bool PinnedBuffer::prepare_next() {
@@ -91,20 +86,19 @@ bool PinnedBuffer::prepare_next() {
 }
 
 void PinnedBuffer::truncate(uint64_t bytes) {
-  check(bytes % page_bytes() == 0, "a pinned buffer is cut at ", bytes,
-        ", which is not a multiple of the page size (", page_bytes(), ")");
-  if (bytes >= mapped_) return;
+  check(bytes % map_page_bytes() == 0, "a pinned buffer is cut at ", bytes,
+        ", which is not a multiple of the page size (", map_page_bytes(), ")");
+  if (bytes >= mapped_bytes()) return;
   while (!registered_.empty()) {
     const auto [piece, size] = registered_.back();
-    if (piece + size <= data_ + bytes) break;
+    if (piece + size <= data() + bytes) break;
     device_.unregister_host(piece);
     registered_.pop_back();
     pinned_ -= size;
-    registered_end_ = static_cast<uint64_t>(piece - data_);
+    registered_end_ = static_cast<uint64_t>(piece - data());
   }
-  munmap(data_ + bytes, mapped_ - bytes);
-  bytes_ = mapped_ = bytes;
-  if (bytes == 0) data_ = nullptr;
+  memory_->truncate(bytes);
+  bytes_ = bytes;
   while (!segments_.empty() &&
          (segments_.size() > 1 ? segments_[segments_.size() - 2] : 0) >= bytes) {
     segments_.pop_back();
@@ -115,14 +109,6 @@ void PinnedBuffer::truncate(uint64_t bytes) {
   register_until(prepared_);
 }
 
-void PinnedBuffer::give_back(uint64_t begin, uint64_t bytes) {
-  check(begin >= prepared_ && begin % page_bytes() == 0 && bytes % page_bytes() == 0 &&
-            checked_add(begin, bytes) <= mapped_,
-        "a pinned buffer gives back ", bytes, " bytes at ", begin, ", of ", mapped_,
-        " of which the first ", prepared_.load(), " are prepared: whole pages behind these");
-  madvise(data_ + begin, bytes, MADV_DONTNEED);
-}
-
 std::vector<std::string> PinnedBuffer::warnings() const {
   std::lock_guard lock(warnings_mutex_);
   return warnings_;
@@ -130,36 +116,6 @@ std::vector<std::string> PinnedBuffer::warnings() const {
 
 PinnedBuffer::~PinnedBuffer() {
   for (const auto& [piece, bytes] : registered_) device_.unregister_host(piece);
-  if (data_) munmap(data_, mapped_);
-}
-
-// Maps one huge page more than is wanted, and gives back what lies around the aligned part.
-void PinnedBuffer::map() {
-  const uint64_t mapped = align_up(bytes_, page_bytes());
-  const uint64_t reserved = checked_add(mapped, kHugePage);
-  void* base = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (base == MAP_FAILED) {
-    throw OutOfMemory(
-        concat("cannot map ", mib_text(mapped), " of host memory: ", errno_text(errno),
-               ". Lower host_memory, or raise the limit (ulimit -v, vm.overcommit_memory)"));
-  }
-  // Nothing that may throw comes between this and `data_`: it is the destructor's then.
-  const auto begin = reinterpret_cast<uintptr_t>(base);
-  const uint64_t head = align_up(begin, kHugePage) - begin;
-  auto* const first = static_cast<std::byte*>(base);
-  if (head > 0) munmap(first, head);
-  munmap(first + head + mapped, kHugePage - head);
-  data_ = first + head;
-  mapped_ = mapped;
-  most_ = mapped;
-  if (segments_.empty()) segments_ = equal_segments(bytes_);
-  segments_.back() = mapped;
-
-  // A kernel without huge pages refuses this: the buffer is only slower to fill then.
-  const uint64_t huge = align_down(mapped_, kHugePage);
-  if (huge > 0) madvise(data_, huge, MADV_HUGEPAGE);
-  check<Error>(madvise(data_, mapped_, MADV_DONTFORK) == 0,
-               "cannot keep pinned memory out of forked children: ", errno_text(errno));
 }
 
 // The kernel clears each page when it is first written: that is what takes the time, and it runs in
@@ -173,8 +129,8 @@ void PinnedBuffer::touch(uint64_t begin, uint64_t end, unsigned threads) const {
     for (uint64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
       const uint64_t piece_end = std::min(end, (first + piece + 1) * kHugePage);
       for (uint64_t at = std::max(begin, (first + piece) * kHugePage); at < piece_end;
-           at += page_bytes()) {
-        *const_cast<volatile std::byte*>(data_ + at) = std::byte{0};
+           at += map_page_bytes()) {
+        *const_cast<volatile std::byte*>(data() + at) = std::byte{0};
       }
     }
   };
@@ -190,10 +146,10 @@ void PinnedBuffer::touch(uint64_t begin, uint64_t end, unsigned threads) const {
 // A size that was refused once is not tried again; when the least one is refused, the limit has
 // been reached, and the rest stays pageable.
 void PinnedBuffer::register_until(uint64_t end) {
-  const bool complete = end == mapped_;
+  const bool complete = end == mapped_bytes();
   while (registered_end_ < end && !exhausted_) {
     const uint64_t size = std::min(most_, end - registered_end_);
-    std::byte* const piece = data_ + registered_end_;
+    std::byte* const piece = data() + registered_end_;
     registered_.reserve(registered_.size() + 1);
     std::string answer;
     if (device_.register_host(piece, size, &answer)) {
@@ -215,14 +171,14 @@ void PinnedBuffer::warn() {
   const std::string asked =
       concat("page-locking ", mib_text(refused_), " at once was refused (", why_, ")");
   std::lock_guard lock(warnings_mutex_);
-  if (pinned_ == mapped_) {
-    warnings_.push_back(
-        concat(asked, "; smaller pieces were taken, all ", mib_text(mapped_), " are page-locked"));
+  if (pinned_ == mapped_bytes()) {
+    warnings_.push_back(concat(asked, "; smaller pieces were taken, all ", mib_text(mapped_bytes()),
+                               " are page-locked"));
     return;
   }
   warnings_.push_back(concat(
-      asked, "; ", mib_text(pinned_), " of ", mib_text(mapped_),
-      " of host memory are page-locked, ", mib_text(mapped_ - pinned_),
+      asked, "; ", mib_text(pinned_), " of ", mib_text(mapped_bytes()),
+      " of host memory are page-locked, ", mib_text(mapped_bytes() - pinned_),
       " stay pageable and are copied several times slower. Lower host_memory, or raise the limit: "
       "RLIMIT_MEMLOCK is ",
       memlock_text(),

@@ -1,4 +1,4 @@
-// Page-locked host memory: mmap, huge pages, touched in parallel, registered in segments.
+// Page-locked host memory: mapped, touched in parallel, registered in segments.
 //
 // Lifecycle: mapped whole at construction, touched and registered then too, or piece by piece by
 // `prepare`; unregistered and unmapped by the destructor, after the device was drained. Not
@@ -14,11 +14,13 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "device/device.h"
+#include "memory/mapped_memory.h"
 
 namespace wsm {
 
@@ -43,12 +45,11 @@ class PinnedBuffer {
   // prepared meanwhile, and no copy reads from it. What lies before keeps its bytes, and is
   // page-locked.
   void truncate(uint64_t bytes);
-  // Gives back the memory of a part that was never prepared: it may be written to again.
-  void give_back(uint64_t begin, uint64_t bytes);
 
-  std::byte* data() const { return data_; }
-  uint64_t bytes() const { return bytes_; }          // as asked
-  uint64_t mapped_bytes() const { return mapped_; }  // as really taken, once all is prepared
+  std::byte* data() const { return memory_ ? memory_->data() : nullptr; }
+  uint64_t bytes() const { return bytes_; }  // as asked
+  // As really taken, once all is prepared.
+  uint64_t mapped_bytes() const { return memory_ ? memory_->bytes() : 0; }
   uint64_t pinned_bytes() const { return pinned_; }  // of these, page-locked by now
   std::vector<std::string> warnings() const;
 
@@ -56,15 +57,13 @@ class PinnedBuffer {
   struct MapOnly {};
   // Once this constructor is done, the destructor runs even when the public one throws half-way.
   PinnedBuffer(Device& device, uint64_t bytes, std::vector<uint64_t> segments, MapOnly);
-  void map();
   void touch(uint64_t begin, uint64_t end, unsigned threads) const;
   void register_until(uint64_t end);
   void warn();
 
   Device& device_;
-  std::byte* data_ = nullptr;
+  std::optional<MappedMemory> memory_;  // none: no bytes
   uint64_t bytes_ = 0;
-  uint64_t mapped_ = 0;
   unsigned threads_ = 0;
   std::vector<uint64_t> segments_;
   size_t next_segment_ = 0;

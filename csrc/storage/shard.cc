@@ -189,6 +189,11 @@ void Shard::drop_from_page_cache(uint64_t offset, uint64_t bytes) const {
   drop_cached(buffered_fd(), offset, std::min(bytes, bytes_ - offset));
 }
 
+void Shard::close() {
+  buffered_fd_ = {};
+  direct_fd_ = {};
+}
+
 bool Shard::same_file(const Shard& other) const {
   return device_ == other.device_ && inode_ == other.inode_ && bytes_ == other.bytes_ &&
          same_time(mtime_, other.mtime_);

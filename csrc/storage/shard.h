@@ -64,6 +64,8 @@ class Shard {
   // Tells the kernel that the range will not be used again (POSIX_FADV_DONTNEED). Never fails.
   void drop_from_page_cache(uint64_t offset, uint64_t bytes) const;
 
+  // Gives the descriptors back: nothing of the file is read any more. It still tells which it was.
+  void close();
   // The same file, unchanged since both were opened.
   bool same_file(const Shard& other) const;
   // Throws IoError saying what changed (replaced, truncated, grown, modified, deleted) since

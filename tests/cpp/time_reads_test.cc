@@ -58,6 +58,16 @@ TEST(TimeReads, OnlyWhatIsBegunInTimeIsRead) {
   EXPECT_THROW(time_reads({path}, spans_of(0, 3), kOneWay, 60), IoError);
 }
 
+TEST(TimeReads, WhenTheTimeIsOverNoSampleIsBegun) {
+  TempFolder folder;
+  const std::string path = folder / "file";
+  write_pattern_file(path, kSpan);
+  const std::vector<EngineOptions> ways(2);
+  const auto rates = time_reads({path}, spans_of(0, 1), ways, 0.02, 5, 0.01);
+  EXPECT_EQ(rates[0].size(), 1u);
+  EXPECT_EQ(rates[1].size(), 0u);
+}
+
 TEST(TimeReads, WhatCannotBeReadIsAnError) {
   TempFolder folder;
   const std::string path = folder / "file";

@@ -12,6 +12,7 @@ from ..sizes import parse_bytes
 # With device="cpu" both budgets are RAM: what stays on the "device" needs no copy, so it gets more.
 CPU_DEVICE_SHARE = 0.85
 _GIB = 1 << 30
+_MEASURING_BYTES = 256 << 20  # copies and reads that are timed
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -25,10 +26,14 @@ def host_available(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
 
 
 def read_ahead_room(cpu: bool, host_memory: int | str) -> int:
-    """Bytes that may be read before there is a plan. On a CPU, RAM is for what stays as well."""
+    """Bytes that may be read before there is a plan: of the budget, and of what is free now, less
+    what measuring takes meanwhile. On a CPU, RAM is for what stays as well."""
+    room = host_available()
+    if cpu and host_memory == "auto":
+        room = int(room * (1 - CPU_DEVICE_SHARE))
     if host_memory != "auto":
-        return parse_bytes(host_memory, "host_memory")
-    return int(host_available() * (1 - CPU_DEVICE_SHARE)) if cpu else host_available()
+        room = min(room, parse_bytes(host_memory, "host_memory"))
+    return max(0, room - _MEASURING_BYTES)
 
 
 def device_available(device: torch.device, guard_bytes: int) -> int:

@@ -77,6 +77,9 @@ class DeviceMemory:
             for _, tensors in plan.home_blocks
         ]
         stay = {contents: block for contents, block in stay.items() if contents in wanted}
+        # On a CPU both come out of one memory: what the engine will map is held free meanwhile.
+        host_bytes = plan.cache_bytes + plan.staging_bytes + 2 * _HUGE_PAGE
+        kept_free = in_huge_pages(host_bytes) if device.type == "cpu" else None
         memory = DeviceMemory(allocate(plan.arena_bytes, device))
         for (nbytes, _), contents in zip(plan.home_blocks, wanted, strict=True):
             block = stay.get(contents)
@@ -84,6 +87,7 @@ class DeviceMemory:
             memory.homes.append(block if block is not None and fits else allocate(nbytes, device))
             memory.loaded.append(fits)
             memory.contents.append(contents)
+        del kept_free
         return memory
 
     def clear(self, device: torch.device) -> None:

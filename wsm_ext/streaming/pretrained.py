@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import _engine
-from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.checkpoint import Checkpoint, CheckpointError
 from ..config import Config, engine_options
 from ..planning.budgets import read_ahead_room
 from ..planning.rates import remembered_way
@@ -60,7 +61,7 @@ def from_pretrained(
     settings = Config.resolve(config)
     if verify is not None:
         settings.give("verify", verify)
-    opened = _open_device(device)
+    context = _Context(device)
     ahead = _read_ahead(folder, device, host_memory, settings)
     try:
         from .transformers_loader import prepare
@@ -73,56 +74,63 @@ def from_pretrained(
             *(module, checkpoint, device, device_memory, host_memory, units, workload),
             *(settings, progress, ahead),
         )
-    finally:
+    except BaseException:
         if ahead is not None:
-            ahead.stop()
-        opened.clear()
+            ahead.give_up()  # a traceback may be kept for long, and this with it
+        raise
+    finally:
+        context.close()
 
 
-def _open_device(device: str | torch.device | None) -> list[_engine.Device]:
-    """Makes the context of the GPU that will be used, in a thread; who holds the list keeps it.
-    What is wrong here, those who need it find and tell."""
-    opened: list[_engine.Device] = []
-    if _is_cpu(device) or not _engine.built_with_cuda or torch.cuda.is_initialized():
-        return opened
-    index = 0 if device is None else torch.device(device).index or 0
+class _Context:
+    """Makes the context of the GPU that will be used, in a thread, and holds it until `close`: by
+    then the engine does. What is wrong here, those who need it find and tell."""
 
-    def make() -> None:
+    def __init__(self, device: str | torch.device | None) -> None:
+        self._opened: list[_engine.Device] = []
+        self._thread: threading.Thread | None = None
+        if _is_cpu(device) or not _engine.built_with_cuda or torch.cuda.is_initialized():
+            return
+        index = 0 if device is None else torch.device(device).index or 0
+        self._thread = threading.Thread(target=self._make, args=(index,), name="wsm-context")
+        self._thread.start()
+
+    def _make(self, index: int) -> None:
         try:
-            opened.append(_engine.open_device(index))
-        except (ValueError, RuntimeError) as error:
+            self._opened.append(_engine.open_device(index))
+        except (ValueError, RuntimeError, MemoryError) as error:
             _log.debug("no context was made: %s", error)
 
-    threading.Thread(target=make, name="wsm-device", daemon=True).start()
-    return opened
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._opened.clear()
 
 
 def _read_ahead(
     folder: Path, device: str | torch.device | None, host_memory: int | str, config: Config
 ) -> _engine.ReadAhead | None:
-    """Begins to read the folder's weights into host memory, as much as the budget holds; None where
-    that is not worth it. What is wrong here, those who need it find and tell."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if config.direct == "off" or sum(map(_size, files)) < _LEAST_READ_AHEAD:
-        return None
+    """Begins to read the folder's weights into host memory; None where that would be for little.
+    What is wrong here, those who need it find and tell."""
     try:
-        options = engine_options(config, remembered_way(files, config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those who load the model are warned
+            files = [Path(shard) for shard in Checkpoint.open(folder).shards]
+        size = sum(file.stat().st_size for file in files)
         room = read_ahead_room(_is_cpu(device), host_memory)
+        # Of a model that is larger than the budget the cache takes all that is to be had.
+        small, large = size < _LEAST_READ_AHEAD, size > room
+        if small or large or config.direct == "off" or config.cpu_cache_hwm_layers is not None:
+            return None
+        options = engine_options(config, remembered_way(files, config))
         return _engine.ReadAhead([str(file) for file in files], options, room)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         _log.debug("nothing is read ahead: %s", error)
         return None
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
 def _is_cpu(device: str | torch.device | None) -> bool:
-    """Asks nothing of a GPU: that would take longer than it is worth."""
+    """Makes no context of a GPU: that takes long."""
     if device is None:
         return not (_engine.built_with_cuda and torch.cuda.is_available())
     return torch.device(device).type == "cpu"
