@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,27 @@ def test_logits_are_compared_with_the_resident_models() -> None:
     assert results["resident"]["runs"]["1x1"]["logits_off"] == 0
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_are_never_the_same(
+    bad: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def peer(**logits: list[float]) -> dict[str, Any]:
+        figures = {"seconds_per_pass": {"median": 1.0}, "layers_GB_per_s": 1.0}
+        return {"load_s": 1.0, "runs": {n: {**figures, "logits": v} for n, v in logits.items()}}
+
+    good = {"a": [1.0, -4.0], "b": [2.0, 3.0]}
+    wrong = [{**good, name: values} for name in good for values in ([bad, 3.0], [2.0, bad])]
+    for results in (
+        *({"resident": peer(**good), "other": peer(**logits)} for logits in wrong),
+        *({"resident": peer(**logits)} for logits in wrong),
+    ):
+        peers.compare_logits(results, ["a", "b"])
+        peers.table(results, ["a", "b"])
+        printed = capsys.readouterr().out
+        assert printed.count("off by inf\n") == 1
+        assert printed.count("same\n") == len(results) - 1
+
+
 def test_paths_are_left_out_of_what_is_published() -> None:
     said = 'File "/a/b.d/c-1/peers.py", line 3: see https://x.org/y/z or /srv/model, not 1/2'
     assert peers.no_paths(said) == (
@@ -308,6 +330,23 @@ def test_peers_stop_when_the_time_is_over(
     assert peers_command(monkeypatch, tmp_path, *words, "--json", str(tmp_path / "x.json")) == 0
     assert capsys.readouterr().out.count("not begun: the 1 s for all are over") == 2
     assert (tmp_path / "x.json").is_file()
+
+
+def test_only_a_failure_of_ours_is_one_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def status(device: str, peer: str, *words: str) -> int:
+        monkeypatch.setattr(peers.torch, "device", lambda _: argparse.Namespace(type=device))
+        return peers_command(monkeypatch, tmp_path, "--peers", peer, *words)
+
+    monkeypatch.setattr(peers, "run_peer", lambda *_, **__: {"failed": "out of memory"})
+    monkeypatch.setattr(peers.Record, "write", lambda _: None)
+    monkeypatch.setattr(peers.shapes, "ensure_checkpoint", lambda *_: None)
+    for device in ("cuda", "cpu"):
+        assert status(device, "wsm arena,two buffers") == 1
+        assert status(device, "two buffers") == 0
+        assert status(device, "wsm arena", "--total-s", "1") == 0
+    assert status("cpu", "wsm 16 GiB") == 0
 
 
 # -- costs and charts ------------------------------------------------------------------------------
