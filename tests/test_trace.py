@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import linecache
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
+from wsm_ext.streaming import trace
 from wsm_ext.streaming.timeline import lanes_of, rates
 
 MIB = 1 << 20
@@ -211,6 +215,92 @@ def test_what_happened_before_an_error_or_a_close_is_written(
         assert (tmp_path / "close.json").exists()  # nothing keeps the engine's memory
     for name in ("error.json", "close.json"):
         assert len(spans_of(tmp_path / name)["pass"]) == 1
+
+
+def test_weights_in_ram_come_back_though_a_trace_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(trace, "write_whole", refuse)
+    module, cpu = make_net(**SHAPE), torch.device("cpu")
+    before = {name: (p, p.detach().clone()) for name, p in module.named_parameters()}
+    in_cache = {**ON_DEMAND["config"], "cpu_cache_cap_layers": None}
+    budgets = {**ON_DEMAND, "host_memory": 8 * MIB, "config": in_cache}
+    streamed = wsm.stream(module, device="cpu", **budgets)
+    assert any(p.numel() == 0 for p, _ in before.values())  # the module has let them go
+    run(streamed, cpu)
+    with pytest.raises(OSError, match="the disk is full"), streamed.trace(tmp_path / "trace.json"):
+        streamed.close()
+    after = dict(module.named_parameters())
+    assert list(after) == list(before)
+    for name, (parameter, values) in before.items():
+        assert after[name] is parameter
+        assert torch.equal(parameter, values), name
+    assert streamed.stats()["passes"] == 1
+    streamed.close()
+
+
+def test_a_relative_path_is_that_of_the_begin(
+    net: Net, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    with stream(net, folder, torch.device("cpu")) as streamed, streamed.trace("trace.json"):
+        monkeypatch.chdir(elsewhere)
+        run(streamed, torch.device("cpu"))
+    assert len(spans_of(here / "trace.json")["pass"]) == 1
+    assert os.listdir(elsewhere) == []
+
+
+def in_a_block(streamed: wsm.StreamedModule, out: Path) -> None:
+    with streamed.trace(out, most_events=5):
+        run(streamed, torch.device("cpu"))
+
+
+def in_a_stack(streamed: wsm.StreamedModule, out: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(streamed.trace(out, most_events=5))
+        run(streamed, torch.device("cpu"))
+
+
+def by_close(streamed: wsm.StreamedModule, out: Path) -> None:
+    with streamed.trace(out, most_events=5):
+        run(streamed, torch.device("cpu"))
+        streamed.close()
+
+
+def by_leaving(streamed: wsm.StreamedModule, out: Path) -> None:
+    with streamed.trace(out, most_events=5), streamed:
+        run(streamed, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("end", "line"),
+    [
+        (in_a_block, "with streamed.trace"),
+        (in_a_stack, "with contextlib.ExitStack"),
+        (by_close, "streamed.close()"),
+        (by_leaving, "with streamed.trace"),
+    ],
+)
+def test_the_warning_of_a_full_trace_points_at_what_ends_it(
+    net: Net,
+    folder: Path,
+    tmp_path: Path,
+    end: Callable[[wsm.StreamedModule, Path], None],
+    line: str,
+) -> None:
+    streamed = stream(net, folder, torch.device("cpu"))
+    missing = pytest.warns(UserWarning, match="later events are missing")
+    with streamed, missing as warned:
+        end(streamed, tmp_path / "trace.json")
+    (warning,) = warned
+    assert warning.filename == __file__
+    assert line in linecache.getline(__file__, warning.lineno)
 
 
 def test_a_full_trace_says_what_is_missing(net: Net, folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
     """Who reads sees the old file or the new one, never a part; what fails leaves nothing."""
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
@@ -16,7 +16,7 @@ def write_whole(path: Path, text: str) -> None:
             partial.write(text)
             partial.flush()
             os.fsync(partial.fileno())
-            os.fchmod(partial.fileno(), 0o644)
+            os.fchmod(partial.fileno(), mode)
             os.replace(partial.name, path)
         except BaseException:
             Path(partial.name).unlink(missing_ok=True)

@@ -16,8 +16,8 @@
 // a pair of events from a fixed pool, which `stop` reads. What ties the device's clock to the
 // host's is one event: `start` records it on the caller's stream, and looks until it is done. It
 // happened between the last look that did not find it done and the first that did: the middle is
-// taken, and `clock_error_ns` is half of that time (some us). From there on the two clocks part by
-// as much as they differ: tens of us a second, at the worst.
+// taken, and `clock_error_ns` is half of that time (some us; of a few tries the closest). From
+// there on the two clocks part by as much as they differ: tens of us a second, at the worst.
 #pragma once
 
 #include <atomic>

@@ -34,7 +34,7 @@ constexpr uint32_t kUnits = 4;
 
 // Does at once what it is told, which for copies is nothing. Its clock moves with each record and
 // each copy, and is read as CUDA's is: in milliseconds, as a float.
-class StepDevice final : public Device {
+class StepDevice : public Device {
  public:
   explicit StepDevice(double record_ms = 1, double copy_ms = 0)
       : record_ms_(record_ms), copy_ms_(copy_ms) {}
@@ -70,6 +70,42 @@ class StepDevice final : public Device {
   const double record_ms_;
   const double copy_ms_;
   std::atomic<int64_t> records_{0};
+};
+
+// Its nth record is not done at the first look, and takes so long at the next one. It knows between
+// what the time from one look to the next must lie.
+class SlowStepDevice final : public StepDevice {
+ public:
+  struct Try {
+    Clock::time_point recorded{}, looked{}, done{}, next{};
+  };
+  explicit SlowStepDevice(std::vector<microseconds> takes) : takes_(std::move(takes)) {}
+
+  std::vector<Try> tries;
+
+  void record(Event& event, StreamHandle stream) override {
+    if (looks_ > 0) tries.back().next = Clock::now();
+    looks_ = tries.size() < takes_.size() ? 0 : kAtOnce;
+    StepDevice::record(event, stream);
+    if (looks_ == 0) tries.push_back({.recorded = Clock::now()});
+  }
+  bool done(const Event&) override {
+    if (looks_ == kAtOnce) return true;
+    Try& last = tries.back();
+    if (looks_++ == 0) {
+      last.looked = Clock::now();
+      return false;
+    }
+    const auto end = Clock::now() + takes_[tries.size() - 1];
+    while (looks_ == 2 && Clock::now() < end) std::this_thread::yield();
+    if (looks_ == 2) last.done = Clock::now();
+    return true;
+  }
+
+ private:
+  static constexpr int kAtOnce = -1;
+  const std::vector<microseconds> takes_;
+  int looks_ = kAtOnce;  // at the last record
 };
 
 // One call of each kind.
@@ -164,6 +200,26 @@ TEST(Trace, WhatHappensOnAStreamHasTheTimesOfItsEvents) {
   }
   EXPECT_EQ(timeline.length_ns, 8 * kMs);  // the device was late
   EXPECT_EQ(timeline.dropped, 0u);
+}
+
+TEST(Trace, TheClockIsSetByTheClosestTry) {
+  std::vector<microseconds> takes(10, microseconds(4000));
+  takes[3] = microseconds(100);  // not so close that it is the last
+  SlowStepDevice device(takes);
+  Trace trace;
+  trace.start(device, 0, kUnits, 100, {});
+  ASSERT_EQ(device.tries.size(), takes.size());
+  trace.begin_pass(0);
+  trace.end_pass(0);
+  const Timeline timeline = trace.stop({});
+  ASSERT_EQ(timeline.records.size(), 1u);
+  const std::chrono::nanoseconds window(2 * timeline.clock_error_ns);
+  for (const auto& each : device.tries) EXPECT_LE(window, each.next - each.recorded);
+  // And what happens is timed from this one.
+  const size_t kept = takes.size() - static_cast<size_t>(timeline.records[0].begin_ns / kMs);
+  ASSERT_LT(kept, takes.size());
+  EXPECT_GE(window + std::chrono::nanoseconds(1),
+            device.tries[kept].done - device.tries[kept].looked);
 }
 
 // From the start, half an hour later, a float of 24 bits tells steps of 0.1 ms.

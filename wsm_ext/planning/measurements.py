@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import stat
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,12 +20,14 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..whole_file import write_whole
 
 _log = logging.getLogger("wsm_ext")
 
 _FORMAT = 1
 _KEPT_SECONDS = 30 * 86400
 _MOST_BYTES = 16 << 20
+_MODE = 0o600  # its keys name the machine, and what is mounted
 _MOUNTS = Path("/proc/self/mountinfo")
 # What JSON of another shape, or numbers of another size, raise.
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -110,20 +111,10 @@ class Measurements:
     def _write(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._replace(json.dumps({"format": _FORMAT, "entries": self._entries}, indent=1))
+            content = json.dumps({"format": _FORMAT, "entries": self._entries}, indent=1)
+            write_whole(self._path, content + "\n", _MODE)
         except (OSError, RecursionError) as error:
             _log.warning("measurements are not kept for the next run: %s", error)
-
-    def _replace(self, text: str) -> None:
-        """Readers see the old file or the new one, never a part."""
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text + "\n")
-            os.replace(name, self._path)
-        except BaseException:
-            os.unlink(name)
-            raise
 
     def _read(self) -> bytes:
         """Of a regular file alone: opening a pipe would wait for ever."""

@@ -439,7 +439,7 @@ class StreamedModule(nn.Module):
         if self._closed:
             return dict(self._final_stats)
         self._plan.update(self._engine.steady_passes())
-        host_bytes, pinned_bytes = self._engine.memory()
+        host_bytes, pinned_bytes, host_peak_bytes = self._engine.memory()
         device_bytes = self._planned.device_bytes
         return {
             "passes": self._carried_passes + self._engine.passes,
@@ -449,7 +449,7 @@ class StreamedModule(nn.Module):
                 "device_budget_bytes": self._planned.device_budget_bytes,
                 "host_bytes": host_bytes,
                 "host_pinned_bytes": pinned_bytes,
-                "host_peak_bytes": host_bytes,
+                "host_peak_bytes": host_peak_bytes,
                 "host_budget_bytes": self._planned.host_budget_bytes,
             },
             "last_pass": self._engine.last_pass(),
@@ -523,9 +523,11 @@ class StreamedModule(nn.Module):
             )
         try:
             if not self._engine.closed:
-                self._end_trace()
-                self._give_back_owned()
-                self._final_stats = self.stats()
+                try:
+                    self._end_trace()
+                finally:  # the module's own weights may be nowhere else
+                    self._give_back_owned()
+                    self._final_stats = self.stats()
         finally:
             self._closed = True
             self._engine.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Tracing:
         most_events: int,
     ) -> None:
         self._engine = engine
-        self._path = Path(path)
+        self._path = Path(path).absolute()  # the block may go to another folder
         self._names = names
         self._device = device
         check_target(self._path)
@@ -44,8 +45,20 @@ class Tracing:
             warnings.warn(
                 f"the trace was full after {timeline.full_ns * 1e-9:.3f} s: {timeline.dropped}"
                 " later events are missing; trace less, or give trace() a larger most_events",
-                stacklevel=4,
+                stacklevel=_level_of_user(),
             )
+
+
+def _level_of_user() -> int:
+    """The `stacklevel`, for the caller of this, of the first frame that is not of this package, nor
+    of contextlib: a trace is ended by its block, by close(), or by what calls these."""
+    package = __name__.partition(".")[0]
+    level, frame = 1, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] in (package, "contextlib"):
+        if frame.f_back is None:
+            break
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def check_target(path: Path) -> None:
