@@ -6,6 +6,10 @@
 // cold (cachestat, else mincore). The cells are interleaved: all of them once, then all again, so
 // that a drift of the disk hits all alike; each cell's figure is the median. Files on tmpfs are
 // memory already: buffered cells only, warm.
+//
+// By default a cell reads into no more memory than it has in flight, again and again: what a drive
+// that copies (a virtual one) writes there may never leave the processor's cache. --into names the
+// memory that is read into in turn, as one reads who keeps what he reads.
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <poll.h>
@@ -15,6 +19,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <deque>
 #include <optional>
 #include <thread>
 
@@ -33,6 +38,7 @@ struct Cell {
   uint64_t block_bytes = 0;
   uint32_t depth = 0;
   bool direct = false;
+  uint64_t into_bytes = 0;  // of memory that it reads into
   std::vector<double> gb_per_second;
 };
 
@@ -121,8 +127,8 @@ void wait_ready(const Reader& reader, const Shard& shard) {
 // Reads [offset, +bytes) in blocks, `depth` under way; seconds.
 double read_range(Reader& reader, Shard& shard, const Cell& cell, const Targets& targets,
                   uint64_t offset, uint64_t bytes) {
-  std::vector<uint32_t> free_targets(cell.depth);
-  for (uint32_t i = 0; i < cell.depth; ++i) free_targets[i] = i;
+  std::deque<uint32_t> free_targets(cell.into_bytes / cell.block_bytes);  // the longest free first
+  for (uint32_t i = 0; i < free_targets.size(); ++i) free_targets[i] = i;
   std::vector<ReadCompletion> completions(cell.depth);
   uint64_t submitted = 0, completed = 0;
   const double begin = now_seconds();
@@ -134,11 +140,11 @@ double read_range(Reader& reader, Shard& shard, const Cell& cell, const Targets&
       request.offset = offset + submitted;
       request.bytes = static_cast<uint32_t>(align_up(need, shard.alignment()));
       request.need_bytes = static_cast<uint32_t>(need);
-      request.target = targets.at(free_targets.back() * cell.block_bytes);
-      request.tag = (need << 32) | free_targets.back();
+      request.target = targets.at(free_targets.front() * cell.block_bytes);
+      request.tag = (need << 32) | free_targets.front();
       request.buffered = !cell.direct;
       if (!reader.submit(request)) break;
-      free_targets.pop_back();
+      free_targets.pop_front();
       submitted += need;
     }
     const size_t count = reader.poll(completions);
@@ -152,7 +158,7 @@ double read_range(Reader& reader, Shard& shard, const Cell& cell, const Targets&
   return now_seconds() - begin;
 }
 
-std::vector<Cell> make_grid(const std::string& name, bool memory_file) {
+std::vector<Cell> make_grid(const std::string& name, bool memory_file, uint64_t into) {
   check(name == "small" || name == "full", "--grid is small or full, not ", name);
   const bool full = name == "full";
   std::vector<Cell> cells;
@@ -165,7 +171,9 @@ std::vector<Cell> make_grid(const std::string& name, bool memory_file) {
           if (!full && (direct || memory_file ? block > 4 * kMiB || depth != 16
                                               : block != kMiB || depth != 16))
             continue;
-          cells.push_back({reader, block, depth, direct, {}});
+          const uint64_t flying = block * depth;
+          cells.push_back(
+              {reader, block, depth, direct, std::max(flying, align_down(into, block)), {}});
         }
       }
     }
@@ -277,7 +285,7 @@ std::vector<Cell> select_cells(const Run& run, std::vector<Cell> grid,
   return cells;
 }
 
-JsonObject report(const Run& run, const std::vector<Cell>& cells) {
+JsonObject report(const Run& run, const std::vector<Cell>& cells, uint64_t into) {
   JsonObject out;
   std::vector<JsonObject> results;
   for (const Cell& cell : cells) {
@@ -293,17 +301,21 @@ JsonObject report(const Run& run, const std::vector<Cell>& cells) {
   return out.add("file_bytes", run.shard().bytes())
       .add("alignment", uint64_t{run.shard().alignment()})
       .add("bytes_per_cell", run.cell_bytes())
+      .add("into_bytes", into)
       .add("cores", uint64_t{std::thread::hardware_concurrency()})
       .add("cells", results);
 }
 
 int run(int argc, char** argv) {
-  const Arguments arguments(
-      argc, argv,
-      {{"grid", "small"}, {"bytes-per-cell", "512MiB"}, {"repeats", "3"}, {"json", ""}});
+  const Arguments arguments(argc, argv,
+                            {{"grid", "small"},
+                             {"bytes-per-cell", "512MiB"},
+                             {"into", "0"},
+                             {"repeats", "3"},
+                             {"json", ""}});
   check(arguments.positional().size() == 1,
         "usage: bench_read FILE [--grid small|full] [--bytes-per-cell 512MiB] "
-        "[--repeats 3] [--json OUT]");
+        "[--into 0] [--repeats 3] [--json OUT]");
   const std::string path = arguments.positional()[0];
   const uint64_t repeats = arguments.number("repeats");
   check(repeats > 0, "--repeats must be at least 1");
@@ -311,11 +323,12 @@ int run(int argc, char** argv) {
   Run run(path, memory_file, arguments.bytes("bytes-per-cell"));
 
   std::vector<JsonObject> skipped;
-  const std::vector<Cell> grid = make_grid(arguments.text("grid"), memory_file);
+  const std::vector<Cell> grid =
+      make_grid(arguments.text("grid"), memory_file, arguments.bytes("into"));
   std::vector<Cell> cells = select_cells(run, grid, &skipped);
   uint64_t target_bytes = 0;
   for (const Cell& cell : cells) {
-    target_bytes = std::max(target_bytes, cell.block_bytes * cell.depth);
+    target_bytes = std::max(target_bytes, cell.into_bytes);
   }
   const Targets targets(target_bytes);
   for (uint64_t repeat = 0; repeat < repeats; ++repeat) {
@@ -323,7 +336,7 @@ int run(int argc, char** argv) {
     run.shift();
   }
 
-  JsonObject out = report(run, cells);
+  JsonObject out = report(run, cells, arguments.bytes("into"));
   out.add("benchmark", "bench_read").add("storage", memory_file ? "memory" : "disk");
   out.add("cold", !memory_file).add("grid", arguments.text("grid")).add("repeats", repeats);
   out.add("skipped", skipped);
