@@ -107,10 +107,12 @@ def test_it_shows_every_unit_of_every_pass_and_counts_as_stats_do(
     assert [span["name"] for span in spans["pass"]] == ["pass 1", "pass 2"]
     assert [span["name"] for span in spans["forward"]] == 2 * units
     for whole in spans["pass"]:
-        for kind in ("read", "copy", "forward"):
-            # By their ends: a read begins by the host's clock, a pass by the device's.
-            ends = [(span["name"], span["ts"] + span["dur"] - whole["ts"]) for span in spans[kind]]
-            assert {name for name, end in ends if 0 <= end <= whole["dur"]} == set(units), kind
+        ends = [(span["name"], span["ts"] + span["dur"] - whole["ts"]) for span in spans["forward"]]
+        assert {name for name, end in ends if 0 <= end <= whole["dur"]} == set(units)
+    # What is read and copied for a pass may come before it: in the pass before, and on a GPU, which the
+    # host runs ahead of, before that has ended.
+    for kind in ("read", "copy"):
+        assert {span["name"] for span in spans[kind]} == set(units), kind
     for read in spans["read"]:
         assert read["args"]["file"] in os.listdir(folder)
         assert read["args"]["route"] in ("direct", "buffered")
