@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "storage/shard.h"
+#include "support/silent_reader.h"
 #include "support/streamed_model.h"
 #include "util/align.h"
 #include "util/check.h"
@@ -16,6 +17,7 @@ namespace wsm {
 namespace {
 
 using testing::ModelShape;
+using testing::SilentReader;
 using testing::StreamedModel;
 using testing::TempFile;
 using testing::write_pattern_file;
@@ -85,16 +87,6 @@ class FailingReader final : public Reader {
 
  private:
   std::vector<ReadCompletion> failed_;
-};
-
-// Takes requests and never answers.
-class SilentReader final : public Reader {
- public:
-  bool submit(const ReadRequest&) override { return true; }
-  size_t poll(std::span<ReadCompletion>) override { return 0; }
-  int ready_fd() const override { return -1; }
-  uint32_t capacity() const override { return 64; }
-  const char* name() const override { return "silent"; }
 };
 
 template <typename DirectReader>

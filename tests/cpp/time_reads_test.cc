@@ -2,12 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include "support/silent_reader.h"
 #include "support/temp_file.h"
 #include "util/check.h"
 
 namespace wsm {
 namespace {
 
+using testing::SilentReader;
 using testing::TempFolder;
 using testing::write_pattern_file;
 
@@ -76,16 +78,6 @@ TEST(TimeReads, WhatCannotBeReadIsAnError) {
   EXPECT_THROW(time_reads({path}, spans_of(1, 1), kOneWay, 1), InvalidArgument);
   EXPECT_THROW(time_reads({folder / "gone"}, spans_of(0, 1), kOneWay, 1), IoError);
 }
-
-// Takes requests and never answers.
-class SilentReader final : public Reader {
- public:
-  bool submit(const ReadRequest&) override { return true; }
-  size_t poll(std::span<ReadCompletion>) override { return 0; }
-  int ready_fd() const override { return -1; }
-  uint32_t capacity() const override { return 64; }
-  const char* name() const override { return "silent"; }
-};
 
 TEST(TimeReads, ADriveThatDoesNotAnswerIsATimeout) {
   TempFolder folder;
