@@ -109,16 +109,17 @@ class Context:
         total = GIB if self.device.type == "cuda" else GIB // 4
         return self._keep("link", lambda: LinkCeiling(self.device, total_bytes=total))
 
-    def disk_ceiling(self) -> DiskCeiling:
-        """Under the largest shard; its samples accumulate over the cases."""
+    def disk_ceiling(self, into: int = 0) -> DiskCeiling:
+        """Under the largest shard, read into so much memory (harness.DiskCeiling); its samples
+        accumulate over the cases."""
         arguments = self.arguments
 
         def make() -> DiskCeiling:
             largest = max(self.disk_source.shards(), key=lambda path: path.stat().st_size)
             size, grid = arguments.bytes_per_cell, arguments.read_grid
-            return DiskCeiling(arguments.bench_read, largest, size, grid)
+            return DiskCeiling(arguments.bench_read, largest, size, grid, into)
 
-        return self._keep("disk", make)
+        return self._keep(f"disk into {into}", make)
 
     # -- models ------------------------------------------------------------------------------------
 

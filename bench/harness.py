@@ -219,16 +219,22 @@ def merge_cells(reports: Sequence[dict[str, Any]], mode: str) -> dict[str, Any]:
 
 
 class DiskCeiling:
-    """The disk under a file, by bench_read's grid, sampled between the runs compared with it."""
+    """The disk under a file, by bench_read's grid, sampled between the runs compared with it.
 
-    def __init__(self, bench_read: Path, file: Path, bytes_per_cell: int, grid: str) -> None:
+    `into`: bytes of memory that are read into in turn; 0: no more than is in flight, again and
+    again, which on a virtual disk may never leave the processor's cache.
+    """
+
+    def __init__(
+        self, bench_read: Path, file: Path, bytes_per_cell: int, grid: str, into: int = 0
+    ) -> None:
         if not bench_read.is_file():
             raise FileNotFoundError(
                 f"{bench_read} is not there; build it (cmake -DWSM_BUILD_BENCH=ON) "
                 "and name it by --bench-read"
             )
         self.bench_read, self.file, self.grid = bench_read, file, grid
-        self.bytes_per_cell = bytes_per_cell
+        self.bytes_per_cell, self.into = bytes_per_cell, into
         self.reports: list[dict[str, Any]] = []
 
     def sample(self, count: int = 1) -> None:
@@ -240,6 +246,7 @@ class DiskCeiling:
             out = Path(folder, "read.json")
             command: list[str] = [str(self.bench_read), str(self.file), "--repeats", "1"]
             command += ["--bytes-per-cell", str(self.bytes_per_cell), "--grid", self.grid]
+            command += ["--into", str(self.into)]
             command += ["--json", str(out)]
             ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if ran.returncode:

@@ -139,11 +139,10 @@ def test_a_case_that_fails_does_not_stop_the_others(
 
 
 class Disk:
-    """A disk whose rate is known."""
+    """A disk whose rate is known: half as fast into memory that no cache holds."""
 
-    @property
-    def best(self) -> dict[str, float]:
-        return {"GB_per_s": 2.0}
+    def __init__(self, into: int) -> None:
+        self.best = {"GB_per_s": 1.0 if into else 2.0}
 
     def sample(self, count: int) -> None:
         assert count > 0
@@ -153,7 +152,7 @@ def test_half_cached_reads_the_other_half_and_is_judged_by_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk.coldness, "make_cold", lambda shards: {s.name: 0 for s in shards})
-    monkeypatch.setattr(Context, "disk_ceiling", lambda self: Disk())
+    monkeypatch.setattr(Context, "disk_ceiling", lambda self, into=0: Disk(into))
     words = arguments(tmp_path, "half", "--disk-shapes", "1x1", "--disk-passes", "3")
     context = Context(forward.parse_arguments(words))
     results = disk.half_cached(context)
@@ -163,6 +162,7 @@ def test_half_cached_reads_the_other_half_and_is_judged_by_its_time(
     pass_s = run["seconds_per_pass"]["median"]
     least_s = run["bytes_per_pass"] / 2e9
     assert results["figure"] == pytest.approx(pass_s / least_s, rel=0.2)
+    assert run["ratio_large"] == pytest.approx(2 * run["ratio"])
 
 
 def test_a_process_is_timed_until_it_says_the_word() -> None:
