@@ -109,8 +109,8 @@ def test_it_shows_every_unit_of_every_pass_and_counts_as_stats_do(
     for whole in spans["pass"]:
         ends = [(span["name"], span["ts"] + span["dur"] - whole["ts"]) for span in spans["forward"]]
         assert {name for name, end in ends if 0 <= end <= whole["dur"]} == set(units)
-    # What is read and copied for a pass may come before it: in the pass before, and on a GPU, which the
-    # host runs ahead of, before that has ended.
+    # What is read and copied for a pass may come before it: in the pass before, and on a GPU, which
+    # the host runs ahead of, before that has ended.
     for kind in ("read", "copy"):
         assert {span["name"] for span in spans[kind]} == set(units), kind
     for read in spans["read"]:
