@@ -512,16 +512,16 @@ TEST(EngineTrace, AnErrorOfTheDeviceLeavesItOff) {
   StreamedModel model;
   DeviceLedger ledger;
   const auto device = [&] { return std::make_unique<FailingDevice>(make_host_device(), ledger); };
-  // The conductor asks nothing of the device meanwhile.
   Engine& engine = model.open(model.plan(on_demand(limits_of(model))), {}, device());
   ASSERT_EQ(model.pass(model.all_units()), "");
   const int64_t events = ledger.events;
-  ledger.fail_at = ledger.calls + 20;
+  // The conductor may ask the device at any time, but makes no events any more.
+  ledger.fail_at_made = ledger.made + 20;
   EXPECT_THROW(engine.start_trace(0, 100, {}), Error);
   EXPECT_EQ(ledger.events, events);
   engine.start_trace(0, 1000, {});
   ASSERT_EQ(model.pass(model.all_units()), "");
-  engine.close();
+  engine.close();  // and with it the conductor
   ledger.fail_at = ledger.calls + 5;
   EXPECT_THROW(engine.stop_trace({}), Error);
   EXPECT_EQ(ledger.events, events);

@@ -20,8 +20,10 @@ struct DeviceLedger {
   bool for_ever = false;                            // and all after it
   uint64_t most_registered_bytes = UINT64_MAX;      // more are refused
   std::atomic<uint64_t> fail_at_copy = UINT64_MAX;  // this copy does
+  std::atomic<uint64_t> fail_at_made = UINT64_MAX;  // the event after so many does
   std::atomic<uint64_t> calls{0};
   std::atomic<uint64_t> copies{0};
+  std::atomic<uint64_t> made{0};  // events
   std::atomic<int64_t> events{0};
   std::atomic<uint64_t> registered_bytes{0};
 
@@ -65,6 +67,7 @@ class FailingDevice final : public Device {
   StreamHandle copy_stream() const override { return inner_->copy_stream(); }
   std::unique_ptr<Event> make_event(bool timed) override {
     call("make_event");
+    check<Error>(ledger_.made++ != ledger_.fail_at_made, "the device is broken: make_event");
     return std::make_unique<CountedEvent>(inner_->make_event(timed), ledger_);
   }
   void record(Event& event, StreamHandle stream) override {
