@@ -126,6 +126,7 @@ def run(folder: Path, device: torch.device, vocab: int) -> dict[str, Any]:
     import wsm_ext as wsm
 
     resident: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    resident.requires_grad_(False)  # as the streamed base is: else torch multiplies another way
     wanted = outputs(resident, device, vocab)
     del resident
     sizes = shapes.measure_checkpoint(wsm.Checkpoint.open(folder))

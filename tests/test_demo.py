@@ -40,6 +40,21 @@ def test_it_streams_more_than_the_budgets_and_the_bits_are_equal(console, out, t
     assert list(temporary.glob("wsm-demo-*")) == []
 
 
+def test_the_first_token_of_one_sequence_has_the_bits_of_a_frozen_model(console):
+    # A slice of the prefill, which torch multiplies in another way where a weight requires grad.
+    shape = {"hidden": 512, "intermediate": 128, "heads": 4, "kv_heads": 1, "vocab": 16000}
+    size = demo.Size(
+        shape,
+        layers=2,
+        shards=1,
+        tokens=64,
+        device_memory="24MiB",
+        host_memory="4MiB",
+        new_tokens=2,
+    )
+    assert demo.run_demo(console, device=CPU, size=size)["bit_equal"]
+
+
 def test_different_bits_are_found_and_named(console, out, monkeypatch):
     honest = demo._resident
 
