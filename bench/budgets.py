@@ -8,7 +8,9 @@ For each share of the model in RAM: an arena of two layers, no device homes, the
 After passes that fill the cache, --passes forwards back to back are timed. Compared with it is the
 largest of three times: the disk's, for the bytes that the plan leaves on it, at the best rate of
 bench_read on the same file just before and after; the link's, for the bytes that stream, at the
-rate of 16 MiB pinned copies; the resident model's. What is read is counted between two moments at
+rate of 16 MiB pinned copies; the resident model's. Beside it the same with the disk's rate into as
+much memory as the staging ring has, as who keeps what he reads cannot read into the same few MiB
+for ever. What is read is counted between two moments at
 which nothing moves, and must be the plan's bytes to the byte. Memory is watched from another
 process. Beside it: what LRU would give, by the simulator, with the same rates.
 """
@@ -56,15 +58,18 @@ def seconds_resident(context: Context, ids: torch.Tensor) -> float:
         return timed_passes(model, ids, 5) / 5
 
 
+def disk_rate(disk: harness.DiskCeiling, index: int) -> float:
+    """Bytes/s as it was around the share `index`."""
+    first = index * DISK_SAMPLES
+    return disk.rate_between(first, first + 2 * DISK_SAMPLES) * GB
+
+
 def rates_of(context: Context, index: int, units: list[Any], compute_s: float) -> Any:
     """What the simulator is told: the ceilings, the disk's as it was around the share `index`."""
     from wsm_ext import _engine
 
     rates = _engine.Rates()
-    first = index * DISK_SAMPLES
-    rates.disk_bytes_per_s = (
-        context.disk_ceiling().rate_between(first, first + 2 * DISK_SAMPLES) * GB
-    )
+    rates.disk_bytes_per_s = disk_rate(context.disk_ceiling(), index)
     rates.h2d_bytes_per_s = context.link_ceiling().median * GB
     rates.host_computes = context.device.type == "cpu"
     layers = [shapes.is_layer(unit.name) for unit in units]
@@ -73,8 +78,8 @@ def rates_of(context: Context, index: int, units: list[Any], compute_s: float) -
 
 
 def sample_disk(context: Context) -> None:
-    for _ in range(DISK_SAMPLES):
-        context.disk_ceiling().sample()
+    context.disk_ceiling().sample(DISK_SAMPLES)
+    context.disk_ceiling(into=context.arguments.staging).sample(DISK_SAMPLES)
 
 
 def run_share(
@@ -129,8 +134,11 @@ def run_share(
         return run, model._planned, plan.units
 
 
-def judge(run: dict[str, Any], planned: Any, rates: Any, compute_s: float) -> dict[str, Any]:
-    """The run beside the largest of its floors, and beside what the simulator says."""
+def judge(
+    run: dict[str, Any], planned: Any, rates: Any, compute_s: float, large: float
+) -> dict[str, Any]:
+    """The run beside the largest of its floors, and beside what the simulator says. `large`: the
+    disk's bytes/s into as much memory as the ring has."""
     from wsm_ext import _engine
 
     floors = {
@@ -138,12 +146,15 @@ def judge(run: dict[str, Any], planned: Any, rates: Any, compute_s: float) -> di
         "h2d_s": run["plan_streamed_bytes"] / rates.h2d_bytes_per_s,
         "compute_s": compute_s,
     }
+    floors_large = {**floors, "disk_s": run["plan_disk_bytes"] / large}
     lru = _engine.simulate(planned, rates, policy="lru")
     return {
         **run,
         "disk_bytes_per_s": rates.disk_bytes_per_s,
         "floors": floors,
         "ratio": run["seconds_per_pass"] / max(floors.values()),
+        "disk_large_bytes_per_s": large,
+        "ratio_large": run["seconds_per_pass"] / max(floors_large.values()),
         "simulated_s": _engine.simulate(planned, rates).pass_seconds,
         "simulated_lru_s": lru.pass_seconds,
         "simulated_lru_disk_bytes": lru.disk_bytes,
@@ -151,7 +162,8 @@ def judge(run: dict[str, Any], planned: Any, rates: Any, compute_s: float) -> di
 
 
 def print_runs(runs: list[dict[str, Any]]) -> None:
-    header = ("in RAM", "s/pass", "disk", "link", "compute", "ratio", "simulated", "LRU", "bytes")
+    header = ("in RAM", "s/pass", "disk", "link", "compute", "ratio", "into the ring's memory")
+    header += ("simulated", "LRU", "bytes")
     rows = []
     for run in runs:
         floors = run["floors"]
@@ -161,6 +173,7 @@ def print_runs(runs: list[dict[str, Any]]) -> None:
                 f"{run['seconds_per_pass']:.3f}",
                 *(f"{floors[key]:.3f}" for key in ("disk_s", "h2d_s", "compute_s")),
                 f"{run['ratio']:.3f}",
+                f"{run['ratio_large']:.3f}",
                 f"{run['simulated_s']:.3f}",
                 f"{run['simulated_lru_s']:.3f}",
                 "the plan's" if run["to_the_byte"] else f"{run['read_bytes_per_pass']:.0f} !",
@@ -210,8 +223,12 @@ def main(argv: list[str]) -> int:
             seconds = measured[-1][0]["seconds_per_pass"]
             print(f"  {share} % in RAM: {seconds:.3f} s a pass", flush=True)
             sample_disk(context)
+    large = context.disk_ceiling(into=arguments.staging)
     runs = [
-        judge(run, planned, rates_of(context, index, units, compute_s), compute_s)
+        judge(
+            *(run, planned, rates_of(context, index, units, compute_s)),
+            *(compute_s, disk_rate(large, index)),
+        )
         for index, (run, planned, units) in enumerate(measured)
     ]
     print_runs(runs)
@@ -219,6 +236,7 @@ def main(argv: list[str]) -> int:
         results = {
             "runs": runs,
             "disk": context.disk_ceiling().best,
+            "disk_large": large.best,
             "link": harness.summary(link.gb_per_s),
             "compute_s": compute_s,
         }
