@@ -32,6 +32,11 @@ PIECE = 16 * MIB
 WAYS = (Way("pread", 256 << 10), Way("uring", 256 << 10))
 SAMPLE_S = 0.4
 ROUNDS = 3
+# Of how much a cell of bench_read reads, into how much memory.
+CELLS = (
+    *(("512MiB", into) for into in ("0", "6MiB", "8MiB", "16MiB", "32MiB", "128MiB", "512MiB")),
+    *(("2GiB", into) for into in ("0", "512MiB")),
+)
 PAUSELESS = 16  # samples of half a second, one after another
 Piece = tuple[int, int, int]  # file, offset, bytes
 
@@ -80,20 +85,19 @@ def by_cells(bench_read: Path, file: Path) -> list[dict[str, Any]]:
     """bench_read's small grid, by how much a cell reads and how much memory it reads into."""
     out = []
     with tempfile.TemporaryDirectory() as folder:
-        for size in ("512MiB", "2GiB"):
-            for into in ("0", "512MiB"):
-                record = Path(folder, "read.json")
-                command = [str(bench_read), str(file), "--repeats", "2", "--json", str(record)]
-                command += ["--bytes-per-cell", size, "--into", into]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-                found = json.loads(record.read_text())
-                cells = {
-                    f"{c['reader']} {c['block_bytes'] >> 10} KiB": round(c["GB_per_s"], 3)
-                    for c in found["cells"]
-                    if c["mode"] == "direct"
-                }
-                out.append({"bytes_per_cell": size, "into": into, "GB_per_s": cells})
-                print(f"  cells of {size}, into {into}: {cells}", flush=True)
+        for size, into in CELLS:
+            record = Path(folder, "read.json")
+            command = [str(bench_read), str(file), "--repeats", "2", "--json", str(record)]
+            command += ["--bytes-per-cell", size, "--into", into]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            found = json.loads(record.read_text())
+            cells = {
+                f"{c['reader']} {c['block_bytes'] >> 10} KiB": round(c["GB_per_s"], 3)
+                for c in found["cells"]
+                if c["mode"] == "direct"
+            }
+            out.append({"bytes_per_cell": size, "into": into, "GB_per_s": cells})
+            print(f"  cells of {size}, into {into}: {cells}", flush=True)
     return out
 
 

@@ -34,6 +34,7 @@ def from_disk(context: Context, cache: int) -> dict[str, Any]:
     config["staging_mb"] = staging_mb
     if not cache:
         config["cpu_cache_cap_layers"] = 0
+    coldness.make_cold(shards)  # so that the planner measures the disk, not what was just written
     with open_streamed(
         context,
         source,

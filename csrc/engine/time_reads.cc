@@ -11,7 +11,7 @@
 
 #include "device/device.h"
 #include "memory/pinned_buffer.h"
-#include "util/align.h"
+#include "plan/host_memory.h"
 #include "util/check.h"
 
 namespace wsm {
@@ -19,37 +19,37 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr uint32_t kSlots = 8;
-constexpr uint64_t kSlotAlignment = 2 * kMiB;  // whole huge pages
+constexpr uint32_t kSlots = 64;
 constexpr int kPollMs = 10;
 
 double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-// Slots that spans are read into, as many at once. Their memory is of the kind that the engine
-// reads into: into small pages a drive is read a third slower.
+// Slots that spans are read into, in chunks as the engine reads them, into memory of the kind that
+// it reads into, and the last slot that came free first: into small pages, or into memory that is
+// not in the processor's cache, some drives are read a third slower.
 class Timer {
  public:
   Timer(const std::vector<std::string>& paths, const std::vector<ReadSpan>& spans,
-        const std::vector<EngineOptions>& ways)
-      : spans_(spans) {
+        const std::vector<EngineOptions>& ways) {
     check(!spans.empty() && !ways.empty(), "there is nothing to read");
     bool any_direct = false;
     for (const std::string& path : paths) {
       shards_.push_back(Shard::open(path, ways[0].direct));
       any_direct |= shards_.back()->direct();
     }
-    uint64_t largest = 0;
     for (const ReadSpan& span : spans) {
       check(span.file < shards_.size(), "there is no file ", span.file);
-      largest = std::max<uint64_t>(largest, span.bytes);
+      for (uint64_t at = 0; at < span.bytes; at += kDiskChunk) {
+        const auto bytes = static_cast<uint32_t>(std::min<uint64_t>(kDiskChunk, span.bytes - at));
+        chunks_.push_back({span.file, span.offset + at, bytes});
+      }
     }
-    slot_bytes_ = align_up(largest, kSlotAlignment);
-    slots_ = std::make_unique<PinnedBuffer>(*device_, kSlots * slot_bytes_);
+    slots_ = std::make_unique<PinnedBuffer>(*device_, kSlots * kDiskChunk);
     for (uint32_t slot = 0; slot < kSlots; ++slot) free_.push_back(slot);
     for (const EngineOptions& way : ways)
-      ways_.push_back({readers_of(way, any_direct, slot_bytes_), way.read_timeout_s});
+      ways_.push_back({readers_of(way, any_direct), way.read_timeout_s});
   }
 
   std::vector<std::vector<double>> run(double seconds, uint32_t rounds, double most_seconds) {
@@ -72,9 +72,9 @@ class Timer {
     double timeout_s = 0;
   };
 
-  static Readers readers_of(const EngineOptions& way, bool any_direct, uint64_t slot_bytes) {
+  static Readers readers_of(const EngineOptions& way, bool any_direct) {
     try {
-      return make_readers(way, any_direct, slot_bytes);
+      return make_readers(way, any_direct, kDiskChunk);
     } catch (const InvalidArgument&) {
       throw;
     } catch (const Error&) {
@@ -104,20 +104,20 @@ class Timer {
 
   bool submit_next(Readers& readers) {
     if (free_.empty()) return false;
-    const ReadSpan& span = spans_[next_];
+    const ReadSpan& span = chunks_[next_];
     Shard& shard = *shards_[span.file];
     const bool cached = !readers.always_direct && shard.in_page_cache(span.offset, span.bytes);
     ReadRequest request;
     request.shard = &shard;
     request.offset = span.offset;
     request.bytes = request.need_bytes = span.bytes;
-    request.target = slots_->data() + free_.back() * slot_bytes_;
+    request.target = slots_->data() + free_.back() * kDiskChunk;
     request.tag = free_.back();
     request.buffered = !shard.direct() || cached;
     Reader& reader = request.buffered ? *readers.pool : readers.for_direct();
     if (!reader.submit(request)) return false;
     free_.pop_back();
-    next_ = (next_ + 1) % spans_.size();
+    next_ = (next_ + 1) % chunks_.size();
     return true;
   }
 
@@ -136,11 +136,10 @@ class Timer {
     return bytes;
   }
 
-  const std::vector<ReadSpan>& spans_;
+  std::vector<ReadSpan> chunks_;  // all spans
   std::vector<std::unique_ptr<Shard>> shards_;
   const std::unique_ptr<Device> device_ = make_host_device();
   std::unique_ptr<PinnedBuffer> slots_;
-  uint64_t slot_bytes_ = 0;
   std::vector<uint32_t> free_;
   size_t next_ = 0;
   std::vector<Way> ways_;  // last: their destructors wait for reads into the slots

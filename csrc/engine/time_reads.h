@@ -10,7 +10,7 @@
 
 namespace wsm {
 
-// Part of a file: as large as a chunk, its ends aligned as direct reads need.
+// Part of a file, its ends aligned as direct reads need. It is read in chunks, one after another.
 struct ReadSpan {
   uint32_t file = 0;  // into the paths
   uint64_t offset = 0;

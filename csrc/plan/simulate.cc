@@ -196,6 +196,7 @@ class Simulator {
   // Returns when the last copy was enqueued.
   double copy_chunks(const UnitPlan& unit, double from, Waits& waits) {
     std::vector<uint32_t> later;
+    run_source_ = UINT64_MAX;  // a unit's copies are enqueued before its event
     for (uint32_t c = unit.first_chunk; c < unit.first_chunk + unit.chunk_count; ++c) {
       if (cache_.use(c)) {
         copy(c, from);
@@ -238,11 +239,28 @@ class Simulator {
 
   void copy(uint32_t chunk, double from) {
     const Chunk& c = plan_.chunks[chunk];
+    const uint32_t copies = c.copy_count - (goes_on(c) ? 1 : 0);
     const double seconds =
-        c.payload_bytes / rates_.h2d_bytes_per_s + c.copy_count * rates_.copy_overhead_s;
+        c.payload_bytes / rates_.h2d_bytes_per_s + copies * rates_.copy_overhead_s;
     link_free_ = std::max(link_free_, from) + seconds;
     now_.h2d_s += seconds;
     now_.h2d_bytes += c.payload_bytes;
+  }
+
+  // Whether the chunk's first copy touches the last one, in the host cache and on the device: the
+  // engine makes one of them (engine/copy_run.h).
+  bool goes_on(const Chunk& chunk) {
+    if (chunk.home != Home::kHost || chunk.copy_count == 0) {
+      run_source_ = UINT64_MAX;
+      return false;
+    }
+    const Copy& first = plan_.copies[chunk.first_copy];
+    const Copy& last = plan_.copies[chunk.first_copy + chunk.copy_count - 1];
+    const bool touches = chunk.cache_offset + first.source_offset == run_source_ &&
+                         first.target_offset == run_target_;
+    run_source_ = chunk.cache_offset + last.source_offset + last.bytes;
+    run_target_ = last.target_offset + last.bytes;
+    return touches;
   }
 
   // Reads for the last use began, at the earliest, when it came into the window of an earlier one.
@@ -285,6 +303,9 @@ class Simulator {
   double compute_free_ = 0;
   double host_ = 0;      // where the caller is
   double enqueued_ = 0;  // when the last copy was
+  // Where the last copy ended: in the host cache, unless it came out of a slot, and on the device.
+  uint64_t run_source_ = UINT64_MAX;
+  uint64_t run_target_ = 0;
   Simulated now_;
 };
 

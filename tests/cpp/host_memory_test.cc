@@ -17,21 +17,21 @@ using testing::contains;
 using testing::ModelBuilder;
 using testing::uniform_model;
 
-constexpr uint64_t kChunk = 16 * kMiB;
+constexpr uint64_t kChunk = kDiskChunk;
 
-// Everything streams: 10 layers of 64 MiB, beginning at an aligned offset, so of 4 chunks each.
-ModelSpec aligned_model() {
+// 10 layers, beginning at an aligned offset; unless said otherwise of 4 chunks each.
+ModelSpec aligned_model(uint64_t layer_bytes = 4 * kChunk) {
   ModelBuilder model;
   model.shard("s", 4096, 4096);
   for (int i = 0; i < 10; ++i) {
     const std::string name = concat("layers.", i);
-    model.unit(name, {model.tensor(name, 4 * kChunk)});
+    model.unit(name, {model.tensor(name, layer_bytes)});
   }
   return model.spec;
 }
 
 Limits streaming(uint64_t host_bytes) {
-  return {.device_bytes = 128 * kMiB, .host_bytes = host_bytes, .home_bytes = 0};
+  return {.device_bytes = 12 * kChunk, .host_bytes = host_bytes, .home_bytes = 0};
 }
 
 uint64_t count(const Plan& plan, Home home) {
@@ -39,17 +39,17 @@ uint64_t count(const Plan& plan, Home home) {
                        [&](const Chunk& chunk) { return chunk.home == home; });
 }
 
-TEST(HostMemory, AllCachedWithEightSlotsWhereAffordable) {
-  const Plan plan = make_plan(aligned_model(), streaming(48 * kChunk));
+TEST(HostMemory, AllCachedWithAnAmpleRingWhereAffordable) {
+  const Plan plan = make_plan(aligned_model(), streaming(72 * kChunk));
   EXPECT_EQ(plan.chunk_bytes, kChunk);
-  EXPECT_EQ(plan.slot_count, 8u);
+  EXPECT_EQ(plan.slot_count, 32u);
   EXPECT_EQ(plan.cache_bytes, 40 * kChunk);
   EXPECT_EQ(count(plan, Home::kHost), 40u);
   EXPECT_EQ(plan.disk_home_bytes, 0u);
 }
 
-TEST(HostMemory, AllCachedWithFourSlotsWhereEightAreTooMany) {
-  const Plan plan = make_plan(aligned_model(), streaming(48 * kChunk - 1));
+TEST(HostMemory, AllCachedWithFourSlotsWhereMoreAreTooMany) {
+  const Plan plan = make_plan(aligned_model(), streaming(72 * kChunk - 1));
   EXPECT_EQ(plan.slot_count, 4u);
   EXPECT_EQ(plan.disk_home_bytes, 0u);
   EXPECT_EQ(make_plan(aligned_model(), streaming(44 * kChunk)).disk_home_bytes, 0u);
@@ -68,8 +68,9 @@ TEST(HostMemory, WithoutACacheTheRingTakesAll) {
   EXPECT_EQ(make_plan(aligned_model(), limits).slot_count, 30u);
   limits.host_bytes = 1000 * kChunk;
   EXPECT_EQ(make_plan(aligned_model(), limits).slot_count, 40u);  // there are no more chunks
-  limits.host_bytes = 1000 * kChunk;
-  EXPECT_EQ(make_plan(uniform_model(100, 1, 64 * kMiB), limits).slot_count, 64u);
+  limits.host_bytes = 2000 * kChunk;
+  limits.device_bytes = 128 * kMiB;
+  EXPECT_EQ(make_plan(uniform_model(100, 1, 64 * kMiB), limits).slot_count, kGiB / kChunk);
 }
 
 TEST(HostMemory, ASmallBudgetTakesSmallerChunks) {
@@ -82,13 +83,23 @@ TEST(HostMemory, ASmallBudgetTakesSmallerChunks) {
   EXPECT_EQ(chunk(128 * kKiB), 64 * kKiB);
 }
 
-TEST(HostMemory, WhatLiesInMemoryIsReadInSmallerChunks) {
+TEST(HostMemory, WhatLiesInMemoryIsReadInLargerChunks) {
   ModelSpec spec = aligned_model();
   spec.shards[0].in_memory = true;
-  EXPECT_EQ(make_plan(spec, streaming(48 * kChunk)).chunk_bytes, kChunk / 4);
+  EXPECT_EQ(make_plan(spec, streaming(64 * kMiB)).chunk_bytes, 4 * kMiB);
   EXPECT_EQ(make_plan(spec, streaming(kMiB)).chunk_bytes, 64 * kKiB);
   spec.shards.push_back({.path = "on a disk", .bytes = 4096, .alignment = 4096});
-  EXPECT_EQ(make_plan(spec, streaming(48 * kChunk)).chunk_bytes, kChunk);
+  EXPECT_EQ(make_plan(spec, streaming(64 * kMiB)).chunk_bytes, kChunk);
+}
+
+TEST(HostMemory, AHugeModelIsReadInLargerChunks) {
+  const auto chunk = [](uint64_t tensor_bytes) {
+    Limits limits = streaming(8 * kGiB);
+    limits.device_bytes = 16 * kGiB;
+    return make_plan(uniform_model(64, 1, tensor_bytes), limits).chunk_bytes;
+  };
+  EXPECT_EQ(chunk(4 * kGiB), kChunk);  // 2^18 chunks in all
+  EXPECT_EQ(chunk(4 * kGiB + kMiB), 2 * kChunk);
 }
 
 TEST(HostMemory, SlotsAreNoLargerThanTheLargestChunk) {
@@ -138,16 +149,16 @@ TEST(HostMemory, WarnsOfARingThatCannotBe) {
 }
 
 TEST(HostMemory, ChunksAreAsLargeAsAskedFor) {
-  Limits limits = streaming(40 * kChunk);
-  limits.chunk_bytes = 5000000;
+  Limits limits = streaming(40 * kMiB);
+  limits.chunk_bytes = 3000000;
   const Plan plan = make_plan(aligned_model(), limits);
-  EXPECT_EQ(plan.chunk_bytes, align_down(5000000, 4096));
+  EXPECT_EQ(plan.chunk_bytes, align_down(3000000, 4096));
   EXPECT_TRUE(plan.warnings.empty());
 }
 
 TEST(HostMemory, WarnsOfChunksThatCannotBe) {
-  for (const uint64_t asked : {uint64_t{1}, 64 * kKiB - 1, kSegmentBytes + 4096, 21 * kChunk}) {
-    Limits limits = streaming(40 * kChunk);
+  for (const uint64_t asked : {uint64_t{1}, 64 * kKiB - 1, kSegmentBytes + 4096, 11 * kMiB}) {
+    Limits limits = streaming(20 * kMiB);
     limits.chunk_bytes = asked;
     const Plan plan = make_plan(aligned_model(), limits);
     ASSERT_EQ(plan.warnings.size(), 1u) << asked;
@@ -157,7 +168,7 @@ TEST(HostMemory, WarnsOfChunksThatCannotBe) {
 
 // Each layer gets its share of the cache to within one chunk, at any budget.
 TEST(HostMemory, CachedBytesAreSpreadEvenly) {
-  const ModelSpec spec = uniform_model(40, 4, 20 * kMiB);
+  const ModelSpec spec = uniform_model(40, 4, 5 * kChunk / 4);
   for (uint64_t host = 10; host < 240; host += 7) {
     SCOPED_TRACE(concat("host budget of ", host, " chunks"));
     const Plan plan = make_plan(spec, streaming(host * kChunk));
@@ -182,7 +193,9 @@ TEST(HostMemory, CachedBytesAreSpreadEvenly) {
 TEST(HostMemory, SegmentsEndAtChunks) {
   Limits limits = streaming(1000 * kChunk);
   limits.chunk_bytes = 48 * kMiB;
-  const Plan plan = make_plan(aligned_model(), limits);
+  limits.host_bytes = 16 * kGiB;
+  limits.device_bytes = 128 * kMiB;
+  const Plan plan = make_plan(aligned_model(64 * kMiB), limits);
   // 48 and 16 MiB in turns: 48+16+48+16+48+16+48+16 are 256 MiB.
   ASSERT_EQ(plan.cache_segments, (std::vector<uint64_t>{256 * kMiB, 512 * kMiB, 640 * kMiB}));
   limits.chunk_bytes = 200 * kMiB;

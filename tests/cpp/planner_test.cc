@@ -180,25 +180,25 @@ TEST(Planner, NothingToLoadNeedsNoMemory) {
 
 // header 1000 | a: 512 000 | b: 512 000 | c: 512 000, one unit each; 2 MiB hold them all.
 TEST(Planner, WhatFitsIsLoadedOnceInLoadOrder) {
-  const ModelSpec spec = uniform_model(3, 1, 512000);
+  const ModelSpec spec = uniform_model(3, 1, 256000);
   const Plan plan = make_plan(spec, {.device_bytes = 20 * kMiB, .host_bytes = kGiB});
   EXPECT_EQ(plan.first_resident_chunk, 0u);
   ASSERT_EQ(plan.chunks.size(), 1u);
   EXPECT_EQ(plan.chunks[0].home, Home::kDevice);
   EXPECT_EQ(plan.chunks[0].read_offset, 0u);
-  EXPECT_EQ(plan.chunks[0].need_bytes, 1537000u);
-  EXPECT_EQ(plan.chunks[0].read_bytes, align_up(1537000, 4096));
+  EXPECT_EQ(plan.chunks[0].need_bytes, 769000u);
+  EXPECT_EQ(plan.chunks[0].read_bytes, align_up(769000, 4096));
   ASSERT_EQ(plan.copies.size(), 1u);
   EXPECT_EQ(plan.copies[0].source_offset, 1000u);
-  EXPECT_EQ(plan.copies[0].bytes, 1536000u);
-  EXPECT_EQ(plan.device_home_bytes, 1536000u);
-  EXPECT_EQ(plan.model_bytes, 1536000u);
+  EXPECT_EQ(plan.copies[0].bytes, 768000u);
+  EXPECT_EQ(plan.device_home_bytes, 768000u);
+  EXPECT_EQ(plan.model_bytes, 768000u);
   EXPECT_EQ(plan.arena_bytes, 0u);
   EXPECT_EQ(plan.lookahead_units, 0u);
   for (uint32_t u = 0; u < 3; ++u) {
     EXPECT_EQ(plan.units[u].place_bytes, 0u);
     EXPECT_TRUE(plan.units[u].tensors[0].resident);
-    EXPECT_EQ(plan.units[u].tensors[0].offset, u * 512000u);
+    EXPECT_EQ(plan.units[u].tensors[0].offset, u * 256000u);
   }
 }
 
@@ -215,7 +215,7 @@ TEST(Planner, TwelveLayersThroughExactlyTwo) {
   EXPECT_TRUE(plan.warnings.empty());
   // One chunk, one copy: the place keeps the file's order, and its sizes are multiples of 256.
   EXPECT_EQ(plan.copies.size(), plan.chunks.size());
-  EXPECT_EQ(plan.units[0].chunk_count, 7u);  // the header shifts the cuts
+  EXPECT_EQ(plan.units[0].chunk_count, 97u);  // of a MiB; the header shifts the cuts
 }
 
 TEST(Planner, PlacesKeepTheOrderOfTheFile) {

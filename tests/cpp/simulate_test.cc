@@ -44,8 +44,13 @@ class PlanBuilder {
       chunk.unit = static_cast<uint32_t>(plan.units.size() - 1);
       chunk.read_bytes = chunk.need_bytes = chunk.payload_bytes = kChunk;
       chunk.home = home;
+      chunk.first_copy = static_cast<uint32_t>(plan.copies.size());
       chunk.copy_count = 1;
-      if (home == Home::kHost) plan.cache_bytes += kChunk;
+      const uint64_t at = place_offset + (plan.chunks.size() - 1 - unit.first_chunk) * kChunk;
+      plan.copies.push_back({.target_offset = at, .bytes = kChunk});
+      if (home != Home::kHost) continue;
+      chunk.cache_offset = plan.cache_bytes;
+      plan.cache_bytes += kChunk;
     }
     plan.first_resident_chunk = static_cast<uint32_t>(plan.chunks.size());
   }
@@ -75,13 +80,26 @@ TEST(Simulate, CopiesAloneTakeWhatTheLinkTakes) {
   EXPECT_NEAR(s.h2d_stall_s, 0.8, 1e-9);
 }
 
+// Chunks that touch in the cache and on the device are one copy, but not beyond their unit.
 TEST(Simulate, OverheadsCountForEachCopyAndEachLoad) {
   PlanBuilder b(4, 1);
   for (int i = 0; i < 4; ++i) b.unit(i % 2 * 2000, kTwoCached);
   Rates r = rates();
   r.copy_overhead_s = 0.01;
   r.unit_overhead_s = 0.02;
-  EXPECT_NEAR(simulate(b.plan, r).pass_s, 8 * 0.11 + 4 * 0.02, 1e-9);
+  EXPECT_NEAR(simulate(b.plan, r).pass_s, 4 * (2 * 0.1 + 0.01 + 0.02), 1e-9);
+  b.plan.chunks[1].cache_offset += 50;  // apart in the cache
+  EXPECT_NEAR(simulate(b.plan, r).pass_s, 4 * (2 * 0.1 + 0.01 + 0.02) + 0.01, 1e-9);
+  b.plan.copies[3].target_offset += 50;  // apart on the device
+  EXPECT_NEAR(simulate(b.plan, r).pass_s, 4 * (2 * 0.1 + 0.01 + 0.02) + 0.02, 1e-9);
+}
+
+TEST(Simulate, WhatPassesThroughSlotsIsCopiedPieceByPiece) {
+  PlanBuilder b(8, 1);
+  for (int i = 0; i < 4; ++i) b.unit(i % 2 * 2000, kTwoOnDisk);
+  Rates r = rates(0.01);
+  r.copy_overhead_s = 0.01;
+  EXPECT_NEAR(simulate(b.plan, r).h2d_s, 8 * 0.11, 1e-9);
 }
 
 TEST(Simulate, CopiesHideBehindCompute) {

@@ -29,17 +29,17 @@ _MIB = 1 << 20
 # More than most caches hold: a pass copies other bytes each time.
 _SOURCE_BYTES = 256 * _MIB
 _TARGET_BYTES = 64 * _MIB
-_SPAN_BYTES = 16 * _MIB  # the largest chunk that the planner makes: what is read at once
+_SPAN_BYTES = 16 * _MIB  # read one after another, in chunks as the engine reads them
 _LEAST_SPANS = 4  # fewer are read too soon to tell anything
 _MOST_READ_BYTES = 2048 * _MIB
 _READ_SECONDS = 0.6
 _SAMPLE_SECONDS = 0.06  # of a way of reading, where there are several
 _ROUNDS = 5
 _MOST_SECONDS = 2.5  # for all ways; a slow drive has fewer samples by then, and keeps the usual way
-# The ways that have won on drives so far (docs/performance.md).
+# The ways that have won on drives so far (docs/performance.md). A chunk is a MiB: no block is more.
 _WAYS = (
     *(Way("uring", _MIB // 4), Way("uring", _MIB)),
-    *(Way("pread", _MIB // 4), Way("pread", _MIB), Way("pread", 4 * _MIB)),
+    *(Way("pread", _MIB // 4), Way("pread", _MIB)),
 )
 _FASTER = 1.05  # than the engine's own choice, to be worth another
 _PATIENCE_S = 10
