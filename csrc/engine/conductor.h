@@ -101,9 +101,11 @@ class Conductor {
     uint32_t slot = kNoSlot;  // while reading or filled, for chunks that pass through one
   };
   struct UnitWork {
-    uint32_t left = 0;          // chunks not yet copied in the present load
-    uint32_t first_unread = 0;  // every chunk before it needs no read
-    bool from_disk = false;     // some bytes of the present load came from the disk
+    uint32_t left = 0;            // chunks not yet copied in the present load
+    uint32_t first_uncopied = 0;  // every chunk before it was copied in it
+    uint32_t first_unread = 0;    // every chunk before it needs no read
+    uint32_t read_end = 0;        // no chunk from it on was read for it
+    bool from_disk = false;       // some bytes of the present load came from the disk
   };
   enum class Route : uint8_t { kDirect, kBuffered, kAhead };
   struct Flight {  // a read under way

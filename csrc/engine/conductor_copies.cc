@@ -5,6 +5,12 @@
 #include "engine/log.h"
 
 namespace wsm {
+namespace {
+
+// Then reads are looked after first: a drive whose requests have all ended waits for the conductor.
+constexpr uint32_t kCopiesAStep = 64;
+
+}  // namespace
 
 bool Conductor::copy() {
   bool moved = false;
@@ -24,28 +30,31 @@ bool Conductor::copy() {
 bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
   if (board_.units[unit].phase == Phase::kAbsent && !begin_load(unit, ahead, demanded))
     return false;
-  bool moved = false;
+  uint32_t moved = 0;
   uint64_t bytes = 0;
+  UnitWork& work = work_[unit];
   const auto [first, count] = chunks_of(unit);
-  for (uint32_t c = first; c < first + count; ++c) {
+  while (work.first_uncopied < count && chunks_[first + work.first_uncopied].copied) {
+    ++work.first_uncopied;
+  }
+  // Of the resident weights there is nothing that was not read for this load.
+  const uint32_t end = is_resident_load(unit) ? work.read_end : count;
+  for (uint32_t c = first + work.first_uncopied; c < first + end && moved < kCopiesAStep; ++c) {
     if (chunks_[c].copied) continue;
     const bool there = plan_.chunks[c].home == Home::kHost
                            ? cache_->filled(c)
                            : chunks_[c].phase == ChunkPhase::kFilled;
     if (!there) continue;
-    if (!moved) board_.trace.begin_copies(unit);
+    if (moved++ == 0) board_.trace.begin_copies(unit);
     enqueue(c);
     bytes += plan_.chunks[c].payload_bytes;
-    --work_[unit].left;
-    moved = true;
+    --work.left;
   }
   copies_.flush();
-  if (moved) board_.trace.end_copies(bytes);
-  if (work_[unit].left == 0) {
-    finish_load(unit);
-    moved = true;
-  }
-  return moved;
+  if (moved > 0) board_.trace.end_copies(bytes);
+  if (work.left > 0) return moved > 0;
+  finish_load(unit);
+  return true;
 }
 
 // Takes the unit's place from those that lie in it. The copy stream then waits for their forwards.
@@ -85,7 +94,7 @@ void Conductor::evict(uint32_t unit, std::vector<UnitState*>& evicted) {
   present_.erase(std::find(present_.begin(), present_.end(), unit));
   const auto [first, count] = chunks_of(unit);
   for (uint32_t c = first; c < first + count; ++c) chunks_[c].copied = false;
-  work_[unit] = {count, 0, false};
+  work_[unit] = {.left = count};
 }
 
 void Conductor::wait_released(UnitState& state) {

@@ -81,6 +81,7 @@ bool Conductor::read_unit(uint32_t unit, bool demanded, bool* blocked) {
       break;
     }
     work_[unit].from_disk |= shards_[plan_.chunks[first + next].shard]->memory() == nullptr;
+    work_[unit].read_end = std::max(work_[unit].read_end, next + 1);
     moved = true;
   }
   return moved;

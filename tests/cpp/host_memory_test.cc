@@ -190,6 +190,19 @@ TEST(HostMemory, CachedBytesAreSpreadEvenly) {
   }
 }
 
+// What lies between is read in long stretches, and what lies in the cache is copied so.
+TEST(HostMemory, AChunkIsCachedWithItsNeighbours) {
+  const ModelSpec spec = uniform_model(64, 1, 128 * kMiB);
+  Limits limits = streaming(4 * kGiB);
+  limits.device_bytes = kGiB;
+  const Plan plan = make_plan(spec, limits);
+  uint64_t stretches = 0;
+  for (uint32_t c = 1; c < plan.first_resident_chunk; ++c) {
+    stretches += plan.chunks[c].home != plan.chunks[c - 1].home;
+  }
+  EXPECT_NEAR(stretches, plan.first_resident_chunk / 16.0, 64);
+}
+
 TEST(HostMemory, SegmentsEndAtChunks) {
   Limits limits = streaming(1000 * kChunk);
   limits.chunk_bytes = 48 * kMiB;
