@@ -113,8 +113,9 @@ class Drive:
         self.fast, self.asked = fast, []
         monkeypatch.setattr(_engine, "time_reads", self.read)
 
-    def read(self, paths, pieces, ways, seconds, rounds, most_seconds):
+    def read(self, paths, pieces, ways, seconds, rounds, most_seconds, chunk_bytes):
         self.asked.append((paths, pieces, ways))
+        self.chunk_bytes = chunk_bytes
         return [self.samples(way, rounds) for way in ways]
 
     def samples(self, way, rounds):
@@ -136,9 +137,27 @@ def test_all_spans_are_asked_for_with_the_settings_that_the_engine_gets(tmp_path
         (str(span.path), span.offset) for span in spans
     ]
     assert {size for _, _, size in pieces} == {16 * MIB}
+    assert drive.chunk_bytes == MIB
     for way in ways:
         assert (way.direct, way.reader) == (_engine.DirectMode.on, _engine.ReaderChoice.pread)
         assert (way.read_threads, way.read_timeout_s) == (3, 10)
+
+
+@pytest.mark.parametrize(
+    ("in_memory", "chunk_mb", "expected"),
+    [
+        (False, None, MIB),
+        (True, None, 4 * MIB),
+        (True, 2, 2 * MIB),
+        (False, 0.1, 64 << 10),
+        (False, 0.004, 64 << 10),
+        (False, 256, 16 * MIB),
+    ],
+)
+def test_the_disk_is_read_in_the_chunks_of_the_engine(monkeypatch, in_memory, chunk_mb, expected):
+    monkeypatch.setattr(_engine, "lies_in_memory", lambda _: in_memory)
+    config = Config.resolve({} if chunk_mb is None else {"chunk_mb": chunk_mb})
+    assert measure.chunk_bytes([measure.Path("file")], config) == expected
 
 
 COLD, WARM = Span(measurements.Path("file"), 0, False), Span(measurements.Path("file"), 0, True)

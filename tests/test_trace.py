@@ -17,6 +17,7 @@ from nets import Net, make_net, on_meta, save, tokens
 import wsm_ext as wsm
 from wsm_ext.streaming import trace
 from wsm_ext.streaming.timeline import lanes_of, rates
+from wsm_ext.streaming.trace import usual_events
 
 MIB = 1 << 20
 SHAPE: dict[str, Any] = {"layers": 4, "hidden": 128}
@@ -339,3 +340,9 @@ def test_rates_share_bytes_out_over_windows() -> None:
     assert rates([(0, 10, 100), (5, 25, 200)], 10, 30) == [15.0, 10.0, 5.0, 0.0]
     assert rates([(7, 7, 50)], 10, 9) == [5.0]
     assert rates([], 10, 25) == [0.0, 0.0, 0.0]
+
+
+def test_room_for_two_passes_is_made():
+    assert usual_events(10, 3) == 1 << 15
+    assert usual_events(100_000, 80) == 2 * (200_000 + 320)
+    assert usual_events(10**6, 80) == 1 << 19

@@ -178,4 +178,6 @@ def time_reads(
     seconds: float,
     rounds: int = 1,
     most_seconds: float = 3600.0,
+    chunk_bytes: int = ...,
 ) -> list[list[float]]: ...
+def usual_chunk_bytes(in_memory: bool) -> int: ...

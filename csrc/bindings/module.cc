@@ -391,13 +391,15 @@ void bind_engine(py::module_& m) {
       [](const std::vector<std::string>& paths,
          const std::vector<std::tuple<uint32_t, uint64_t, uint32_t>>& pieces,
          const std::vector<EngineOptions>& ways, double seconds, uint32_t rounds,
-         double most_seconds) {
+         double most_seconds, uint64_t chunk_bytes) {
         std::vector<ReadSpan> spans;
         for (const auto& [file, offset, bytes] : pieces) spans.push_back({file, offset, bytes});
-        return time_reads(paths, spans, ways, seconds, rounds, most_seconds);
+        return time_reads(paths, spans, ways, seconds, rounds, most_seconds, chunk_bytes);
       },
       py::arg("paths"), py::arg("spans"), py::arg("ways"), py::arg("seconds"),
-      py::arg("rounds") = 1, py::arg("most_seconds") = 3600.0, nogil);
+      py::arg("rounds") = 1, py::arg("most_seconds") = 3600.0,
+      py::arg("chunk_bytes") = usual_chunk_bytes(false), nogil);
+  m.def("usual_chunk_bytes", &usual_chunk_bytes, py::arg("in_memory"));
   // The context of a GPU takes up to a second to make, and stays while this does.
   py::class_<Device>(m, "Device");
   m.def("open_device", &make_cuda_device, py::arg("cuda_index"), nogil);

@@ -44,7 +44,8 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Bo
       chunks_(plan.chunks.size()),
       work_(plan.units.size() + 1),
       slot_chunk_(plan.slot_count, kNone),
-      in_window_(plan.units.size() + 1, UINT64_MAX) {
+      in_window_(plan.units.size() + 1, UINT64_MAX),
+      position_(plan.units.size() + 1, 0) {
   const uint32_t tags =
       (readers_.direct ? readers_.direct->capacity() : 0) + readers_.pool->capacity();
   flights_.resize(tags);
@@ -138,6 +139,7 @@ bool Conductor::step() {
   if (discarded_) drop_discarded();
   if (ahead_) drop_ahead();
   if (options_.poison) poison_released();
+  slots_wanted_ = false;
   moved |= copy();
   if (!paused_) moved |= read();
   account_stall(moved);
@@ -158,7 +160,10 @@ void Conductor::look() {
     const auto& upcoming = board_.sequence.upcoming();
     window_.assign(upcoming.begin(), upcoming.end());
   }
-  for (const uint32_t unit : window_) in_window_[unit] = seen_version_;
+  for (size_t i = window_.size(); i-- > 0;) {  // a unit that comes twice: its next use counts
+    in_window_[window_[i]] = seen_version_;
+    position_[window_[i]] = static_cast<uint32_t>(i);
+  }
   drop_outside_window();
 }
 

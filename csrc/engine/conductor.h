@@ -183,17 +183,20 @@ class Conductor {
   std::vector<UnitWork> work_;
   std::vector<Flight> flights_;  // by tag
   std::vector<uint32_t> free_tags_;
+  uint32_t waiting_chunk_ = kNone;  // whose reader was full, and the route to it
+  Route waiting_route_ = Route::kBuffered;
   std::vector<uint32_t> present_;     // units that are loading or ready, and have a place
   std::vector<uint32_t> slot_chunk_;  // what each slot is read for or holds; kNone when doomed
   std::vector<uint32_t> window_;      // a copy of the board's
   std::vector<uint64_t> in_window_;   // by unit: the version in which it was last in the window
+  std::vector<uint32_t> position_;    // by unit: where in it, then
   std::vector<UnitState*> evicted_;
   std::array<ReadCompletion, 64> completions_;
   uint64_t seen_version_ = UINT64_MAX;
   uint32_t demand_ = kNone;
   bool paused_ = false;  // an error waits to be thrown
   bool stop_ = false;
-  bool slots_wanted_ = false;  // reads wait for slots to be recycled
+  bool slots_wanted_ = false;  // reads or copies wait for slots to be recycled
   bool discarded_ = false;     // the board names units to drop
   uint64_t passes_over_ = 0;   // as the board has it
   uint64_t ahead_pass_ = 0;    // in which something was taken of what was read ahead

@@ -8,7 +8,13 @@ namespace wsm {
 namespace {
 
 // Then reads are looked after first: a drive whose requests have all ended waits for the conductor.
-constexpr uint32_t kCopiesAStep = 64;
+// A chunk in a slot is a copy and an event by itself, those in the cache are one copy where they
+// touch.
+constexpr uint32_t kStepCost = 64;
+constexpr uint32_t kSlotCost = 4;
+// Slots with copies under way. A stream takes about a thousand operations; one more, and whoever
+// enqueues it waits.
+constexpr uint32_t kMostCopying = 256;
 
 }  // namespace
 
@@ -39,12 +45,17 @@ bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
   }
   // Of the resident weights there is nothing that was not read for this load.
   const uint32_t end = is_resident_load(unit) ? work.read_end : count;
-  for (uint32_t c = first + work.first_uncopied; c < first + end && moved < kCopiesAStep; ++c) {
+  uint32_t cost = 0;
+  for (uint32_t c = first + work.first_uncopied; c < first + end && cost < kStepCost; ++c) {
     if (chunks_[c].copied) continue;
-    const bool there = plan_.chunks[c].home == Home::kHost
-                           ? cache_->filled(c)
-                           : chunks_[c].phase == ChunkPhase::kFilled;
+    const bool in_cache = plan_.chunks[c].home == Home::kHost;
+    const bool there = in_cache ? cache_->filled(c) : chunks_[c].phase == ChunkPhase::kFilled;
     if (!there) continue;
+    if (!in_cache && ring_->slots_copying() >= kMostCopying) {
+      slots_wanted_ = true;  // to be looked at again soon
+      break;
+    }
+    cost += in_cache ? 1 : kSlotCost;
     if (moved++ == 0) board_.trace.begin_copies(unit);
     enqueue(c);
     bytes += plan_.chunks[c].payload_bytes;

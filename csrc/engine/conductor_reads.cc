@@ -59,7 +59,6 @@ void Conductor::complete(const ReadCompletion& done, const Reader& reader) {
 bool Conductor::read() {
   bool moved = false;
   bool blocked = false;
-  slots_wanted_ = false;
   if (demand_ != kNone && board_.units[demand_].phase != Phase::kReady) {
     moved |= read_unit(demand_, true, &blocked);
   }
@@ -96,6 +95,15 @@ bool Conductor::needs_read(uint32_t index) const {
 bool Conductor::issue(uint32_t index, bool demanded) {
   if (free_tags_.empty()) return false;
   const Chunk& chunk = plan_.chunks[index];
+  // To ask the page cache is a system call: not again for a chunk that waits for its reader.
+  const Route route = waiting_chunk_ == index ? waiting_route_ : route_of(index);
+  waiting_chunk_ = kNone;
+  Reader& reader = route == Route::kDirect ? readers_.for_direct() : *readers_.pool;
+  if (reader.full()) {
+    waiting_chunk_ = index;
+    waiting_route_ = route;
+    return false;
+  }
   uint32_t slot = kNoSlot;
   if (chunk.home == Home::kHost) {
     if (!cache_->ready(chunk)) return false;
@@ -103,8 +111,6 @@ bool Conductor::issue(uint32_t index, bool demanded) {
     slot = take_slot(demanded);
     if (slot == kNoSlot) return false;
   }
-  const Route route = route_of(index);
-  Reader& reader = route == Route::kDirect ? readers_.for_direct() : *readers_.pool;
   ReadRequest request;
   request.shard = &source_of(index, route);
   request.offset = chunk.read_offset;
@@ -188,6 +194,7 @@ void Conductor::drop_ahead() {
   if (read_from) return;
   ahead_.reset();
   ahead_bytes_ = 0;
+  waiting_chunk_ = kNone;  // it may have waited for this
 }
 
 uint32_t Conductor::take_slot(bool demanded) {
@@ -216,8 +223,9 @@ bool Conductor::discard_for_demand() {
   for (uint32_t slot = 0; slot < slot_chunk_.size(); ++slot) {
     const uint32_t chunk = slot_chunk_[slot];
     if (chunk == kNone || owner_of(chunk) == demand_) continue;
-    const auto distance =
-        std::find(window_.begin(), window_.end(), owner_of(chunk)) - window_.begin();
+    const uint32_t unit = owner_of(chunk);
+    const bool expected = in_window_[unit] == seen_version_;
+    const auto distance = static_cast<ptrdiff_t>(expected ? position_[unit] : window_.size());
     if (distance > victim_distance) {
       victim = chunk;
       victim_distance = distance;

@@ -144,6 +144,11 @@ void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
   const auto [first, count] = conductor_->chunks_of(unit);
   for (uint32_t c = first; c < first + count; ++c) {
     const Chunk& chunk = plan_.chunks[c];
+    const auto overlaps = [&](const Copy& copy) {
+      return copy.target_offset < end && copy.target_offset + copy.bytes > begin;
+    };
+    const Copy* copies = plan_.copies.data() + chunk.first_copy;
+    if (std::none_of(copies, copies + chunk.copy_count, overlaps)) continue;
     const std::byte* cached = nullptr;
     {
       std::lock_guard lock(board_.mutex);

@@ -97,7 +97,7 @@ void ReadAhead::Reading::read_all() {
   bool more = true;
   while (more || in_flight_ > 0) {
     more = more && !failed_ && !asked_to_stop();
-    while (more && (!reader_ || in_flight_ < std::min(kInFlight, reader_->capacity()))) {
+    while (more && (!reader_ || (in_flight_ < kInFlight && !reader_->full()))) {
       more = submit_next();
     }
     if (in_flight_ > 0 && !reap()) {
@@ -159,7 +159,7 @@ bool ReadAhead::Reading::submit_next() {
   request.need_bytes = need;
   request.target = file.memory->data() + offset;
   request.tag = (files.size() - 1) << 32 | span;
-  if (!reader_->submit(request)) return false;  // cannot be: fewer are under way than it takes
+  if (!reader_->submit(request)) return false;  // cannot be: it was not full
   ++in_flight_;
   ++file.flying;
   return true;

@@ -11,7 +11,6 @@
 
 #include "device/device.h"
 #include "memory/pinned_buffer.h"
-#include "plan/host_memory.h"
 #include "util/check.h"
 
 namespace wsm {
@@ -19,7 +18,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr uint32_t kSlots = 64;
+constexpr uint64_t kSlotsBytes = 64 * kMiB;
 constexpr int kPollMs = 10;
 
 double seconds_since(Clock::time_point begin) {
@@ -32,7 +31,9 @@ double seconds_since(Clock::time_point begin) {
 class Timer {
  public:
   Timer(const std::vector<std::string>& paths, const std::vector<ReadSpan>& spans,
-        const std::vector<EngineOptions>& ways) {
+        const std::vector<EngineOptions>& ways, uint64_t chunk_bytes)
+      : chunk_bytes_(chunk_bytes), slot_count_(kSlotsBytes / chunk_bytes) {
+    check(slot_count_ > 1, "chunks of ", chunk_bytes, " bytes are too large to be timed");
     check(!spans.empty() && !ways.empty(), "there is nothing to read");
     bool any_direct = false;
     for (const std::string& path : paths) {
@@ -41,15 +42,16 @@ class Timer {
     }
     for (const ReadSpan& span : spans) {
       check(span.file < shards_.size(), "there is no file ", span.file);
-      for (uint64_t at = 0; at < span.bytes; at += kDiskChunk) {
-        const auto bytes = static_cast<uint32_t>(std::min<uint64_t>(kDiskChunk, span.bytes - at));
+      for (uint64_t at = 0; at < span.bytes; at += chunk_bytes) {
+        const auto bytes = static_cast<uint32_t>(std::min(chunk_bytes, span.bytes - at));
         chunks_.push_back({span.file, span.offset + at, bytes});
       }
     }
-    slots_ = std::make_unique<PinnedBuffer>(*device_, kSlots * kDiskChunk);
-    for (uint32_t slot = 0; slot < kSlots; ++slot) free_.push_back(slot);
+    check(!chunks_.empty(), "there is nothing to read");
+    slots_ = std::make_unique<PinnedBuffer>(*device_, slot_count_ * chunk_bytes);
+    for (uint32_t slot = 0; slot < slot_count_; ++slot) free_.push_back(slot);
     for (const EngineOptions& way : ways)
-      ways_.push_back({readers_of(way, any_direct), way.read_timeout_s});
+      ways_.push_back({readers_of(way, any_direct, chunk_bytes), way.read_timeout_s});
   }
 
   std::vector<std::vector<double>> run(double seconds, uint32_t rounds, double most_seconds) {
@@ -72,9 +74,9 @@ class Timer {
     double timeout_s = 0;
   };
 
-  static Readers readers_of(const EngineOptions& way, bool any_direct) {
+  static Readers readers_of(const EngineOptions& way, bool any_direct, uint64_t chunk_bytes) {
     try {
-      return make_readers(way, any_direct, kDiskChunk);
+      return make_readers(way, any_direct, chunk_bytes);
     } catch (const InvalidArgument&) {
       throw;
     } catch (const Error&) {
@@ -88,7 +90,7 @@ class Timer {
     uint64_t bytes = 0;
     while (true) {
       while (seconds_since(begin) < seconds && submit_next(way.readers)) continue;
-      if (free_.size() == kSlots) return static_cast<double>(bytes) / seconds_since(begin);
+      if (free_.size() == slot_count_) return static_cast<double>(bytes) / seconds_since(begin);
       if (const uint64_t arrived = reap(way.readers)) {
         bytes += arrived;
         moved = Clock::now();
@@ -111,7 +113,7 @@ class Timer {
     request.shard = &shard;
     request.offset = span.offset;
     request.bytes = request.need_bytes = span.bytes;
-    request.target = slots_->data() + free_.back() * kDiskChunk;
+    request.target = slots_->data() + free_.back() * chunk_bytes_;
     request.tag = free_.back();
     request.buffered = !shard.direct() || cached;
     Reader& reader = request.buffered ? *readers.pool : readers.for_direct();
@@ -125,7 +127,7 @@ class Timer {
     uint64_t bytes = 0;
     for (Reader* reader : {readers.direct.get(), readers.pool.get()}) {
       if (!reader) continue;
-      std::array<ReadCompletion, kSlots> done;
+      std::array<ReadCompletion, 64> done;
       const size_t count = reader->poll(done);
       for (size_t i = 0; i < count; ++i) {
         check<IoError>(done[i].error.empty(), done[i].error);
@@ -136,6 +138,8 @@ class Timer {
     return bytes;
   }
 
+  const uint64_t chunk_bytes_;
+  const uint64_t slot_count_;
   std::vector<ReadSpan> chunks_;  // all spans
   std::vector<std::unique_ptr<Shard>> shards_;
   const std::unique_ptr<Device> device_ = make_host_device();
@@ -150,8 +154,10 @@ class Timer {
 std::vector<std::vector<double>> time_reads(const std::vector<std::string>& paths,
                                             const std::vector<ReadSpan>& spans,
                                             const std::vector<EngineOptions>& ways, double seconds,
-                                            uint32_t rounds, double most_seconds) {
-  auto timer = std::make_unique<Timer>(paths, spans, ways);
+                                            uint32_t rounds, double most_seconds,
+                                            uint64_t chunk_bytes) {
+  check(chunk_bytes > 0, "chunks of no bytes");
+  auto timer = std::make_unique<Timer>(paths, spans, ways, chunk_bytes);
   try {
     return timer->run(seconds, rounds, most_seconds);
   } catch (const TimeoutError&) {

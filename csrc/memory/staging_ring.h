@@ -48,6 +48,7 @@ class StagingRing {
   State state(uint32_t slot) const;
   uint32_t slots() const { return static_cast<uint32_t>(slots_.size()); }
   uint32_t free_slots() const { return static_cast<uint32_t>(free_.size()); }
+  size_t slots_copying() const { return copying_.size(); }
   bool copies_pending() const { return !copying_.empty(); }
   const PinnedBuffer& buffer() const { return buffer_; }
 

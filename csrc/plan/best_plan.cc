@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -17,15 +18,36 @@ constexpr double kAssumedCompute[] = {0.1, 0.9};  // of the unit's time over the
 constexpr uint64_t kMostStagingFactor = 4;
 constexpr double kWorthwhile = 0.995;  // a change must shorten the pass to this at least
 
+// What is tried out has no more chunks: to cut a large model into a hundred thousand for each of a
+// dozen plans takes longer than all else, and where the bytes live is hardly another question.
+constexpr uint64_t kMostTriedChunks = 1 << 13;
+
 // The best so far, and what it was planned with.
 class Choice {
  public:
   Choice(const ModelSpec& spec, const Limits& limits, const Rates& rates)
       : spec_(spec), limits_(limits), rates_(rates), plan_(make_plan(spec, limits)) {
+    warnings_ = plan_.warnings;
+    cut_bytes_ = tried_cut_bytes_ = plan_.cut_bytes;
+    const uint64_t most = std::min(kSegmentBytes, limits.host_bytes / 8);
+    for (uint64_t chunks = plan_.chunks.size();
+         chunks > kMostTriedChunks && 2 * tried_cut_bytes_ <= most; chunks /= 2) {
+      tried_cut_bytes_ *= 2;
+    }
+    if (tried_cut_bytes_ > cut_bytes_) plan_ = tried_plan(limits);
     pass_s_ = expected_pass_s(plan_, rates_);
   }
 
+  // With larger chunks than it will have.
   const Plan& plan() const { return plan_; }
+  uint64_t cut_bytes() const { return cut_bytes_; }
+
+  Plan take() && {
+    if (tried_cut_bytes_ > cut_bytes_) plan_ = make_plan(spec_, limits_);
+    // Only the caller's own settings are worth a warning.
+    plan_.warnings = std::move(warnings_);
+    return std::move(plan_);
+  }
 
   // Takes the changed limits where they give a faster pass.
   template <typename Change>
@@ -34,24 +56,30 @@ class Choice {
     change(limits);
     std::optional<Plan> plan;
     try {
-      plan = make_plan(spec_, limits);
+      plan = tried_plan(limits);
     } catch (const InvalidArgument&) {
       return;  // what was tried does not fit
     }
     const double pass_s = expected_pass_s(*plan, rates_);
     if (pass_s > pass_s_ * kWorthwhile) return;
-    // Only the caller's own settings are worth a warning.
-    plan->warnings = plan_.warnings;
     plan_ = std::move(*plan);
     limits_ = limits;
     pass_s_ = pass_s;
   }
 
  private:
+  Plan tried_plan(Limits limits) const {
+    if (tried_cut_bytes_ > cut_bytes_) limits.chunk_bytes = tried_cut_bytes_;
+    return make_plan(spec_, limits);
+  }
+
   const ModelSpec& spec_;
   Limits limits_;
   const Rates& rates_;
   Plan plan_;
+  std::vector<std::string> warnings_;
+  uint64_t cut_bytes_ = 0;
+  uint64_t tried_cut_bytes_ = 0;
   double pass_s_ = 0;
 };
 
@@ -94,7 +122,7 @@ double expected_pass_s(const Plan& plan, const Rates& rates) {
 
 Plan best_plan(const ModelSpec& spec, const Limits& limits, const Rates& rates) {
   Choice best(spec, limits, rates);
-  if (best.plan().host_home_bytes + best.plan().disk_home_bytes == 0) return best.plan();
+  if (best.plan().host_home_bytes + best.plan().disk_home_bytes == 0) return std::move(best).take();
   for (const Units& units : worth_keeping(spec)) {
     best.try_out([&](Limits& l) { l.first_units = units; });
   }
@@ -111,15 +139,14 @@ Plan best_plan(const ModelSpec& spec, const Limits& limits, const Rates& rates) 
   }
   if (!limits.staging_bytes && best.plan().disk_home_bytes > 0) {
     const uint64_t usual = best.plan().staging_bytes();
-    const uint64_t chunk = best.plan().cut_bytes;
     for (uint64_t factor = 2; factor <= kMostStagingFactor; factor *= 2) {
       best.try_out([&](Limits& l) {
         l.staging_bytes = usual * factor;
-        l.chunk_bytes = chunk;
+        l.chunk_bytes = best.cut_bytes();
       });
     }
   }
-  return best.plan();
+  return std::move(best).take();
 }
 
 }  // namespace wsm

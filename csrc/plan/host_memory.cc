@@ -97,8 +97,10 @@ uint64_t choose_slots(const Limits& limits, const Plan& plan, uint64_t streamed_
   const uint64_t most = std::max(kMostStagingBytes / slot, kUsualSlots);
   uint64_t slots = std::clamp(limits.host_bytes / 8 / slot, kUsualSlots, most);
   if (cache_limit == 0) slots = most;
-  if (all_cached_beside(kUsualSlots)) slots = kUsualSlots;
-  if (all_cached_beside(kAmpleSlots)) slots = kAmpleSlots;
+  if (all_cached_beside(kUsualSlots)) {
+    const uint64_t room = (limits.host_bytes - streamed_bytes) / slot;
+    slots = std::clamp(room, kUsualSlots, std::min(kAmpleSlots, most));
+  }
   return std::clamp(slots, kLeastSlots, affordable);
 }
 
@@ -131,6 +133,8 @@ void pack_cache(Plan& plan, uint64_t granule) {
 
 }  // namespace
 
+uint64_t usual_chunk_bytes(bool in_memory) { return in_memory ? kMemoryChunk : kDiskChunk; }
+
 uint64_t host_granule_bytes(const ModelSpec& spec) {
   // Memory is mapped and registered in whole pages, whatever their size here.
   uint64_t granule = std::max(kCacheAlignment, static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)));
@@ -156,10 +160,10 @@ uint64_t choose_chunk_bytes(const ModelSpec& spec, const Limits& limits,
   // A quarter at most: what the ring does not take, the cache keeps.
   const uint64_t share = limits.staging_bytes ? room : room / 4;
   const bool in_memory = std::ranges::all_of(spec.shards, &ShardSpec::in_memory);
-  uint64_t chunk = std::max(in_memory ? kMemoryChunk : kDiskChunk, least);
+  uint64_t chunk = std::max(usual_chunk_bytes(in_memory), least);
   uint64_t bytes = 0;
   for (const TensorSpec& tensor : spec.tensors) bytes += tensor.bytes;
-  while (bytes / chunk > kMostChunks) chunk *= 2;
+  while (bytes / chunk > kMostChunks && 2 * chunk <= kSegmentBytes) chunk *= 2;
   while (chunk > least && chunk > share / kUsualSlots) chunk /= 2;
   return chunk;
 }

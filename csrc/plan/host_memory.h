@@ -23,6 +23,9 @@ inline constexpr uint64_t kDiskChunk = kMiB;
 
 inline constexpr uint64_t kCacheAlignment = 4096;  // of chunks in the cache, at least
 
+// Of chunks, unless limits or the model's size ask for others. `in_memory`: all shards lie there.
+uint64_t usual_chunk_bytes(bool in_memory);
+
 // What chunks, slots and places in the cache are multiples of: a page, and what every shard's
 // direct reads need.
 uint64_t host_granule_bytes(const ModelSpec& spec);

@@ -43,13 +43,22 @@ class Room {
 
   // Where `bytes` may lie, which are then taken.
   std::optional<uint64_t> take(uint64_t bytes) {
-    for (Gap& gap : gaps_) {
+    // Room only shrinks, and there are as many chunks as gaps: not all gaps for each.
+    if (bytes >= refused_bytes_) return std::nullopt;
+    while (first_gap_ < gaps_.size() && gaps_[first_gap_].begin == gaps_[first_gap_].end) {
+      ++first_gap_;
+    }
+    for (size_t i = first_gap_; i < gaps_.size(); ++i) {
+      Gap& gap = gaps_[i];
       if (gap.end - gap.begin < bytes) continue;
       const uint64_t begin = std::exchange(gap.begin, gap.begin + bytes);
       used_end_ = std::max(used_end_, gap.begin);
       return begin;
     }
-    if (bytes > most_ - std::min(most_, end_)) return std::nullopt;
+    if (bytes > most_ - std::min(most_, end_)) {
+      refused_bytes_ = bytes;
+      return std::nullopt;
+    }
     if (end_ + bytes - segment_begin_ > kSegmentBytes) {
       segments_.push_back(end_);
       segment_begin_ = end_;
@@ -76,7 +85,9 @@ class Room {
   std::vector<uint64_t> segments_;
   const uint64_t most_;
   std::vector<Gap> gaps_;
-  uint64_t segment_begin_ = 0;  // of the one that grows
+  size_t first_gap_ = 0;                 // none before it has room
+  uint64_t refused_bytes_ = UINT64_MAX;  // there was no room for so many
+  uint64_t segment_begin_ = 0;           // of the one that grows
   uint64_t end_ = 0;
   uint64_t used_end_ = 0;
 };

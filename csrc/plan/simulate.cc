@@ -239,7 +239,7 @@ class Simulator {
 
   void copy(uint32_t chunk, double from) {
     const Chunk& c = plan_.chunks[chunk];
-    const uint32_t copies = c.copy_count - (goes_on(c) ? 1 : 0);
+    const uint32_t copies = c.copy_count - (goes_on(c, cache_.through_slot(chunk)) ? 1 : 0);
     const double seconds =
         c.payload_bytes / rates_.h2d_bytes_per_s + copies * rates_.copy_overhead_s;
     link_free_ = std::max(link_free_, from) + seconds;
@@ -249,8 +249,8 @@ class Simulator {
 
   // Whether the chunk's first copy touches the last one, in the host cache and on the device: the
   // engine makes one of them (engine/copy_run.h).
-  bool goes_on(const Chunk& chunk) {
-    if (chunk.home != Home::kHost || chunk.copy_count == 0) {
+  bool goes_on(const Chunk& chunk, bool through_slot) {
+    if (through_slot || chunk.copy_count == 0) {
       run_source_ = UINT64_MAX;
       return false;
     }

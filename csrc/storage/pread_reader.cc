@@ -55,6 +55,10 @@ class PreadReader final : public Reader {
 
   int ready_fd() const override { return done_.fd(); }
   uint32_t capacity() const override { return queue_.capacity(); }
+  bool full() override {
+    const std::lock_guard lock(mutex_);
+    return queue_.full();
+  }
   const char* name() const override { return "pread"; }
 
  private:

@@ -43,6 +43,8 @@ class Reader {
   // Readable (POLLIN) when `poll` may have something to return.
   virtual int ready_fd() const = 0;
   virtual uint32_t capacity() const = 0;
+  // Whether `submit` would answer false now.
+  virtual bool full() { return false; }
   virtual const char* name() const = 0;  // "uring" or "pread"
   // The errno by which it was refused for good: from then on every read fails, and another reader
   // must do them. 0 while it works. Thread-safe.
@@ -50,9 +52,10 @@ class Reader {
 };
 
 struct ReaderOptions {
-  uint32_t requests = 64;          // that may be under way at once
-  uint32_t block_bytes = 1 << 20;  // a request is read in blocks this large
-  uint32_t depth = 16;             // uring: blocks in flight; pread: threads
+  uint32_t requests = 64;            // that may be under way at once
+  uint32_t block_bytes = 1 << 20;    // a request is read in blocks this large
+  uint32_t depth = 16;               // uring: blocks in flight; pread: threads
+  uint64_t open_bytes = UINT64_MAX;  // of requests under way: then no further one is taken
 };
 
 // Probes with a real ring and one real read. Returns null where io_uring cannot be used, and says

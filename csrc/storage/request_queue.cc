@@ -25,6 +25,7 @@ std::string refusal_of(const ReadRequest& request) {
 
 RequestQueue::RequestQueue(const ReaderOptions& options)
     : block_bytes_(options.block_bytes),
+      most_open_bytes_(options.open_bytes),
       slots_(options.requests),
       free_(options.requests),
       waiting_(options.requests),
@@ -37,7 +38,7 @@ RequestQueue::RequestQueue(const ReaderOptions& options)
 }
 
 bool RequestQueue::add(const ReadRequest& request, std::string refusal) {
-  if (free_.empty()) return false;
+  if (full()) return false;
   const uint32_t index = free_.pop();
   Slot& slot = slots_[index];
   slot.request = request;
@@ -46,6 +47,7 @@ bool RequestQueue::add(const ReadRequest& request, std::string refusal) {
   slot.error = refusal.empty() ? refusal_of(request) : std::move(refusal);
   const bool nothing_to_read = !slot.error.empty() || request.bytes == 0;
   (nothing_to_read ? done_ : waiting_).push(index);
+  if (!nothing_to_read) open_bytes_ += request.bytes;
   return true;
 }
 
@@ -73,6 +75,7 @@ bool RequestQueue::finish(BlockRead& block) {
     slot.cut_bytes = slot.request.bytes;
   }
   if (slot.flying_blocks > 0 || slot.cut_bytes < slot.request.bytes) return false;
+  open_bytes_ -= slot.request.bytes;
   done_.push(block.slot());
   return true;
 }

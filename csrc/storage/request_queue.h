@@ -7,8 +7,8 @@
 //    +----------------------------------- take -----------------------------------------+
 //
 // Lifecycle: owned by a reader; not thread-safe. Allocates at construction only, errors aside.
-// Failure: `add` answers false when the pool is used up; a request that cannot be read is done at
-// once, with an error.
+// Failure: `add` answers false when the pool is used up, or enough bytes are under way; a request
+// that cannot be read is done at once, with an error.
 #pragma once
 
 #include <cstdint>
@@ -55,6 +55,7 @@ class RequestQueue {
   // Hands over what is done, as many as fit, in the order in which they were done.
   size_t take(std::span<ReadCompletion> completions);
 
+  bool full() const { return free_.empty() || open_bytes_ >= most_open_bytes_; }
   bool any_waiting() const { return !waiting_.empty(); }
   bool any_done() const { return !done_.empty(); }
   uint32_t capacity() const { return static_cast<uint32_t>(slots_.size()); }
@@ -69,6 +70,8 @@ class RequestQueue {
   };
 
   uint32_t block_bytes_;
+  uint64_t most_open_bytes_;
+  uint64_t open_bytes_ = 0;  // of requests that were added, and are not done
   std::vector<Slot> slots_;
   IndexFifo free_;
   IndexFifo waiting_;  // only the first is cut in part

@@ -153,6 +153,7 @@ class UringReader final : public Reader {
 
   int ready_fd() const override { return done_.fd(); }
   uint32_t capacity() const override { return queue_.capacity(); }
+  bool full() override { return queue_.full(); }
   const char* name() const override { return "uring"; }
   int broken() const override { return broken_; }
 

@@ -84,6 +84,21 @@ TEST(BestPlan, KeepsTheEndsWhereTheyHoldUpTheNextPass) {
   EXPECT_GT(simulate(make_plan(model.spec, alone), rates).pass_s, 1.03 * s.compute_s);
 }
 
+// Tried out with larger chunks, but made with its own.
+TEST(BestPlan, ALargeModelHasTheChunksOfAnyOther) {
+  const ModelSpec spec = uniform_model(13, 4, kGiB / 4);
+  const Limits limits{.device_bytes = 4 * kGiB, .host_bytes = 40 * kGiB};
+  Rates rates = fast_link();
+  rates.compute_s.assign(13, 0.02);
+  const Plan plan = best_plan(spec, limits, rates);
+  testing::expect_sound(spec, limits, plan);
+  EXPECT_EQ(plan.lookahead_units, 2u);
+  EXPECT_EQ(plan.cut_bytes, kMiB);
+  EXPECT_GT(plan.chunks.size(), 13'000u);
+  EXPECT_TRUE(plan.warnings.empty());
+  EXPECT_LT(simulate(plan, rates).pass_s, 0.98 * simulate(make_plan(spec, limits), rates).pass_s);
+}
+
 TEST(BestPlan, WhatIsAskedForIsNotVaried) {
   const ModelSpec spec = uniform_model(12, 4, kUnit / 4);
   const Limits limits{.device_bytes = 8 * kUnit,

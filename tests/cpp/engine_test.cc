@@ -364,23 +364,6 @@ TEST(Engine, ThePoolTakesNoMoreThanItsThreadsNeed) {
   EXPECT_EQ(capacity(0), 64u);  // a plan without chunks
 }
 
-TEST(Engine, DirectReadersTakeNoMoreThanKeepsTheDriveBusy) {
-  for (const ReaderChoice reader : {ReaderChoice::kPread, ReaderChoice::kUring}) {
-    EngineOptions options;
-    options.preferred = reader;
-    options.block_bytes = 256 * kKiB;
-    const auto capacity = [&](uint64_t chunk_bytes) {
-      return make_readers(options, true, chunk_bytes).direct->capacity();
-    };
-    EXPECT_EQ(capacity(kMiB), 6u);  // 16 blocks are in flight, and two chunks wait
-    EXPECT_EQ(capacity(16 * kMiB), 3u);
-    EXPECT_EQ(capacity(64 * kKiB), 64u);
-    EXPECT_EQ(capacity(0), 64u);  // a plan without chunks
-    options.block_bytes = kMiB;
-    EXPECT_EQ(capacity(kMiB), 18u);
-  }
-}
-
 TEST(Engine, AnAbandonedPassIsNotSummed) {
   StreamedModel model;
   Engine& engine = model.open(model.plan(limits(3 * model.largest_unit_bytes(), 0)));

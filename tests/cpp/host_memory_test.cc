@@ -48,10 +48,11 @@ TEST(HostMemory, AllCachedWithAnAmpleRingWhereAffordable) {
   EXPECT_EQ(plan.disk_home_bytes, 0u);
 }
 
-TEST(HostMemory, AllCachedWithFourSlotsWhereMoreAreTooMany) {
+TEST(HostMemory, AllCachedWithASmallerRingWhereThatIsTooLarge) {
   const Plan plan = make_plan(aligned_model(), streaming(72 * kChunk - 1));
-  EXPECT_EQ(plan.slot_count, 4u);
+  EXPECT_EQ(plan.slot_count, 31u);
   EXPECT_EQ(plan.disk_home_bytes, 0u);
+  EXPECT_EQ(make_plan(aligned_model(), streaming(44 * kChunk)).slot_count, 4u);
   EXPECT_EQ(make_plan(aligned_model(), streaming(44 * kChunk)).disk_home_bytes, 0u);
 }
 

@@ -30,6 +30,7 @@ _MIB = 1 << 20
 _SOURCE_BYTES = 256 * _MIB
 _TARGET_BYTES = 64 * _MIB
 _SPAN_BYTES = 16 * _MIB  # read one after another, in chunks as the engine reads them
+_LEAST_CHUNK_BYTES = 64 << 10
 _LEAST_SPANS = 4  # fewer are read too soon to tell anything
 _MOST_READ_BYTES = 2048 * _MIB
 _READ_SECONDS = 0.6
@@ -166,7 +167,8 @@ def measure_disk(spans: Sequence[Span], config: Config) -> Disk:
     ways = [USUAL_WAY]
     if not spans[0].cached and config.direct != "off":
         ways += [way for way in _WAYS if config.reader in ("auto", way.reader)]
-    samples = _sample_reads(spans, [_options_of(way, config) for way in ways])
+    options = [_options_of(way, config) for way in ways]
+    samples = _sample_reads(spans, options, chunk_bytes([span.path for span in spans], config))
     usual, *others = samples
     # Rounds that all ways have had in full; else there is nothing to compare.
     compared = len(usual) == _ROUNDS
@@ -189,8 +191,17 @@ def _options_of(way: Way, config: Config) -> _engine.EngineOptions:
     return options
 
 
+def chunk_bytes(paths: Sequence[Path], config: Config) -> int:
+    """What is read of the files at once, if no small budget and no huge model asks for another."""
+    usual = _engine.usual_chunk_bytes(all(_engine.lies_in_memory(str(p)) for p in set(paths)))
+    if config.chunk_mb is None:
+        return usual
+    asked = int(config.chunk_mb * _MIB) // _LEAST_CHUNK_BYTES * _LEAST_CHUNK_BYTES
+    return min(max(asked, _LEAST_CHUNK_BYTES), _SPAN_BYTES)
+
+
 def _sample_reads(
-    spans: Sequence[Span], ways: Sequence[_engine.EngineOptions]
+    spans: Sequence[Span], ways: Sequence[_engine.EngineOptions], chunk: int
 ) -> list[list[float]]:
     paths = list(dict.fromkeys(span.path for span in spans))
     pieces = [(paths.index(span.path), span.offset, _SPAN_BYTES) for span in spans]
@@ -198,7 +209,7 @@ def _sample_reads(
     seconds = _READ_SECONDS if len(ways) == 1 else _SAMPLE_SECONDS
     try:
         files = [str(path) for path in paths]
-        return _engine.time_reads(files, pieces, ways, seconds, rounds, _MOST_SECONDS)
+        return _engine.time_reads(files, pieces, ways, seconds, rounds, _MOST_SECONDS, chunk)
     except (OSError, MemoryError, _engine.EngineError) as error:  # a TimeoutError is an OSError
         raise NotMeasuredError(f"reading failed: {error}") from error
 

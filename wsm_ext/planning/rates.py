@@ -17,6 +17,7 @@ from .. import _engine
 from ..config import USUAL_WAY, Config, Way
 from ..modules.sources import Source
 from ..modules.units import Unit
+from ..sizes import format_bytes
 from . import measure
 from .measure import Compute, Disk, Link, NotMeasuredError, Span
 from .measurements import Measurements, device_name, file_system, key_of
@@ -250,7 +251,7 @@ def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[R
 
 def remembered_way(paths: Sequence[Path], config: Config) -> Way:
     """How the disk under the files was found to be read the fastest; nothing is measured."""
-    value = Measurements().get(key_of(_how(config), *_file_systems(paths)))
+    value = Measurements().get(key_of(_how(paths, config), *_file_systems(paths)))
     try:
         return USUAL_WAY if value is None or config.measure is False else _as_disk(value).way
     except (TypeError, ValueError, KeyError, OverflowError):
@@ -262,17 +263,23 @@ def _measure_disk(spans: Sequence[Span], config: Config) -> dict[str, Any]:
 
 
 def _disk_key(spans: Sequence[Span], config: Config) -> str:
-    kind = "page cache" if spans[0].cached else _how(config)
-    return key_of(kind, *_file_systems([span.path for span in spans]))
+    paths = [span.path for span in spans]
+    kind = "page cache, " + _chunks(paths, config) if spans[0].cached else _how(paths, config)
+    return key_of(kind, *_file_systems(paths))
 
 
 def _file_systems(paths: Sequence[Path]) -> list[str]:
     return sorted({file_system(path) for path in paths})
 
 
-def _how(config: Config) -> str:
+def _chunks(paths: Sequence[Path], config: Config) -> str:
+    return f"chunks of {format_bytes(measure.chunk_bytes(paths, config))}"
+
+
+def _how(paths: Sequence[Path], config: Config) -> str:
     threads = "" if config.read_threads is None else f", {config.read_threads} threads"
-    return f"disk (direct {config.direct}, reader {config.reader}{threads})"
+    asked = f"direct {config.direct}, reader {config.reader}{threads}"
+    return f"disk ({asked}, {_chunks(paths, config)})"
 
 
 def _positive(value: Any) -> float:

@@ -30,7 +30,7 @@ from .integrity import Checker, Counts
 from .passes import out_of_memory
 from .residency import Residency, stream_getter
 from .timeline import Names
-from .trace import MOST_EVENTS, Tracing
+from .trace import Tracing, usual_events
 from .trial import Usual, Workload, activation_bytes
 
 CheckpointLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Checkpoint
@@ -461,12 +461,13 @@ class StreamedModule(nn.Module):
 
     @contextmanager
     def trace(
-        self, path: str | os.PathLike[str], *, most_events: int = MOST_EVENTS
+        self, path: str | os.PathLike[str], *, most_events: int | None = None
     ) -> Iterator[None]:
         """Write a timeline of what happens in the `with` block to `path`, for ui.perfetto.dev.
 
         It shows each read, what was copied to the device, forwards, waits and passes. The end of
-        the block waits for the device. Events beyond the first `most_events` are counted, not kept.
+        the block waits for the device. Events beyond the first `most_events` are counted, not kept;
+        unless given, there is room for two passes, or for half a million.
 
         Raises RuntimeError where the module is closed, or traced already; OSError or ValueError
         where the file cannot be written.
@@ -484,6 +485,8 @@ class StreamedModule(nn.Module):
             [os.path.basename(shard[0]) for shard in self._source.shards],
         )
         stream = stream_getter(self._device)()
+        if most_events is None:
+            most_events = usual_events(self._planned.chunk_count, len(self._units))
         self._tracing = Tracing(self._engine, stream, path, names, str(self._device), most_events)
         try:
             yield

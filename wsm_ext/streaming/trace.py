@@ -12,8 +12,12 @@ from .. import _engine
 from ..whole_file import write_whole
 from .timeline import Names, document
 
-# A pass of 141 GB from disk, in chunks of 16 MiB, has half as many: a read and a copy of each.
-MOST_EVENTS = 1 << 15
+_LEAST_EVENTS, _MOST_EVENTS = 1 << 15, 1 << 19
+
+
+def usual_events(chunks: int, units: int) -> int:
+    """Room for two passes of which every chunk is read and copied."""
+    return min(max(2 * (2 * chunks + 4 * units), _LEAST_EVENTS), _MOST_EVENTS)
 
 
 class Tracing:
