@@ -12,8 +12,7 @@ namespace {
 constexpr uint32_t kMostReadThreads = 16;
 constexpr uint32_t kMostAskedThreads = 1024;
 constexpr uint32_t kCoresForThreads = 8;
-// Sixteen of them are in flight: 4 MiB, which stay in a processor's cache; of 1 MiB, 16 do not.
-constexpr uint32_t kBlockBytes = 256 << 10;
+constexpr uint32_t kThreadBlockBytes = 256 << 10;
 constexpr uint64_t kWaitingChunks = 2;
 constexpr uint64_t kLeastPoolRequests = 3;
 
@@ -49,10 +48,9 @@ Readers make_readers(const EngineOptions& options, bool any_direct, uint64_t chu
       cores < kCoresForThreads ? ReaderChoice::kUring : ReaderChoice::kPread;
   const ReaderChoice found = measured ? options.preferred : by_cores;
   const ReaderChoice wanted = asked ? options.reader : found;
-  const uint32_t block_bytes = options.block_bytes > 0 ? options.block_bytes : kBlockBytes;
   if (wanted == ReaderChoice::kUring && (asked || any_direct)) {
     ReaderOptions ring;
-    ring.block_bytes = block_bytes;
+    if (options.block_bytes > 0) ring.block_bytes = options.block_bytes;
     ring.open_bytes = open_bytes(ring, chunk_bytes);
     readers.direct = make_uring_reader(ring, &uring_refused);
     check<Error>(readers.direct || !asked,
@@ -61,7 +59,7 @@ Readers make_readers(const EngineOptions& options, bool any_direct, uint64_t chu
   }
   if (!readers.direct && any_direct) {
     ReaderOptions threads;
-    threads.block_bytes = block_bytes;
+    threads.block_bytes = options.block_bytes > 0 ? options.block_bytes : kThreadBlockBytes;
     if (options.read_threads > 0) threads.depth = options.read_threads;
     threads.open_bytes = open_bytes(threads, chunk_bytes);
     readers.direct = make_pread_reader(threads);

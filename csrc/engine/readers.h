@@ -32,7 +32,7 @@ enum class ReaderChoice : uint8_t { kAuto, kUring, kPread };
 struct EngineOptions {
   ReaderChoice reader = ReaderChoice::kAuto;     // of direct reads; asked for: it or an error
   ReaderChoice preferred = ReaderChoice::kAuto;  // where it is not: the faster one, as measured
-  uint32_t block_bytes = 0;                      // of direct reads; 0: 256 KiB
+  uint32_t block_bytes = 0;                      // of direct reads; 0: as suits the reader
   DirectMode direct = DirectMode::kAuto;         // kOn: never through the page cache
   uint32_t read_threads = 0;  // of the pread pool; 0: as many as there are cores, at most 16
   double read_timeout_s = 30;

@@ -8,7 +8,7 @@ namespace wsm {
 uint32_t page_bytes();
 
 // kUnknown: the kernel tells only those who own the file or may write it. kMost: all but one page
-// in 128, at most. A kernel that is short of memory takes pages here and there; to read 16 MiB past
+// in 128, at most. A kernel that is short of memory takes pages here and there; to read a chunk past
 // the cache for the sake of a few costs more than these few.
 enum class Cached : uint8_t { kUnknown, kNone, kSome, kMost, kAll };
 

@@ -178,7 +178,7 @@ TEST(Planner, NothingToLoadNeedsNoMemory) {
   EXPECT_TRUE(make_plan({}, {}).units.empty());
 }
 
-// header 1000 | a: 512 000 | b: 512 000 | c: 512 000, one unit each; 2 MiB hold them all.
+// header 1000 | a: 256 000 | b: 256 000 | c: 256 000, one unit each; 2 MiB hold them all.
 TEST(Planner, WhatFitsIsLoadedOnceInLoadOrder) {
   const ModelSpec spec = uniform_model(3, 1, 256000);
   const Plan plan = make_plan(spec, {.device_bytes = 20 * kMiB, .host_bytes = kGiB});
