@@ -8,8 +8,8 @@ namespace wsm {
 uint32_t page_bytes();
 
 // kUnknown: the kernel tells only those who own the file or may write it. kMost: all but one page
-// in 128, at most. A kernel that is short of memory takes pages here and there; to read a chunk past
-// the cache for the sake of a few costs more than these few.
+// in 128, at most. A kernel that is short of memory takes pages here and there; to read a chunk
+// past the cache for the sake of a few costs more than these few.
 enum class Cached : uint8_t { kUnknown, kNone, kSome, kMost, kAll };
 
 // Whether to read through the page cache.
