@@ -2,9 +2,11 @@
 
     python bench/budgets.py --folder DISK/llama-4 --layers 4 --bench-read BUILD/bench/bench_read \
         --json budgets.json
-    python bench/budgets.py --device cpu --layers 2 --folder DISK/llama-2 --shape 1x16 ...
+    python bench/budgets.py --device cpu --preset 7b --layers 20 --shape 1x1 --folder DISK/llama-7b
 
-For each share of the model in RAM: an arena of two layers, no device homes, the files proved cold.
+For each share of the model in RAM: an arena of two layers, the files proved cold. On a GPU the
+share is the host cache, and nothing is at home on the device. On the host device, whose memory is
+RAM, it is homes there, as "auto" would have it: computed with where they lie, and not copied again.
 After passes that fill the cache, --passes forwards back to back are timed. Compared with it is the
 largest of three times: the disk's, for the bytes that the plan leaves on it, at the best rate of
 bench_read on the same file just before and after; the link's, for the bytes that stream, at the
@@ -94,10 +96,12 @@ def run_share(
     arena = int(2 * source.sizes.layer_place_bytes)
     staging = arguments.staging
     # A little more than the model, so that every chunk's last page finds its place.
-    cache = source.sizes.model_bytes * share // 100
+    in_ram = source.sizes.model_bytes * share // 100
     if share == 100:
-        cache = shapes.host_bytes(source.sizes, 0)
-    config: dict[str, Any] = {"arena_bytes": arena, "home_bytes": 0, "staging_mb": staging // MIB}
+        in_ram = shapes.host_bytes(source.sizes, 0)
+    homes, cache = (in_ram, 0) if context.device.type == "cpu" else (0, in_ram)
+    config: dict[str, Any] = {"arena_bytes": arena, "staging_mb": staging // MIB}
+    config["home_bytes"] = homes
     if not cache:
         config["cpu_cache_cap_layers"] = 0
     coldness.make_cold(source.shards())
@@ -108,7 +112,7 @@ def run_share(
     with open_streamed(
         context,
         source,
-        device_memory=shapes.blocks(arena),
+        device_memory=shapes.blocks(arena) + homes,
         host_memory=staging + cache,
         config=config,
     ) as model:

@@ -64,6 +64,8 @@ def main() -> int:
         program(arguments.programs, out, "bench_pipeline", device, file, *pipeline)
         if device.type == "cuda":
             program(arguments.programs, out, "bench_h2d", device)
+        else:
+            program(arguments.programs, out, "bench_copy", device)
         words = ["--case", GPU_CASES if device.type == "cuda" else CASES, "--preset", "demo"]
         words += [
             "--layers",

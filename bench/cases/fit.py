@@ -10,7 +10,7 @@ import torch
 from context import Context, describe, open_streamed
 from harness import GIB
 from passes import counted_passes, gpu_memory, outside_torch, run_ratios, timed_passes
-from peers import ROOM_BYTES, TOTAL_BYTES
+from peer_models import ROOM_BYTES, TOTAL_BYTES
 
 SHAPE = (1, 2048)
 PEER = "diffusers leaf"

@@ -1,8 +1,9 @@
-#include "bindings/trace.h"
+// The records of a trace.
+#include "engine/trace.h"
 
 #include <pybind11/stl.h>
 
-#include "engine/trace.h"
+#include "bindings/bindings.h"
 
 namespace py = pybind11;
 

@@ -13,6 +13,7 @@
 
 #include "device/device.h"
 #include "util/check.h"
+#include "util/copy_past_caches.h"
 #include "util/threads.h"
 
 namespace wsm {
@@ -59,7 +60,7 @@ class HostDevice final : public Device {
   const char* kind() const override { return "host"; }
   int index() const override { return 0; }
 
-  // memcpy is as fast from pageable memory: there is nothing to lock.
+  // Copies are as fast from pageable memory: there is nothing to lock.
   bool register_host(void*, size_t, std::string*) override { return true; }
   void unregister_host(void*) noexcept override {}
 
@@ -165,7 +166,7 @@ class HostDevice final : public Device {
     if (item.bytes > 0) {
       lock.unlock();
       if (item.kind == Kind::kCopy) {
-        std::memcpy(item.target, item.source, item.bytes);
+        copy_past_caches(item.target, item.source, item.bytes);
       } else {
         std::memset(item.target, item.value, item.bytes);
       }

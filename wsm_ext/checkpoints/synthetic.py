@@ -29,6 +29,14 @@ PRESETS: dict[str, dict[str, int]] = {
         "kv_heads": 8,
         "vocab": 32000,
     },
+    # 0.44 GB a layer: many of them beside an arena of two, where RAM is small.
+    "7b": {
+        "hidden": 4096,
+        "intermediate": 14336,
+        "heads": 32,
+        "kv_heads": 8,
+        "vocab": 32000,
+    },
     # With 12 layers 350 MB in bfloat16.
     "demo": {"hidden": 1024, "intermediate": 2816, "heads": 16, "kv_heads": 8, "vocab": 16000},
 }

@@ -1,0 +1,24 @@
+// What each file of the Python module `wsm_ext._engine` adds to it. Arguments are converted under
+// the GIL; the GIL is released around every call that may take its time.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "plan/model_spec.h"
+#include "plan/plan.h"
+
+namespace wsm {
+
+struct PlannedModel {
+  ModelSpec spec;
+  Plan plan;
+};
+
+// In this order: later ones take what earlier ones define as arguments.
+void bind_simulator(pybind11::module_& m);
+void bind_plan(pybind11::module_& m);
+void bind_trace(pybind11::module_& m);
+void bind_readers(pybind11::module_& m);
+void bind_engine(pybind11::module_& m);
+
+}  // namespace wsm
