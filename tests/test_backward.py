@@ -78,8 +78,7 @@ def same_gradients(
 
 
 def nothing_is_held(streamed: Any) -> None:
-    residency = streamed._wsm_streamed._residency if hasattr(streamed, "_wsm_streamed") else None
-    assert residency is not None
+    residency = streamed._wsm_streamed._running.residency
     assert residency.passes.depth == 0
     assert not residency._backward.under_way
     assert all(unit._taken == 0 for unit in residency._streamed.values())

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from wsm_ext import _engine
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
-from wsm_ext.commands import cli, demo
+from wsm_ext.commands import actions, cli, demo
 from wsm_ext.planning import measure
 from wsm_ext.streaming import pretrained
 
@@ -346,7 +346,7 @@ def test_plan_warns_and_refuses_as_streaming_does(folder, tmp_path, measured, mo
 
 def test_plan_is_plain_where_the_terminal_is(folder, tmp_path, measured, monkeypatch):
     plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(cli, "Console", lambda: Console(file=plain, width=80))
+    monkeypatch.setattr(actions, "Console", lambda: Console(file=plain, width=80))
     plan_of(folder, tmp_path)
     plain.flush()
     assert b"####" in plain.buffer.getvalue()

@@ -7,10 +7,11 @@ import gc
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from surroundings import NotHereError, drop
 from transformers import AutoModelForCausalLM
 
 from wsm_ext import _engine
+from wsm_ext.checkpoints import checkpoint
+from wsm_ext.checkpoints.checkpoint import Checkpoint
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.config import Config
 from wsm_ext.planning.budgets import read_ahead_room
@@ -131,7 +134,9 @@ def test_nothing_is_read_ahead_where_it_would_be_for_nothing(
     cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begun(**config: Any) -> Any:
-        return pretrained._read_ahead(cold, "cpu", "auto", Config.resolve(config))
+        return pretrained._read_ahead(shards, "cpu", "auto", Config.resolve(config))
+
+    shards = Checkpoint.open(cold).shards
 
     assert isinstance(begun(), _engine.ReadAhead)
     assert begun(direct=0) is None
@@ -141,6 +146,49 @@ def test_nothing_is_read_ahead_where_it_would_be_for_nothing(
         assert begun() is None
     monkeypatch.setattr(pretrained, "_LEAST_READ_AHEAD", 1 << 30)
     assert begun() is None
+
+
+def test_each_header_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    read_header = checkpoint._read_header
+
+    def seen(file: Path, shard: int) -> Any:
+        read.append(file.name)
+        return read_header(file, shard)
+
+    monkeypatch.setattr(checkpoint, "_read_header", seen)
+    with from_pretrained(folder, device="cpu", device_memory="24MiB", host_memory="24MiB"):
+        assert sorted(read) == sorted(file.name for file in folder.glob("*.safetensors"))
+
+
+class Watched(threading.Thread):
+    """Remembers which threads were waited for."""
+
+    joined: ClassVar[list[str]] = []
+
+    def join(self, timeout: float | None = None) -> None:
+        super().join(timeout)
+        self.joined.append(self.name)
+
+
+@pytest.mark.parametrize("failing", ["_open_weights", "_read_ahead"])
+def test_the_context_is_waited_for_whatever_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    opened: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_engine, "built_with_cuda", True)
+    monkeypatch.setattr(_engine, "open_device", opened.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(threading, "Thread", Watched)
+    monkeypatch.setattr(Watched, "joined", [])
+    monkeypatch.setattr(pretrained, failing, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        from_pretrained(folder, device="cuda:3")
+    assert (opened, Watched.joined) == ([3], ["wsm-context"])
 
 
 def test_the_room_is_the_budget() -> None:

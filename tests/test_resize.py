@@ -13,6 +13,7 @@ from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
 from wsm_ext.planning import device_memory
+from wsm_ext.streaming import running
 
 MIB = 1 << 20
 LAYER = 7 * MIB
@@ -243,6 +244,73 @@ def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
         check(streamed, net, cpu)
 
 
+def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    streamed = streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB")
+    passes, engine = streamed._running.residency.passes, streamed._running.engine
+    between = passes.between
+    inside, waiting, go_on = threading.Event(), threading.Event(), threading.Event()
+    raised: list[str] = []
+
+    def hook(*_: Any) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    def asked() -> Any:
+        waiting.set()
+        return between()
+
+    def forward() -> None:
+        with pytest.raises(wsm.EngineError, match="closed"):
+            streamed(tokens(1, 3))
+
+    def resize() -> None:
+        with pytest.raises(RuntimeError, match="closed") as error:
+            streamed.resize(device_memory="50MiB")
+        raised.append(str(error.value))
+
+    streamed.module.layers[2].mlp.register_forward_hook(hook)
+    passes.between = asked
+    threads = [threading.Thread(target=work) for work in (forward, resize, streamed.close)]
+    threads[0].start()
+    assert inside.wait(30)
+    threads[1].start()
+    assert waiting.wait(30)
+    threads[2].start()
+    while not engine.closed:
+        assert threads[2].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(raised) == 1
+    assert all(parameter.is_meta for parameter in streamed.module.parameters())
+    assert streamed.stats()["memory"]["device_budget_bytes"] == 30 * MIB
+
+
+def test_a_resize_that_fails_leaves_the_module_closed(
+    device: torch.device, net: Net, folder: Path, monkeypatch: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no more")
+
+    with streamed_net(net, folder, device, device_memory="30MiB", host_memory="20MiB") as streamed:
+        module = streamed.module
+        check(streamed, net, device)
+        passes = streamed.stats()["passes"]
+        monkeypatch.setattr(running, "Residency", fail)
+        with pytest.raises(OSError, match="no more"):
+            streamed.resize(device_memory="50MiB")
+        assert streamed.stats()["passes"] == passes
+        with pytest.raises(RuntimeError, match="closed"):
+            streamed.fetch("head.weight")
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert not any("forward" in inner.__dict__ for inner in module.modules())
+    monkeypatch.undo()
+    with streamed_net(net, folder, device, device_memory="30MiB", host_memory="20MiB") as streamed:
+        check(streamed, net, device)
+
+
 def test_less_is_planned_where_the_device_has_less(
     net: Net, folder: Path, monkeypatch: Any
 ) -> None:
@@ -297,7 +365,7 @@ def test_nothing_is_loaded_into_memory_that_a_resize_frees(
     with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
 
         def watched(memory: device_memory.DeviceMemory, device: torch.device) -> None:
-            closed.append(streamed._engine.closed)
+            closed.append(streamed._running.engine.closed)
             clear(memory, device)
 
         monkeypatch.setattr(device_memory.DeviceMemory, "clear", watched)

@@ -10,8 +10,8 @@ import logging
 import os
 import re
 import threading
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from ..checkpoints.checkpoint import Checkpoint, CheckpointError
 from ..config import Config, engine_options
 from ..planning.budgets import read_ahead_room
 from ..planning.rates import remembered_way
-from .stream import StreamedModule, resolve_device
+from .given import resolve_device
+from .stream import StreamedModule
 from .trial import Workload, usual_workload
 
 _log = logging.getLogger("wsm_ext")
@@ -61,61 +62,70 @@ def from_pretrained(
     settings = Config.resolve(config)
     if verify is not None:
         settings.give("verify", verify)
-    context = _Context(device)
-    ahead = _read_ahead(folder, device, host_memory, settings)
-    try:
-        from .transformers_loader import prepare
-
-        module, checkpoint = prepare(folder, dtype=dtype, auto_class=auto_class)
-        # On a CPU the trial would take as long as the forward.
-        if workload is None and device_memory == "auto" and resolve_device(device).type == "cuda":
-            workload = usual_workload(module)
-        return StreamedModule(
-            *(module, checkpoint, device, device_memory, host_memory, units, workload),
-            *(settings, progress, ahead),
-        )
-    except BaseException:
-        if ahead is not None:
-            ahead.give_up()  # a traceback may be kept for long, and this with it
-        raise
-    finally:
-        context.close()
-
-
-class _Context:
-    """Makes the context of the GPU that will be used, in a thread, and holds it until `close`: by
-    then the engine does. What is wrong here, those who need it find and tell."""
-
-    def __init__(self, device: str | torch.device | None) -> None:
-        self._opened: list[_engine.Device] = []
-        self._thread: threading.Thread | None = None
-        if _is_cpu(device) or not _engine.built_with_cuda or torch.cuda.is_initialized():
-            return
-        index = 0 if device is None else torch.device(device).index or 0
-        self._thread = threading.Thread(target=self._make, args=(index,), name="wsm-context")
-        self._thread.start()
-
-    def _make(self, index: int) -> None:
+    with _gpu_context(device):
+        opened = _open_weights(folder)
+        ahead = None
+        if opened is not None:
+            ahead = _read_ahead(opened.shards, device, host_memory, settings)
         try:
-            self._opened.append(_engine.open_device(index))
+            from .transformers_loader import prepare
+
+            module, checkpoint = prepare(folder, opened, dtype=dtype, auto_class=auto_class)
+            # On a CPU the trial would take as long as the forward.
+            on_gpu = resolve_device(device).type == "cuda"
+            if workload is None and device_memory == "auto" and on_gpu:
+                workload = usual_workload(module)
+            return StreamedModule(
+                *(module, checkpoint, device, device_memory, host_memory, units, workload),
+                *(settings, progress, ahead),
+            )
+        except BaseException:
+            if ahead is not None:
+                ahead.give_up()  # a traceback may be kept for long, and this with it
+            raise
+
+
+@contextmanager
+def _gpu_context(device: str | torch.device | None) -> Iterator[None]:
+    """Makes the context of the GPU that will be used, in a thread, and holds it to the end: by then
+    the engine does. What is wrong here, those who need it find and tell."""
+    if _is_cpu(device) or not _engine.built_with_cuda or torch.cuda.is_initialized():
+        yield
+        return
+    index = 0 if device is None else torch.device(device).index or 0
+    opened: list[_engine.Device] = []
+
+    def make() -> None:
+        try:
+            opened.append(_engine.open_device(index))
         except (ValueError, RuntimeError, MemoryError) as error:
             _log.debug("no context was made: %s", error)
 
-    def close(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        self._opened.clear()
+    thread = threading.Thread(target=make, name="wsm-context")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        opened.clear()
+
+
+def _open_weights(folder: Path) -> Checkpoint | None:
+    """None where something is wrong, which may be that it holds no weights of its own: `prepare`
+    finds and tells it."""
+    try:
+        return Checkpoint.open(folder)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        _log.debug("nothing is read ahead: %s", error)
+        return None
 
 
 def _read_ahead(
-    folder: Path, device: str | torch.device | None, host_memory: int | str, config: Config
+    files: Sequence[Path], device: str | torch.device | None, host_memory: int | str, config: Config
 ) -> _engine.ReadAhead | None:
-    """Begins to read the folder's weights into host memory; None where that would be for little.
-    What is wrong here, those who need it find and tell."""
+    """Begins to read the files into host memory; None where that would be for little. What is wrong
+    here, those who need it find and tell."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those who load the model are warned
-            files = [Path(shard) for shard in Checkpoint.open(folder).shards]
         size = sum(file.stat().st_size for file in files)
         room = read_ahead_room(_is_cpu(device), host_memory)
         # Of a model that is larger than the budget the cache takes all that is to be had.

@@ -39,11 +39,19 @@ _VARIANT = re.compile(
 
 
 def prepare(
-    folder: Path, *, dtype: str | torch.dtype = "auto", auto_class: Any = None
+    folder: Path,
+    opened: Checkpoint | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    auto_class: Any = None,
 ) -> tuple[PreTrainedModel, Checkpoint]:
-    """The model with its parameters on meta, and the checkpoint under the model's names."""
+    """The model with its parameters on meta, and the checkpoint under the model's names.
+
+    `opened`: the folder's checkpoint, where somebody has opened it already.
+    """
     config = _read_config(folder)
-    checkpoint = _open_weights(folder, config)
+    _refuse_unusual_weights(folder, config)
+    checkpoint = Checkpoint.open(folder) if opened is None else opened
     _refuse_endless(folder, config, checkpoint)
     main_dtype = _main_dtype(dtype, config, checkpoint)
     try:
@@ -154,7 +162,7 @@ def _refuse_endless(folder: Path, config: PreTrainedConfig, checkpoint: Checkpoi
                 )
 
 
-def _open_weights(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+def _refuse_unusual_weights(folder: Path, config: PreTrainedConfig) -> None:
     named = getattr(config, "transformers_weights", None)
     if named is not None:
         raise CheckpointError(
@@ -170,7 +178,6 @@ def _open_weights(folder: Path, config: PreTrainedConfig) -> Checkpoint:
                 " from_pretrained does not choose: rename the file to model.safetensors, or the"
                 " index to model.safetensors.index.json"
             )
-    return Checkpoint.open(folder)
 
 
 def _main_dtype(

@@ -1,0 +1,157 @@
+"""A plan at work: its device memory, its engine, and the forwards of the module that it wraps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from .. import _engine
+from ..config import Way, engine_options
+from ..modules.units import Unit
+from ..planning.device_memory import DeviceMemory
+from ..planning.planner import Planned
+from .given import Given
+from .residency import Residency, stream_getter
+
+Progress = Callable[[int, int], None]
+
+# A pass may take many reads: so many limits of one read are waited for another thread's.
+_PATIENCE = 20
+
+
+class Running:
+    """Runs from the constructor, which loads what stays, to `stop`. Another one may run after it,
+    and take over what this one has loaded.
+
+    Where the constructor fails, the engine is closed and the module is as it was.
+    """
+
+    def __init__(
+        self,
+        given: Given,
+        planned: Planned,
+        memory: DeviceMemory,
+        way: Way,
+        progress: Progress | None = None,
+        before: Running | None = None,
+        ahead: _engine.ReadAhead | None = None,
+    ) -> None:
+        """`before`: what was stopped. `ahead`: what is read of the checkpoint meanwhile."""
+        self.planned = planned
+        self.memory = memory
+        self._device = given.device
+        self.current_stream = stream_getter(given.device)
+        plan, source = planned.plan, planned.source
+        arena, homes = memory.addresses()
+        images = [] if given.checker is None else given.checker.images_of(source)
+        self.engine: _engine.Engine = _engine.Engine(
+            plan,
+            -1 if given.device.type == "cpu" else given.device.index,
+            arena,
+            homes,
+            source.memory,
+            self.current_stream(),
+            engine_options(given.config, way),
+            None if before is None or before.in_ram else before.engine,
+            ahead,
+        )
+        # Before torch and the driver are torn down, should nobody stop it.
+        self._finalizer = weakref.finalize(self, self.engine.close)
+        try:
+            self.engine.load_resident(self.current_stream(), self._progress_of(progress))
+            if progress is not None:
+                progress(plan.device_home_bytes, plan.device_home_bytes)
+            self.residency = Residency(
+                given.module,
+                planned.units,
+                source,
+                plan,
+                self.engine,
+                given.device,
+                memory,
+                _PATIENCE * given.config.read_timeout_s,
+                given.checker,
+                images,
+            )
+        except BaseException:
+            self.engine.close()
+            raise
+        memory.loaded = [True] * len(memory.homes)
+        if self.in_ram:
+            try:
+                self._move_from_ram()
+            except BaseException:
+                try:
+                    self.give_back_owned()
+                finally:
+                    self.stop()
+                raise
+
+    @property
+    def in_ram(self) -> bool:
+        """Whether the weights come from the module itself."""
+        return self.planned.source.in_ram
+
+    def memory_held(self) -> tuple[int, int]:
+        """Device and host bytes that a new plan may use again."""
+        return self.planned.plan.device_bytes, self.engine.memory()[0]
+
+    def kept_cache(self) -> _engine.KeptCache | None:
+        """What the host cache holds for who runs next; None where the weights go back to the module
+        in between."""
+        return None if self.in_ram else self.engine.kept_cache()
+
+    def give_back_owned(self) -> None:
+        """Put back what the module held in RAM: every tensor that can be, even when one cannot."""
+        failed: list[str] = []
+        for owned in self.planned.source.owned.values():
+            try:
+                owned.put_back(self.residency.fetch_host)
+            except Exception as error:
+                failed.append(f"{owned.name}: {error}")
+        if failed:
+            raise RuntimeError("parameters that could not be put back: " + "; ".join(failed))
+
+    def stop(self) -> None:
+        """Close the engine, and unwrap the module. Idempotent.
+
+        A forward that another thread is in fails, and is waited for.
+        """
+        self.engine.close()  # what it loads ahead must not reach memory that is freed now
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # nor may a forward read it
+        with self.residency.passes.between():
+            self.residency.undo()
+        self._finalizer.detach()
+
+    def _progress_of(self, progress: Progress | None) -> Callable[[], None] | None:
+        if progress is None:
+            return None
+        total = self.planned.plan.device_home_bytes
+        return lambda: progress(min(self.engine.totals()["h2d_bytes"], total), total)
+
+    def _move_from_ram(self) -> None:
+        """Load every unit once, so that what has a home in the host cache is there.
+
+        Each of the module's own tensors is let go as soon as no unit needs it any more.
+        """
+        plan, units, source = self.planned.plan, self.planned.units, self.planned.source
+        current = self.current_stream()
+        needed = plan.shards_on_disk()
+        last_use: dict[int, list[int]] = {}
+        for shard in source.owned:
+            users = [i for i, unit in enumerate(units) if self._uses(unit, shard)]
+            last_use.setdefault(max(users), []).append(shard)
+        for index in range(len(units)):
+            if plan.streamed_bytes(index):
+                self.engine.acquire(index, current)
+                self.engine.release(index, current)
+            for shard in last_use.get(index, []):
+                if shard not in needed:
+                    source.owned[shard].let_go()
+
+    def _uses(self, unit: Unit, shard: int) -> bool:
+        # Each shard in RAM is one tensor, of the same index.
+        return any(self.planned.source.index_of[slot.name] == shard for slot in unit.slots)

@@ -1,0 +1,142 @@
+"""The plans of one stream: by what the machine gives, and as large as memory can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import _engine
+from ..config import USUAL_WAY, Way
+from ..planning.device_memory import DeviceMemory
+from ..planning.plan import Plan
+from ..planning.planner import Budgets, Planned, Planner, streams
+from ..planning.predict import Prediction, files_of, measuring_matters, predict
+from ..planning.rates import Rates, Sizes, gather
+from ..sizes import format_bytes
+from .given import Given
+from .running import Running
+from .trial import Usual, Workload, activation_bytes
+
+# Of a device budget that could not be had.
+_LESS = 0.9
+_MOST_TRIES = 12
+
+
+class StreamPlanner:
+    """Plans for the start and for each resize; `before` is what runs until then.
+
+    The machine is measured as soon as that can matter, and once. Raises ValueError
+    (CheckpointError) where the checkpoint does not fit the module.
+    """
+
+    def __init__(self, given: Given, units: str | Sequence[str], workload: Workload | None) -> None:
+        self._given = given
+        self._activation_bytes: int | None = None
+        self._rates: Rates | None = None  # None: nothing was measured
+        # What computing is measured at: sizes that the user stated.
+        stated = not (workload is None or callable(workload) or isinstance(workload, Usual))
+        self._sizes: Sizes | None = workload if stated else None  # type: ignore[assignment]
+        self._planner = Planner(given.module, given.checkpoint, units, given.config)
+        self._planner.check()
+
+    @property
+    def activation_bytes(self) -> int | None:
+        """What a forward takes beside the weights; None: nobody said."""
+        return self._activation_bytes
+
+    @property
+    def way(self) -> Way:
+        """How the disk is read the fastest."""
+        return USUAL_WAY if self._rates is None else self._rates.way
+
+    def try_out(self, workload: Workload) -> None:
+        """Find what a forward takes. The module's buffers must be on the device."""
+        given = self._given
+        try:
+            least = self._planner.plan_least()
+            self._activation_bytes = activation_bytes(given.module, least, given.device, workload)
+        except (ValueError, torch.OutOfMemoryError):
+            if not isinstance(workload, Usual):
+                raise
+
+    def budgets(
+        self, device_memory: int | str, host_memory: int | str, held: tuple[int, int]
+    ) -> Budgets:
+        """`held`: device and host bytes that are taken now and can be used again."""
+        given, activations = self._given, self._activation_bytes
+        return Budgets(given.device, device_memory, host_memory, given.config, activations, held)
+
+    def plan(
+        self,
+        budgets: Budgets,
+        before: Running | None = None,
+        ahead: _engine.ReadAhead | None = None,
+    ) -> Planned:
+        """Raises ValueError where a budget is too small. What is read `ahead` ends where the disk
+        is measured: that is done alone."""
+        given = self._given
+        planned = self._plan(budgets, before)
+        if self._rates is not None or not measuring_matters(planned.plan, given.config):
+            return planned
+        if ahead is not None:
+            ahead.stop()
+        files = files_of(planned.source)
+        self._rates = gather(given.module, files, given.device, given.config, self._sizes)
+        return self._plan(budgets, before)
+
+    def _plan(self, budgets: Budgets, before: Running | None) -> Planned:
+        rates_of = None if self._rates is None else self._rates.for_units
+        if before is None:
+            return self._planner.plan(budgets, rates_of)
+        planned = before.planned if streams(before.planned.plan) else None
+        return self._planner.plan(budgets, rates_of, before.kept_cache(), planned)
+
+    def forget(self) -> None:
+        """The module's parameters have changed."""
+        self._planner.forget()
+
+    def allocate(
+        self, planned: Planned, budgets: Budgets, before: Running | None = None
+    ) -> tuple[Planned, DeviceMemory]:
+        """The plan and memory for it; a smaller one, and smaller `budgets`, where the device has
+        less memory than it said. Takes over memory of `before`, which was stopped.
+
+        Raises torch.OutOfMemoryError where there is hardly any.
+        """
+        device, asked = self._given.device, budgets.device_bytes
+        memory = None if before is None else before.memory
+        for _ in range(_MOST_TRIES):
+            try:
+                return planned, DeviceMemory.allocate(planned.plan, planned.source, device, memory)
+            except torch.OutOfMemoryError as error:
+                budgets.device_bytes = int(budgets.device_bytes * _LESS)
+                planned = self._plan(budgets, before)
+                planned.warnings.append(
+                    f"the device has no {format_bytes(asked)} for weights ({_first_line(error)}):"
+                    f" planned again with {format_bytes(budgets.device_bytes)}"
+                )
+        return planned, DeviceMemory.allocate(planned.plan, planned.source, device)
+
+    def show(self, planned: Planned, budgets: Budgets) -> Plan:
+        """The plan as users see it."""
+        predicted = self.predict(planned, budgets)
+        plan = Plan(planned.plan, planned.units, planned.source, predicted)
+        plan.activation_bytes = self._activation_bytes
+        plan.warnings[:0] = planned.warnings
+        return plan
+
+    def predict(self, planned: Planned, budgets: Budgets) -> Prediction | None:
+        """None where nothing streams or nothing was measured."""
+        if self._rates is None or not streams(planned.plan):
+            return None
+        return predict(planned, self._planner, budgets, self._rates)
+
+    def expect(self, sizes: Sizes) -> None:
+        """From now on, predict for forwards of this size."""
+        if self._rates is not None:
+            self._rates = self._rates.at(self._given.module, self._given.device, sizes)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
