@@ -139,7 +139,7 @@ bool Conductor::step() {
   if (discarded_) drop_discarded();
   if (ahead_) drop_ahead();
   if (options_.poison) poison_released();
-  slots_wanted_ = false;
+  slots_wanted_ = copies_full_ = false;
   moved |= copy();
   if (!paused_) moved |= read();
   account_stall(moved);
@@ -156,6 +156,7 @@ void Conductor::look() {
     demand_ = board_.demand;
     paused_ = board_.error.has_value();
     discarded_ = !board_.discarded.empty();
+    if (passes_over_ != board_.passes_over) waiting_chunk_ = kNone;  // the page cache has moved on
     passes_over_ = board_.passes_over;
     const auto& upcoming = board_.sequence.upcoming();
     window_.assign(upcoming.begin(), upcoming.end());
@@ -191,7 +192,7 @@ void Conductor::sleep() {
   // Not past the time limit, which is looked at when awake.
   const double sleep_s = std::min(kLongestSleepS, options_.read_timeout_s);
   timespec nap{0, static_cast<long>(sleep_s * 1e9)};
-  if (slots_wanted_ && ring_->copies_pending()) {
+  if ((slots_wanted_ || copies_full_) && ring_->copies_pending()) {
     // A copy that ends wakes nobody: look again soon, less often the longer it takes.
     const int us = std::min(kLongestNapUs, kShortestNapUs << std::min(idle_steps_++, 5));
     nap = {0, us * 1000};
@@ -202,6 +203,7 @@ void Conductor::sleep() {
 
 Stall Conductor::cause_of_demand() const {
   if (board_.units[demand_].phase == Phase::kAbsent) return Stall::kArena;
+  if (copies_full_) return Stall::kH2d;  // its own: those of others come after a demand's
   // The disk is idle: all slots are held by copies that wait for places in the arena.
   if (!reads_under_way() && slots_wanted_ && ring_->copies_pending()) return Stall::kArena;
   return work_[demand_].left > 0 ? Stall::kDisk : Stall::kH2d;

@@ -183,7 +183,7 @@ class Conductor {
   std::vector<UnitWork> work_;
   std::vector<Flight> flights_;  // by tag
   std::vector<uint32_t> free_tags_;
-  uint32_t waiting_chunk_ = kNone;  // whose reader was full, and the route to it
+  uint32_t waiting_chunk_ = kNone;  // that was refused a reader or a slot, and the route to it
   Route waiting_route_ = Route::kBuffered;
   std::vector<uint32_t> present_;     // units that are loading or ready, and have a place
   std::vector<uint32_t> slot_chunk_;  // what each slot is read for or holds; kNone when doomed
@@ -196,7 +196,8 @@ class Conductor {
   uint32_t demand_ = kNone;
   bool paused_ = false;  // an error waits to be thrown
   bool stop_ = false;
-  bool slots_wanted_ = false;  // reads or copies wait for slots to be recycled
+  bool slots_wanted_ = false;  // reads wait for slots to be recycled
+  bool copies_full_ = false;   // copies wait until some of those under way have ended
   bool discarded_ = false;     // the board names units to drop
   uint64_t passes_over_ = 0;   // as the board has it
   uint64_t ahead_pass_ = 0;    // in which something was taken of what was read ahead

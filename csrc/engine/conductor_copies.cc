@@ -7,9 +7,9 @@
 namespace wsm {
 namespace {
 
-// Then reads are looked after first: a drive whose requests have all ended waits for the conductor.
-// A chunk in a slot is a copy and an event by itself, those in the cache are one copy where they
-// touch.
+// A step's copies end at this cost, and reads are looked after in between: a drive whose requests
+// have all ended waits for the conductor. A chunk in a slot is a copy and an event by itself, those
+// in the cache are one copy where they touch.
 constexpr uint32_t kStepCost = 64;
 constexpr uint32_t kSlotCost = 4;
 // Slots with copies under way. A stream takes about a thousand operations; one more, and whoever
@@ -52,7 +52,7 @@ bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
     const bool there = in_cache ? cache_->filled(c) : chunks_[c].phase == ChunkPhase::kFilled;
     if (!there) continue;
     if (!in_cache && ring_->slots_copying() >= kMostCopying) {
-      slots_wanted_ = true;  // to be looked at again soon
+      copies_full_ = true;
       break;
     }
     cost += in_cache ? 1 : kSlotCost;

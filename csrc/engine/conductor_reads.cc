@@ -95,15 +95,12 @@ bool Conductor::needs_read(uint32_t index) const {
 bool Conductor::issue(uint32_t index, bool demanded) {
   if (free_tags_.empty()) return false;
   const Chunk& chunk = plan_.chunks[index];
-  // To ask the page cache is a system call: not again for a chunk that waits for its reader.
-  const Route route = waiting_chunk_ == index ? waiting_route_ : route_of(index);
-  waiting_chunk_ = kNone;
+  // To ask the page cache is a system call: not again for a chunk that waits.
+  if (waiting_chunk_ != index) waiting_route_ = route_of(index);
+  waiting_chunk_ = index;
+  const Route route = waiting_route_;
   Reader& reader = route == Route::kDirect ? readers_.for_direct() : *readers_.pool;
-  if (reader.full()) {
-    waiting_chunk_ = index;
-    waiting_route_ = route;
-    return false;
-  }
+  if (reader.full()) return false;
   uint32_t slot = kNoSlot;
   if (chunk.home == Home::kHost) {
     if (!cache_->ready(chunk)) return false;
@@ -119,13 +116,8 @@ bool Conductor::issue(uint32_t index, bool demanded) {
   request.target = slot == kNoSlot ? cache_->place(chunk) : ring_->data(slot);
   request.tag = free_tags_.back();
   request.buffered = route != Route::kDirect;
-  if (!reader.submit(request)) {
-    if (slot != kNoSlot) {
-      ring_->discard(slot);
-      ring_->read_done(slot);
-    }
-    return false;
-  }
+  check<Error>(reader.submit(request), "a reader that was not full has refused a read");
+  waiting_chunk_ = kNone;
   if (route == Route::kAhead) {
     ahead_->take(index);
     ahead_pass_ = passes_over_;

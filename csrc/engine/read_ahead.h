@@ -4,16 +4,13 @@
 //   ReadAhead ahead(paths, options, most_bytes);  a thread reads, file after file
 //   ahead.stop();                                 what has arrived stays
 //   ahead.settle(shards, plan, most_bytes);       what the plan does not need is given back
-//   Shard* shard = ahead.find(chunk);             by the conductor, before it asks the disk:
-//   memory,
-//                                                 at the file's own offsets
+//   Shard* shard = ahead.find(chunk);             the conductor, before it asks the disk
 //   ahead.take(chunk);                            a read from there is under way
 //   ahead.used(chunk);                            it has ended
 //
 // Only what direct reads bring: the page cache and tmpfs are memory already. A file lies in spans:
 //
-//   | span | span | span | span |   each read, held, and given back when no chunk is left that
-//   wants it
+//   | span | span | span | span |   each is read, held, and given back when no chunk wants it
 //
 // Lifecycle: the thread starts with the constructor and ends in `stop`, or the destructor, after
 // the reads under way; `give_up` frees the memory too. All but `held_bytes` is for one thread at a
@@ -53,7 +50,8 @@ class ReadAhead {
   // `most_bytes`.
   void settle(const std::vector<std::unique_ptr<Shard>>& shards, const Plan& plan,
               uint64_t most_bytes);
-  // Null where the chunk is not here whole, or was taken before: its own shard has it.
+  // Memory at the file's own offsets. Null where the chunk is not here whole, or was taken before:
+  // its own shard has it.
   Shard* find(uint32_t chunk) const;
   void take(uint32_t chunk);
   void used(uint32_t chunk);

@@ -19,9 +19,12 @@ constexpr uint64_t kLeastPoolRequests = 3;
 // Direct reads: no more wait than keep the drive busy until the next ones are submitted. Slots are
 // taken from the top of a stack: the fewer are under way, the sooner one is read into again, while
 // the processor's cache still has it.
-uint64_t open_bytes(const ReaderOptions& reader, uint64_t chunk_bytes) {
+void limit_open_bytes(ReaderOptions& reader, uint64_t chunk_bytes) {
   const uint64_t block_bytes = std::min<uint64_t>(reader.block_bytes, chunk_bytes);
-  return std::max<uint64_t>(reader.depth * block_bytes + kWaitingChunks * chunk_bytes, 1);
+  reader.open_bytes =
+      std::max<uint64_t>(reader.depth * block_bytes + kWaitingChunks * chunk_bytes, 1);
+  const uint64_t chunks = reader.open_bytes / std::max<uint64_t>(chunk_bytes, 1) + 1;
+  reader.requests = std::max(reader.requests, static_cast<uint32_t>(chunks));
 }
 
 }  // namespace
@@ -51,7 +54,7 @@ Readers make_readers(const EngineOptions& options, bool any_direct, uint64_t chu
   if (wanted == ReaderChoice::kUring && (asked || any_direct)) {
     ReaderOptions ring;
     if (options.block_bytes > 0) ring.block_bytes = options.block_bytes;
-    ring.open_bytes = open_bytes(ring, chunk_bytes);
+    limit_open_bytes(ring, chunk_bytes);
     readers.direct = make_uring_reader(ring, &uring_refused);
     check<Error>(readers.direct || !asked,
                  "io_uring was asked for and cannot be used: ", uring_refused);
@@ -61,7 +64,7 @@ Readers make_readers(const EngineOptions& options, bool any_direct, uint64_t chu
     ReaderOptions threads;
     threads.block_bytes = options.block_bytes > 0 ? options.block_bytes : kThreadBlockBytes;
     if (options.read_threads > 0) threads.depth = options.read_threads;
-    threads.open_bytes = open_bytes(threads, chunk_bytes);
+    limit_open_bytes(threads, chunk_bytes);
     readers.direct = make_pread_reader(threads);
   }
   readers.why_direct = asked                      ? "the reader was asked for"
@@ -76,7 +79,7 @@ Readers make_readers(const EngineOptions& options, bool any_direct, uint64_t chu
   // busy: a block for each to read, and one to go on with.
   pool.requests = static_cast<uint32_t>(std::clamp<uint64_t>(
       2ull * pool.depth * pool.block_bytes / std::max(chunk_bytes, uint64_t{1}), kLeastPoolRequests,
-      pool.requests));
+      std::max(pool.requests, pool.depth)));
   readers.pool = make_pread_reader(pool);
   return readers;
 }

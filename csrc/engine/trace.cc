@@ -45,7 +45,17 @@ struct Trace::Recording {
       : device(on), forwards(units, kNone) {
     entries.reserve(most_records);
     events.reserve(2 * static_cast<size_t>(most_records) + 1);
-    while (events.size() < events.capacity()) events.push_back(device.make_event(true));
+    new_event();
+  }
+
+  // A microsecond or so each. A million at once would take a second, and half a GiB of RAM.
+  uint32_t new_event() {
+    events.push_back(device.make_event(true));
+    return static_cast<uint32_t>(events.size() - 1);
+  }
+  uint32_t drop() {
+    if (dropped++ == 0) full_ns = since_origin(Clock::now());
+    return kNone;
   }
 
   void set_clock(StreamHandle stream, const Interrupt& interrupt);
@@ -62,7 +72,6 @@ struct Trace::Recording {
   Device& device;
   std::vector<Entry> entries;                  // never grows beyond what was reserved
   std::vector<std::unique_ptr<Event>> events;  // the first sets the clock
-  uint32_t next_event = 1;
   Clock::time_point origin;
   int64_t clock_error_ns = 0;
   int64_t length_ns = 0;
@@ -108,10 +117,7 @@ void Trace::Recording::set_clock(StreamHandle stream, const Interrupt& interrupt
 }
 
 uint32_t Trace::Recording::add(const TraceRecord& record) {
-  if (entries.size() == entries.capacity()) {
-    if (dropped++ == 0) full_ns = since_origin(Clock::now());
-    return kNone;
-  }
+  if (entries.size() == entries.capacity()) return drop();
   entries.push_back({.record = record});
   return static_cast<uint32_t>(entries.size() - 1);
 }
@@ -119,8 +125,13 @@ uint32_t Trace::Recording::add(const TraceRecord& record) {
 uint32_t Trace::Recording::open(TraceKind kind, uint32_t unit, StreamHandle stream) {
   const uint32_t index = add({.kind = kind, .unit = unit});
   if (index == kNone) return kNone;
-  entries[index].begin_event = next_event++;
-  entries[index].end_event = next_event++;
+  try {
+    entries[index].begin_event = new_event();
+    entries[index].end_event = new_event();
+  } catch (const Error&) {  // no memory for one: what is traced goes on
+    entries.pop_back();
+    return drop();
+  }
   device.record(*events[entries[index].begin_event], stream);
   return index;
 }

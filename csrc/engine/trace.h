@@ -6,14 +6,14 @@
 //   Timeline all = trace.stop(...); waits until the device has come to the last of its events
 //
 // Lifecycle: lies on the board. What `start` made goes before the device does: by `stop`, or
-// `take`. Nothing else allocates. Thread-safe; its mutex is the innermost one, and under it lie
-// only calls that record an event or ask for one. It orders nothing: events are recorded beside the
+// `take`. Thread-safe; its mutex is the innermost one, and under it lie only calls that make an
+// event, record one or ask for one. It orders nothing: events are recorded beside the
 // copies and forwards, and nobody waits for them but `stop`.
-// Failure: what finds no more room is counted, not kept. An error of the device is thrown on. When
-// `start` or `stop` throws, the trace is off.
+// Failure: what finds no more room, or no event, is counted, not kept. An error of the device is
+// thrown on. When `start` or `stop` throws, the trace is off.
 //
 // Times are of the host's steady clock, in ns since the start. What happens on a stream is timed by
-// a pair of events from a fixed pool, which `stop` reads. What ties the device's clock to the
+// a pair of events, which `stop` reads. What ties the device's clock to the
 // host's is one event: `start` records it on the caller's stream, and looks until it is done. It
 // happened between the last look that did not find it done and the first that did: the middle is
 // taken, and `clock_error_ns` is half of that time (some us; of a few tries the closest). From

@@ -34,7 +34,10 @@ class Choice {
          chunks > kMostTriedChunks && 2 * tried_cut_bytes_ <= most; chunks /= 2) {
       tried_cut_bytes_ *= 2;
     }
-    if (tried_cut_bytes_ > cut_bytes_) plan_ = tried_plan(limits);
+    if (tried_cut_bytes_ > cut_bytes_) {
+      fine_ = std::move(plan_);
+      plan_ = tried_plan(limits);
+    }
     pass_s_ = expected_pass_s(plan_, rates_);
   }
 
@@ -43,7 +46,11 @@ class Choice {
   uint64_t cut_bytes() const { return cut_bytes_; }
 
   Plan take() && {
-    if (tried_cut_bytes_ > cut_bytes_) plan_ = make_plan(spec_, limits_);
+    if (fine_) {
+      plan_ = std::move(*fine_);
+    } else if (tried_cut_bytes_ > cut_bytes_) {
+      plan_ = make_plan(spec_, limits_);
+    }
     // Only the caller's own settings are worth a warning.
     plan_.warnings = std::move(warnings_);
     return std::move(plan_);
@@ -63,6 +70,7 @@ class Choice {
     const double pass_s = expected_pass_s(*plan, rates_);
     if (pass_s > pass_s_ * kWorthwhile) return;
     plan_ = std::move(*plan);
+    fine_.reset();
     limits_ = limits;
     pass_s_ = pass_s;
   }
@@ -77,6 +85,7 @@ class Choice {
   Limits limits_;
   const Rates& rates_;
   Plan plan_;
+  std::optional<Plan> fine_;  // of the limits as they are, where they were planned with once
   std::vector<std::string> warnings_;
   uint64_t cut_bytes_ = 0;
   uint64_t tried_cut_bytes_ = 0;

@@ -105,8 +105,7 @@ void find_stretches(std::vector<Fragment>& fragments) {
 void cut_chunks(std::vector<Fragment> fragments, const std::vector<ShardSpec>& shards,
                 uint64_t chunk_bytes, Home home, Plan& plan) {
   std::sort(fragments.begin(), fragments.end(), in_shard_order);
-  std::vector<Fragment>
-      cut;  // the rests of what the last chunk could not hold: all begin at its end
+  std::vector<Fragment> cut;  // rests of what the last chunk could not hold, from its end on
   std::vector<Fragment> rest;
   for (size_t next = 0; next < fragments.size() || !cut.empty();) {
     const Fragment first = cut.empty() ? fragments[next] : cut.front();

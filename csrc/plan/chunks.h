@@ -4,8 +4,9 @@
 //   chunk      [pad| copy a| copy b  |           | copy c|pad]    one read, three copies
 //
 // Ranges that touch, in the shard and in device memory, become one copy. Small gaps are read too.
-// Chunks end at multiples of their size in the shard, at the latest: so the same bytes are cut
-// alike whatever else is streamed, and what a cache holds of one plan serves the next.
+// Chunks end at multiples of their size, counted from where the stretch of near bytes begins, at
+// the latest: so the same bytes are cut alike whatever else is streamed, and what a cache holds of
+// one plan serves the next.
 #pragma once
 
 #include <cstdint>

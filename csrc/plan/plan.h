@@ -97,7 +97,7 @@ struct Plan {
   std::vector<uint64_t>
       cache_segments;  // ends of the pieces in which the cache is registered; no chunk crosses one
   uint64_t chunk_bytes = 0;  // the largest chunk; the size of a slot
-  uint64_t cut_bytes = 0;    // chunks end at multiples of this in their shard
+  uint64_t cut_bytes = 0;    // chunks end at multiples of this (chunks.h)
   uint32_t slot_count = 0;   // staging ring
 
   uint32_t lookahead_units = 0;   // units kept in flight ahead of the running one

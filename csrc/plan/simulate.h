@@ -3,9 +3,9 @@
 // Four servers, each of which does one thing after another, as the engine drives them:
 //
 //   disk      reads, in the order of use; one waits for a free slot (or has a place in the cache)
-//   link      copies, unit by unit; one waits for its bytes, and for the forwards that used its
-//   place compute   forwards, in the order of use; one waits for its unit's last copy host
-//   acquires; one returns when the unit's copies are enqueued, not when they are done
+//   link      copies, unit by unit; one waits for its bytes, and for who used its place before
+//   compute   forwards, in the order of use; one waits for its unit's last copy
+//   host      acquires; one returns when its copies are enqueued, not when they are done
 //
 // Every event's time follows from earlier ones, so the events are worked off in the order of use.
 // Pure and deterministic. Passes follow each other back to back until one takes as long as the one

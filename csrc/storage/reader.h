@@ -36,15 +36,15 @@ class Reader {
  public:
   virtual ~Reader() = default;
 
-  // Takes the request, or returns false when as many as `capacity` are under way: the caller waits.
+  // Takes the request, or returns false when it is full: the caller waits.
   virtual bool submit(const ReadRequest& request) = 0;
   // Completions that are there, as many as fit; never blocks. Also pushes waiting reads on.
   virtual size_t poll(std::span<ReadCompletion> completions) = 0;
   // Readable (POLLIN) when `poll` may have something to return.
   virtual int ready_fd() const = 0;
   virtual uint32_t capacity() const = 0;
-  // Whether `submit` would answer false now.
-  virtual bool full() { return false; }
+  // Whether `submit` would answer false now: as many as `capacity` are under way, or enough bytes.
+  virtual bool full() = 0;
   virtual const char* name() const = 0;  // "uring" or "pread"
   // The errno by which it was refused for good: from then on every read fails, and another reader
   // must do them. 0 while it works. Thread-safe.

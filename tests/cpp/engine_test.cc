@@ -9,6 +9,7 @@
 
 #include "support/contains.h"
 #include "support/failing_device.h"
+#include "support/faulty_device.h"
 #include "support/streamed_model.h"
 #include "util/align.h"
 
@@ -18,6 +19,8 @@ namespace {
 using testing::contains;
 using testing::DeviceLedger;
 using testing::FailingDevice;
+using testing::FaultyDevice;
+using testing::FaultyDeviceOptions;
 using testing::ModelShape;
 using testing::StreamedModel;
 
@@ -309,6 +312,23 @@ TEST(Engine, PassesReportWhatTheyMoved) {
   }
 }
 
+// Of a unit that has more chunks than may be copied at once, on a slow link.
+TEST(Engine, AWaitForCopiesIsAWaitForTheLink) {
+  ModelShape shape{.units = 3, .tensors_per_unit = 1, .exclusive = {}};
+  shape.least_tensor_bytes = shape.most_tensor_bytes = 400 * kChunk;
+  StreamedModel model(1, shape);
+  Limits wide = limits(2 * model.largest_unit_bytes(), 0, 800 * kChunk);
+  wide.device_bytes = 2 * model.bytes();
+  EngineOptions options;
+  options.direct = DirectMode::kOff;
+  Engine& engine =
+      model.open(model.plan(wide), options,
+                 std::make_unique<FaultyDevice>(FaultyDeviceOptions{.late_bytes = 4 * kMiB}));
+  EXPECT_EQ(model.pass(model.all_units()), "");
+  const auto stalls = engine.totals().stall_ns;
+  EXPECT_GT(stalls[static_cast<int>(Stall::kH2d)], 20 * stalls[static_cast<int>(Stall::kArena)]);
+}
+
 // A pread reader whose files refuse direct reads at the first request.
 class LateRefusal final : public Reader {
  public:
@@ -319,6 +339,7 @@ class LateRefusal final : public Reader {
   size_t poll(std::span<ReadCompletion> completions) override { return reader_->poll(completions); }
   int ready_fd() const override { return reader_->ready_fd(); }
   uint32_t capacity() const override { return reader_->capacity(); }
+  bool full() override { return reader_->full(); }
   const char* name() const override { return "late"; }
 
  private:

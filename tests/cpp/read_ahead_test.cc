@@ -83,6 +83,7 @@ class FailingReader final : public Reader {
   }
   int ready_fd() const override { return -1; }
   uint32_t capacity() const override { return 64; }
+  bool full() override { return false; }
   const char* name() const override { return "failing"; }
 
  private:

@@ -152,7 +152,7 @@ TEST(Trace, OffItAllocatesNothingAndAsksTheDeviceNothing) {
   EXPECT_EQ(ledger.calls, calls);
 }
 
-TEST(Trace, OnItAllocatesNothingEither) {
+TEST(Trace, OnItAllocatesEventsAlone) {
   StepDevice device;
   Trace trace;
   trace.start(device, 0, kUnits, 100, {});
@@ -162,8 +162,12 @@ TEST(Trace, OnItAllocatesNothingEither) {
     for (int i = 0; i < 30; ++i) write_all(trace, device);  // it is full before the end
     allocated = allocations.calls();
   }
-  EXPECT_EQ(allocated, 30u);  // the `ready` events of the test
-  EXPECT_EQ(trace.stop({}).records.size(), 100u);
+  const std::vector<TraceRecord> records = trace.stop({}).records;
+  ASSERT_EQ(records.size(), 100u);
+  const auto on_stream = std::ranges::count_if(records, [](const TraceRecord& record) {
+    return record.kind != TraceKind::kRead && record.kind != TraceKind::kHostWait;
+  });
+  EXPECT_EQ(allocated, 30u + 2 * on_stream);  // 30: the `ready` events of the test
 }
 
 TEST(Trace, WhatHappensOnAStreamHasTheTimesOfItsEvents) {
@@ -516,7 +520,7 @@ TEST(EngineTrace, AnErrorOfTheDeviceLeavesItOff) {
   ASSERT_EQ(model.pass(model.all_units()), "");
   const int64_t events = ledger.events;
   // The conductor may ask the device at any time, but makes no events any more.
-  ledger.fail_at_made = ledger.made + 20;
+  ledger.fail_at_made = ledger.made + 1;
   EXPECT_THROW(engine.start_trace(0, 100, {}), Error);
   EXPECT_EQ(ledger.events, events);
   engine.start_trace(0, 1000, {});
@@ -526,6 +530,17 @@ TEST(EngineTrace, AnErrorOfTheDeviceLeavesItOff) {
   EXPECT_THROW(engine.stop_trace({}), Error);
   EXPECT_EQ(ledger.events, events);
   EXPECT_THROW(engine.stop_trace({}), Error);  // none is being taken
+}
+
+TEST(EngineTrace, WhatFindsNoEventIsCountedAndThePassGoesOn) {
+  StreamedModel model;
+  DeviceLedger ledger;
+  Engine& engine = model.open(model.plan(limits_of(model)), {},
+                              std::make_unique<FailingDevice>(make_host_device(), ledger));
+  engine.start_trace(0, 1000, {});
+  ledger.fail_at_made = ledger.made + 20;
+  ASSERT_EQ(model.pass(model.all_units()), "");
+  EXPECT_GT(engine.stop_trace({}).dropped, 0u);
 }
 
 TEST(EngineTrace, ItEndsWithItsEngine) {

@@ -192,7 +192,8 @@ def _options_of(way: Way, config: Config) -> _engine.EngineOptions:
 
 
 def chunk_bytes(paths: Sequence[Path], config: Config) -> int:
-    """What is read of the files at once, if no small budget and no huge model asks for another."""
+    """What is read of the files at once, if no small budget and no huge model asks for another. A
+    size that was asked for is measured up to a span's, by steps of 64 KiB."""
     usual = _engine.usual_chunk_bytes(all(_engine.lies_in_memory(str(p)) for p in set(paths)))
     if config.chunk_mb is None:
         return usual

@@ -55,6 +55,7 @@ class FaultyReader final : public Reader {
   size_t poll(std::span<ReadCompletion> completions) override;
   int ready_fd() const override { return ready_.fd(); }
   uint32_t capacity() const override { return queue_.capacity(); }
+  bool full() override { return queue_.full(); }
   const char* name() const override { return "faulty"; }
 
   uint64_t seed() const { return seed_; }

@@ -110,7 +110,8 @@ std::unique_ptr<Reader> draw_real_reader(Draws& draws, const ReaderOptions& opti
 ReaderOptions draw_reader(Draws& draws) {
   return {.requests = static_cast<uint32_t>(draws.between(1, 9)),
           .block_bytes = draws.one_of<uint32_t>({65536, 16384, 1 << 20, 4096, 3000}),
-          .depth = static_cast<uint32_t>(draws.between(1, 6))};
+          .depth = static_cast<uint32_t>(draws.between(1, 6)),
+          .open_bytes = draws.one_of<uint64_t>({UINT64_MAX, 200000, 70000, 1})};
 }
 
 double chance_up_to(Draws& draws, double most) {

@@ -14,6 +14,7 @@ class SilentReader final : public Reader {
   size_t poll(std::span<ReadCompletion>) override { return 0; }
   int ready_fd() const override { return -1; }
   uint32_t capacity() const override { return 64; }
+  bool full() override { return false; }
   const char* name() const override { return "silent"; }
 };
 
