@@ -203,10 +203,15 @@ void Conductor::sleep() {
 
 Stall Conductor::cause_of_demand() const {
   if (board_.units[demand_].phase == Phase::kAbsent) return Stall::kArena;
-  if (copies_full_) return Stall::kH2d;  // its own: those of others come after a demand's
+  const UnitWork& work = work_[demand_];
+  const bool unread = work.first_unread < chunks_of(demand_).second;
   // The disk is idle: all slots are held by copies that wait for places in the arena.
-  if (!reads_under_way() && slots_wanted_ && ring_->copies_pending()) return Stall::kArena;
-  return work_[demand_].left > 0 ? Stall::kDisk : Stall::kH2d;
+  if (unread && !reads_under_way() && slots_wanted_ && ring_->copies_pending()) {
+    return Stall::kArena;
+  }
+  // Its own copies wait for each other: those of other units come after a demand's.
+  if (copies_full_ || (!unread && !reads_under_way())) return Stall::kH2d;
+  return work.left > 0 ? Stall::kDisk : Stall::kH2d;
 }
 
 void Conductor::account_stall(bool moved) {

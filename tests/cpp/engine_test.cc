@@ -325,8 +325,9 @@ TEST(Engine, AWaitForCopiesIsAWaitForTheLink) {
       model.open(model.plan(wide), options,
                  std::make_unique<FaultyDevice>(FaultyDeviceOptions{.late_bytes = 4 * kMiB}));
   EXPECT_EQ(model.pass(model.all_units()), "");
-  const auto stalls = engine.totals().stall_ns;
-  EXPECT_GT(stalls[static_cast<int>(Stall::kH2d)], 20 * stalls[static_cast<int>(Stall::kArena)]);
+  const Counts counts = engine.totals();
+  const auto waited = [&](Stall cause) { return counts.stall_ns[static_cast<int>(cause)]; };
+  EXPECT_GT(waited(Stall::kH2d), 20 * waited(Stall::kArena));
 }
 
 // A pread reader whose files refuse direct reads at the first request.
