@@ -136,6 +136,19 @@ def test_shrink_gives_device_memory_back(device: torch.device, net: Net, folder:
         check(streamed, net, device)
 
 
+def test_what_a_new_plan_warns_of_points_at_who_asked(net: Net, folder: Path) -> None:
+    config = {**SETTINGS, "lookahead_units": 5}
+    chosen = {"device_memory": "30MiB", "host_memory": "20MiB", "units": "layer"}
+    with pytest.warns(UserWarning, match="lookahead_units = 5") as caught:
+        streamed = wsm.stream(on_meta(net), folder, device="cpu", config=config, **chosen)
+    with streamed:
+        with pytest.warns(UserWarning, match="lookahead_units = 5") as shrunk:
+            streamed.shrink("1MiB")
+        with pytest.warns(UserWarning, match="lookahead_units = 5") as resized:
+            streamed.resize(host_memory="30MiB")
+    assert {warning.filename for warning in [*caught, *shrunk, *resized]} == {__file__}
+
+
 def test_host_memory_grows_and_shrinks(device: torch.device, net: Net, folder: Path) -> None:
     with streamed_net(net, folder, device, device_memory="30MiB", host_memory="20MiB") as streamed:
         check(streamed, net, device)

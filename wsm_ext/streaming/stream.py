@@ -181,6 +181,26 @@ class StreamedModule(nn.Module):
         Raises ValueError where a budget is too small, and then nothing has changed; RuntimeError in
         the middle of a forward.
         """
+        self._replan(device_memory, host_memory, progress)
+
+    def shrink(self, nbytes: int | str) -> None:
+        """Give `nbytes` (or "1GiB") of device memory back, between passes: fewer weights stay.
+
+        Raises ValueError where what is left would be too small.
+        """
+        wanted = parse_bytes(nbytes, "nbytes")
+        taken = self._planned.device_bytes
+        left = taken + (self._planner.activation_bytes or 0) - wanted
+        if left <= 0:
+            raise ValueError(f"shrink({nbytes!r}): the weights take {format_bytes(taken)} in all")
+        self._replan(left, None, None)
+
+    def _replan(
+        self,
+        device_memory: int | str | None,
+        host_memory: int | str | None,
+        progress: Progress | None,
+    ) -> None:
         if self._now().residency.passes.inside():
             raise RuntimeError("resize() is for between passes, not inside a forward")
         if self._tracing is not None:
@@ -202,7 +222,7 @@ class StreamedModule(nn.Module):
                 raise
             self._asked = asked
         for text in self._plan.warnings:
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=3)
 
     def _restart(
         self, before: Running, planned: Planned, budgets: Budgets, progress: Progress | None
@@ -214,18 +234,6 @@ class StreamedModule(nn.Module):
             self._planner.forget()
             planned = self._planner.plan(budgets, before)
         self._start(planned, budgets, progress, before)
-
-    def shrink(self, nbytes: int | str) -> None:
-        """Give `nbytes` (or "1GiB") of device memory back, between passes: fewer weights stay.
-
-        Raises ValueError where what is left would be too small.
-        """
-        wanted = parse_bytes(nbytes, "nbytes")
-        taken = self._planned.device_bytes
-        left = taken + (self._planner.activation_bytes or 0) - wanted
-        if left <= 0:
-            raise ValueError(f"shrink({nbytes!r}): the weights take {format_bytes(taken)} in all")
-        self.resize(device_memory=left)
 
     # -- the surface -------------------------------------------------------------------------------
 
