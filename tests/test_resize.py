@@ -301,6 +301,38 @@ def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
     assert streamed.stats()["memory"]["device_budget_bytes"] == 30 * MIB
 
 
+def test_two_threads_close_at_once(net: Net, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    streamed = streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB")
+    give_back, held, go_on = streamed._running.give_back_owned, threading.Event(), threading.Event()
+    raised: list[BaseException] = []
+
+    def held_once() -> None:
+        if not held.is_set():
+            held.set()
+            assert go_on.wait(30)
+        give_back()
+
+    def close() -> None:
+        try:
+            streamed.close()
+        except BaseException as error:
+            raised.append(error)
+
+    streamed._running.give_back_owned = held_once
+    threads = [threading.Thread(target=close) for _ in range(2)]
+    threads[0].start()
+    assert held.wait(30)
+    threads[1].start()
+    threads[1].join(0.2)  # it waits for the first, or is over
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert raised == []
+    assert not hasattr(streamed.module, "_wsm_streamed")
+
+
 def test_a_resize_that_fails_leaves_the_module_closed(
     device: torch.device, net: Net, folder: Path, monkeypatch: Any
 ) -> None:

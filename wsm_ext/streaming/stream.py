@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -107,6 +108,7 @@ class StreamedModule(nn.Module):
                 " itself, and compile it, or its layers, afterwards"
             )
         self._running: Running | None = None  # from when everything stands, until it is closed
+        self._closing = threading.RLock()
         self._tracing: Tracing | None = None
         self._final_stats: dict[str, Any] = {}
         self._carried_passes = 0  # of the engines before this one
@@ -351,6 +353,11 @@ class StreamedModule(nn.Module):
                 "close() is for between passes, not inside a forward: let it return, or raise out"
                 " of it, first"
             )
+        with self._closing:  # one of several threads does it
+            if self._running is not None:
+                self._close(self._running)
+
+    def _close(self, running: Running) -> None:
         try:
             if not running.engine.closed:
                 try:
@@ -362,6 +369,8 @@ class StreamedModule(nn.Module):
             self._end(running)
 
     def _end(self, running: Running) -> None:
+        if self._running is None:  # a signal's handler has closed it
+            return
         self._running = None
         running.stop()
         self._moved_buffers.restore()
