@@ -102,9 +102,6 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace wsm::bench
 
-int main(int argc, char** argv) try {
-  return wsm::bench::run(argc, argv);
-} catch (const std::exception& error) {
-  std::fprintf(stderr, "bench_copy: %s\n", error.what());
-  return 1;
+int main(int argc, char** argv) {
+  return wsm::bench::run_main("bench_copy", wsm::bench::run, argc, argv);
 }

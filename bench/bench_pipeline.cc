@@ -368,9 +368,6 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace wsm::bench
 
-int main(int argc, char** argv) try {
-  return wsm::bench::run(argc, argv);
-} catch (const std::exception& error) {
-  std::fprintf(stderr, "bench_pipeline: %s\n", error.what());
-  return 1;
+int main(int argc, char** argv) {
+  return wsm::bench::run_main("bench_pipeline", wsm::bench::run, argc, argv);
 }

@@ -153,4 +153,12 @@ class Arguments {
   std::vector<std::string> positional_;
 };
 
+// What `run` returns; what it throws is said on stderr, and 1 is returned.
+inline int run_main(const char* name, int (*run)(int, char**), int argc, char** argv) try {
+  return run(argc, argv);
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s: %s\n", name, error.what());
+  return 1;
+}
+
 }  // namespace wsm::bench
