@@ -38,6 +38,7 @@ void copy_lines(std::byte* target, const std::byte* source, size_t lines) {
 }  // namespace
 
 void copy_past_caches(void* target, const void* source, size_t bytes) {
+  if (bytes == 0) return;  // then either may be null
 #if WSM_NON_TEMPORAL
   if (bytes >= kLeast) {
     auto* to = static_cast<std::byte*>(target);
