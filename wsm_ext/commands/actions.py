@@ -21,13 +21,10 @@ from .loading import load, progress_bar, settings, units
 
 
 def plan(options: argparse.Namespace) -> int:
-    from ..streaming.pretrained import resolve_folder
     from ..streaming.transformers_loader import prepare
 
     device = report.resolve_device(options.device)
-    folder = resolve_folder(
-        options.model, revision=options.revision, local_files_only=options.local_files_only
-    )
+    folder = _folder(options)
     module, checkpoint = prepare(folder, dtype=options.dtype)
     preview = plan_report.preview(
         module,
@@ -80,12 +77,8 @@ def prefill(options: argparse.Namespace) -> int:
 def generate(options: argparse.Namespace) -> int:
     console = Console()
     _check_trace(options)
-    from ..streaming.pretrained import resolve_folder
-
     device = report.resolve_device(options.device)
-    folder = resolve_folder(
-        options.model, revision=options.revision, local_files_only=options.local_files_only
-    )
+    folder = _folder(options)
     tokenizer = _tokenizer(folder)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(device)
     prompt_tokens = inputs["input_ids"].shape[1]
@@ -126,13 +119,10 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    from ..streaming.pretrained import resolve_folder
     from .bench import print_bench, run_bench
 
     device = report.resolve_device(options.device)
-    folder = resolve_folder(
-        options.model, revision=options.revision, local_files_only=options.local_files_only
-    )
+    folder = _folder(options)
     options.revision = None  # the folder is that revision
 
     @contextmanager
@@ -163,11 +153,7 @@ def verify(options: argparse.Namespace) -> int:
 
     path = Path(options.model).expanduser()
     if options.revision is not None or not path.exists():
-        from ..streaming.pretrained import resolve_folder
-
-        path = resolve_folder(
-            options.model, revision=options.revision, local_files_only=options.local_files_only
-        )
+        path = _folder(options)
     with progress_bar("hashing", TimeRemainingColumn()) as progress:
         result = hash_and_compare(
             Checkpoint.open(path), options.sidecar, update=options.update, progress=progress
@@ -188,6 +174,15 @@ def demo(options: argparse.Namespace) -> int:
     if options.json:
         report.write_json(options.json, content)
     return 0 if content["bit_equal"] else 1
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    """Of the model, here or in the hub's cache; may download it."""
+    from ..streaming.pretrained import resolve_folder
+
+    return resolve_folder(
+        options.model, revision=options.revision, local_files_only=options.local_files_only
+    )
 
 
 def _check_trace(options: argparse.Namespace) -> None:
