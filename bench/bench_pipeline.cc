@@ -144,7 +144,7 @@ class Pipeline {
                         with_arena(settings.limits, settings.unit_bytes, settings.arena_units))),
         target_(settings.on_cuda, plan_.arena_bytes),
         engine_(spec_, plan_,
-                Estate{.device = settings.on_cuda ? make_cuda_device(0) : make_host_device()},
+                Handoff{.device = settings.on_cuda ? make_cuda_device(0) : make_host_device()},
                 target_.data(), {}, {nullptr}, target_.stream(), settings.options) {}
 
   // Acquire and release of every unit, `passes` times; seconds until the device has ended.

@@ -25,11 +25,11 @@ import torch
 from harness import GB, MIB
 
 from wsm_ext import _engine
-from wsm_ext.config import Config, Way, engine_options
+from wsm_ext.config import Config, ReadMethod, engine_options
 from wsm_ext.planning.measure import find_spans
 
 PIECE = 16 * MIB
-WAYS = (Way("pread", 256 << 10), Way("uring", 256 << 10))
+WAYS = (ReadMethod("pread", 256 << 10), ReadMethod("uring", 256 << 10))
 SAMPLE_S = 0.4
 ROUNDS = 3
 # Of how much a cell of bench_read reads, into how much memory.
@@ -58,7 +58,9 @@ def orders(files: Sequence[Path]) -> dict[str, list[Piece]]:
     return out
 
 
-def read(files: Sequence[Path], pieces: list[Piece], way: Way, seconds: float, rounds: int) -> Any:
+def read(
+    files: Sequence[Path], pieces: list[Piece], way: ReadMethod, seconds: float, rounds: int
+) -> Any:
     """GB/s, a sample a round; a round goes on where the one before it stopped."""
     options = engine_options(Config(), way)
     options.reader = options.preferred

@@ -41,12 +41,12 @@ def main() -> None:
 
     torch_s = time.perf_counter() - BEGIN
     import wsm_ext as wsm
-    from wsm_ext.streaming.stream import StreamedModule
-    from wsm_ext.streaming.stream_planner import StreamPlanner
+    from wsm_ext.runtime.replanner import Replanner
+    from wsm_ext.stream import StreamedModule
 
     wsm_s = time.perf_counter() - BEGIN
-    timed(StreamPlanner, "try_out")
-    timed(StreamPlanner, "plan")
+    timed(Replanner, "try_out")
+    timed(Replanner, "plan")
     timed(StreamedModule, "_start")
     timed(StreamedModule, "__init__")
     model = wsm.from_pretrained(arguments.folder, device=arguments.device)

@@ -21,7 +21,7 @@ import shapes
 import torch
 
 import wsm_ext as wsm
-from wsm_ext.checkpoints.file_bytes import read_all
+from wsm_ext.checkpoints.bulk_reads import read_all
 from wsm_ext.checkpoints.hashes import Piece
 from wsm_ext.checkpoints.verify import verify
 from wsm_ext.commands.bench import measure_disk

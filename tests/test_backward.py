@@ -79,10 +79,10 @@ def same_gradients(
 
 
 def nothing_is_held(streamed: Any) -> None:
-    residency = streamed._wsm_streamed._running.residency
-    assert residency.passes.depth == 0
-    assert not residency._backward.under_way
-    assert all(unit._taken == 0 for unit in residency._streamed.values())
+    swapper = streamed._wsm_streamed._session.swapper
+    assert swapper.passes.depth == 0
+    assert not swapper._backward.under_way
+    assert all(unit._acquired == 0 for unit in swapper._streamed.values())
 
 
 def through_layers(net: Any, x: torch.Tensor) -> torch.Tensor:

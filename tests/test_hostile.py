@@ -73,7 +73,7 @@ def test_the_engine_refuses_ranges_that_do_not_fit(shards, tensors, units, why):
         _engine.plan_model(shards, tensors, units, _engine.Limits())
 
 
-def planned() -> _engine.PlannedModel:
+def planned() -> _engine.Plan:
     limits = _engine.Limits()
     limits.device_bytes = limits.host_bytes = 1 << 24
     tensors = [("t", 4, [EXTENT], 0)]

@@ -21,8 +21,8 @@ from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, Extent, 
 from wsm_ext.checkpoints.hashes import SIDECAR, read_sidecar
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.checkpoints.verify import verify
-from wsm_ext.streaming import integrity
-from wsm_ext.streaming.integrity import IntegrityError, UnitCheck
+from wsm_ext.runtime import integrity
+from wsm_ext.runtime.integrity import IntegrityError, UnitCheck
 
 SIZE: dict[str, Any] = {"layers": 4, "hidden": 160}
 POISON = {"chunk_mb": 0.25, "poison": True, "home_bytes": 0}
@@ -127,7 +127,7 @@ def test_without_verify_nothing_is_checked(net: Net, folder: Path, device: torch
     with open_net(net, folder, "disk", device, verify=None) as streamed:
         run(streamed, device)
         assert streamed.stats()["verified"] == {"units": 0, "bytes": 0}
-        assert {unit._check for unit in streamed._running.residency._streamed.values()} == {None}
+        assert {unit._check for unit in streamed._session.swapper._streamed.values()} == {None}
 
 
 def test_a_resize_checks_what_is_loaded_by_it(net: Net, folder: Path, device: torch.device) -> None:
@@ -218,11 +218,11 @@ class Poke:
     """An engine that turns a bit in the arena when a unit is acquired for the n-th time."""
 
     def __init__(self, streamed: Any, name: str, at: int, nth: int) -> None:
-        residency = streamed._running.residency
-        [self._unit] = [u for u in residency._streamed.values() if u.name == name]
+        swapper = streamed._session.swapper
+        [self._unit] = [u for u in swapper._streamed.values() if u.name == name]
         self._engine = self._unit._engine
-        self._arena = streamed._running.memory.arena
-        self._begin = residency._planned.place(self._unit.index)[0] + at
+        self._arena = streamed._session.memory.arena
+        self._begin = swapper._planned.place(self._unit.index)[0] + at
         self._left = nth
         self._unit._engine = self
 

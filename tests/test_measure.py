@@ -11,11 +11,11 @@ from torch import nn
 
 from wsm_ext import _engine
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
-from wsm_ext.config import Config, Way, engine_options
+from wsm_ext.config import Config, ReadMethod, engine_options
+from wsm_ext.hf import building
 from wsm_ext.planning import measure, measurements, rates
 from wsm_ext.planning.measure import Compute, Link, NotMeasuredError, Span
 from wsm_ext.planning.measurements import Measurements, file_system
-from wsm_ext.streaming import transformers_loader
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
@@ -113,14 +113,16 @@ class Drive:
         self.fast, self.asked = fast, []
         monkeypatch.setattr(_engine, "time_reads", self.read)
 
-    def read(self, paths, pieces, ways, seconds, rounds, most_seconds, chunk_bytes):
-        self.asked.append((paths, pieces, ways))
+    def read(self, paths, pieces, methods, seconds, rounds, most_seconds, chunk_bytes):
+        self.asked.append((paths, pieces, methods))
         self.chunk_bytes = chunk_bytes
-        return [self.samples(way, rounds) for way in ways]
+        return [self.samples(method, rounds) for method in methods]
 
-    def samples(self, way, rounds):
-        reader = (way.reader if way.reader != _engine.ReaderChoice.auto else way.preferred).name
-        rate = self.fast.get((reader, way.block_bytes), 1e9)
+    def samples(self, method, rounds):
+        reader = (
+            method.reader if method.reader != _engine.ReaderChoice.auto else method.preferred
+        ).name
+        rate = self.fast.get((reader, method.block_bytes), 1e9)
         if rate is None:
             return []
         if isinstance(rate, list):
@@ -132,15 +134,15 @@ def test_all_spans_are_asked_for_with_the_settings_that_the_engine_gets(tmp_path
     files = [sparse(tmp_path / f"{i}", 48 * MIB) for i in range(2)]
     spans, drive = measure.find_spans(files), Drive(monkeypatch, {})
     measure.measure_disk(spans, Config(direct="on", reader="pread", read_threads=3))
-    ((paths, pieces, ways),) = drive.asked
+    ((paths, pieces, methods),) = drive.asked
     assert [(paths[file], offset) for file, offset, _ in pieces] == [
         (str(span.path), span.offset) for span in spans
     ]
     assert {size for _, _, size in pieces} == {16 * MIB}
     assert drive.chunk_bytes == MIB
-    for way in ways:
-        assert (way.direct, way.reader) == (_engine.DirectMode.on, _engine.ReaderChoice.pread)
-        assert (way.read_threads, way.read_timeout_s) == (3, 10)
+    for method in methods:
+        assert (method.direct, method.reader) == (_engine.DirectMode.on, _engine.ReaderChoice.pread)
+        assert (method.read_threads, method.read_timeout_s) == (3, 10)
 
 
 @pytest.mark.parametrize(
@@ -166,22 +168,22 @@ COLD, WARM = Span(measurements.Path("file"), 0, False), Span(measurements.Path("
 @pytest.mark.parametrize(
     ("fast", "settings", "best"),
     [
-        ({("pread", MIB): 2e9}, {}, (2e9, Way("pread", MIB))),
-        ({("uring", MIB): 2e9, ("pread", MIB): 1.9e9}, {}, (2e9, Way("uring", MIB))),
-        ({("uring", MIB): 1.04e9}, {}, (1e9, Way())),  # not worth it
+        ({("pread", MIB): 2e9}, {}, (2e9, ReadMethod("pread", MIB))),
+        ({("uring", MIB): 2e9, ("pread", MIB): 1.9e9}, {}, (2e9, ReadMethod("uring", MIB))),
+        ({("uring", MIB): 1.04e9}, {}, (1e9, ReadMethod())),  # not worth it
         # Twice as fast but for one round, in which the usual way had 9 GB/s.
-        ({("uring", MIB): [2e9, 8e9, 2e9, 2e9, 2e9]}, {}, (1e9, Way())),
-        ({("uring", MIB): [2e9, 9.1e9, 2e9, 2e9, 2e9]}, {}, (2e9, Way("uring", MIB))),
-        ({("uring", MIB): [2e9, 9.1e9]}, {}, (1e9, Way())),  # the time was over before
-        ({("uring", MIB): 2e9}, {"reader": "pread"}, (1e9, Way())),
-        ({("uring", MIB): None}, {}, (1e9, Way())),  # cannot be had
-        ({("pread", MIB): 2e9}, {"direct": "off"}, (1e9, Way())),  # through the page cache
+        ({("uring", MIB): [2e9, 8e9, 2e9, 2e9, 2e9]}, {}, (1e9, ReadMethod())),
+        ({("uring", MIB): [2e9, 9.1e9, 2e9, 2e9, 2e9]}, {}, (2e9, ReadMethod("uring", MIB))),
+        ({("uring", MIB): [2e9, 9.1e9]}, {}, (1e9, ReadMethod())),  # the time was over before
+        ({("uring", MIB): 2e9}, {"reader": "pread"}, (1e9, ReadMethod())),
+        ({("uring", MIB): None}, {}, (1e9, ReadMethod())),  # cannot be had
+        ({("pread", MIB): 2e9}, {"direct": "off"}, (1e9, ReadMethod())),  # through the page cache
     ],
 )
 def test_the_fastest_way_is_taken(monkeypatch, fast, settings, best):
     Drive(monkeypatch, fast)
     found = measure.measure_disk([COLD], Config(**settings))
-    assert (found.bytes_per_s, found.way) == best
+    assert (found.bytes_per_s, found.read_method) == best
 
 
 def test_what_is_cached_is_read_by_one_way(monkeypatch):
@@ -203,9 +205,9 @@ def test_the_engine_reads_as_it_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "_cached", lambda *_: False)
     for source in ("measured", "cached"):
         found = rates.gather(nn.Linear(2, 2), [path], CPU, Config.resolve({}, environ={}), None)
-        assert (found.disk.source, found.way) == (source, Way("pread", MIB // 4))
+        assert (found.disk.source, found.read_method) == (source, ReadMethod("pread", MIB // 4))
         assert found.disk.note == "pread, blocks of 256.0 KiB"
-    options = engine_options(Config(), found.way)
+    options = engine_options(Config(), found.read_method)
     assert (options.preferred, options.block_bytes) == (_engine.ReaderChoice.pread, MIB // 4)
     assert options.reader == _engine.ReaderChoice.auto
 
@@ -232,7 +234,7 @@ def test_a_file_that_is_gone_is_no_measurement(tmp_path):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = make_llama_checkpoint(tmp_path_factory.mktemp("tiny") / "model", **TINY)
-    return folder, transformers_loader.prepare(folder)[0]
+    return folder, building.prepare(folder)[0]
 
 
 def test_a_layer_is_measured_from_two_of_them(tiny, monkeypatch):

@@ -11,8 +11,8 @@ import torch
 
 from wsm_ext import _engine
 from wsm_ext.config import Config
-from wsm_ext.planning.planner import Budgets, Planned, Planner
-from wsm_ext.streaming.transformers_loader import prepare
+from wsm_ext.hf.building import prepare
+from wsm_ext.planning.planner import Budgets, ModulePlan, Planner
 
 GIB = 1 << 30
 CPU = torch.device("cpu")
@@ -78,7 +78,9 @@ def make_llama(folder: Path, vocab: int, layers: int) -> Any:
     return prepare(folder)
 
 
-def plan(llama: Any, device: float, host: float, units: Any = "auto", **settings: Any) -> Planned:
+def plan(
+    llama: Any, device: float, host: float, units: Any = "auto", **settings: Any
+) -> ModulePlan:
     module, checkpoint = llama
     config = Config.resolve(settings)
     budgets = Budgets(CPU, int(device * GIB), int(host * GIB), config)

@@ -146,7 +146,7 @@ def test_nothing_is_measured_where_it_cannot_matter(net, folder, monkeypatch):
     def never(*_: Any) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(sys.modules["wsm_ext.streaming.stream_planner"], "gather", never)
+    monkeypatch.setattr(sys.modules["wsm_ext.runtime.replanner"], "gather", never)
     for changes in (
         {"config": {}},  # a small model
         {"config": {"measure": False}},
@@ -241,7 +241,7 @@ def test_achieved_are_the_means_of_all_passes_but_the_first(stream):
 def test_passes_are_summed_without_anyone_looking(stream):
     with stream() as streamed:
         run(streamed, 9)
-        sums = streamed._running.engine.steady_passes()
+        sums = streamed._session.engine.steady_passes()
         assert sums["passes"] == 8
         totals = streamed.stats()["totals"]
         assert 0 < sums["h2d_bytes"] < totals["h2d_bytes"]

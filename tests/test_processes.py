@@ -481,7 +481,7 @@ def test_close_ends_the_pass_of_another_thread(folder: Path) -> None:
         raised.append(str(error.value))
 
     streamed = open_net(folder)
-    engine, module = streamed._running.engine, streamed.module
+    engine, module = streamed._session.engine, streamed.module
     module.layers[2].mlp.register_forward_pre_hook(pause)
     working, closing = threading.Thread(target=work), threading.Thread(target=streamed.close)
     working.start()
@@ -554,10 +554,10 @@ class InterruptedEngine:
 def test_ctrl_c_during_any_call_of_the_engine(net: Net, folder: Path) -> None:
     expected = result(net)
     with open_net(folder) as streamed:
-        residency = streamed._running.residency
-        holders = [residency.passes, *residency._streamed.values()]
+        swapper = streamed._session.swapper
+        holders = [swapper.passes, *swapper._streamed.values()]
         for nth in range(1, 1000):
-            engine = InterruptedEngine(streamed._running.engine, nth)
+            engine = InterruptedEngine(streamed._session.engine, nth)
             for holder in holders:
                 holder._engine = engine
             try:
@@ -568,12 +568,12 @@ def test_ctrl_c_during_any_call_of_the_engine(net: Net, folder: Path) -> None:
                 break
             finally:
                 for holder in holders:
-                    holder._engine = streamed._running.engine
+                    holder._engine = streamed._session.engine
             with pytest.raises(RuntimeError, match="fetch"):
                 streamed.module.get_parameter("layers.3.mlp.0.weight").sum()
             assert torch.equal(result(streamed), expected), nth
         # Begin and end of the pass, and two for each unit.
-        assert nth == 3 + 2 * len(residency._streamed)
+        assert nth == 3 + 2 * len(swapper._streamed)
 
 
 def test_close_inside_a_forward_is_refused(net: Net, folder: Path) -> None:

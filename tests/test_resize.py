@@ -13,7 +13,7 @@ from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
 from wsm_ext.planning import device_memory
-from wsm_ext.streaming import running
+from wsm_ext.runtime import session
 
 MIB = 1 << 20
 LAYER = 7 * MIB
@@ -260,7 +260,7 @@ def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
 def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
     cpu = torch.device("cpu")
     streamed = streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB")
-    passes, engine = streamed._running.residency.passes, streamed._running.engine
+    passes, engine = streamed._session.swapper.passes, streamed._session.engine
     between = passes.between
     inside, waiting, go_on = threading.Event(), threading.Event(), threading.Event()
     raised: list[str] = []
@@ -304,7 +304,11 @@ def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
 def test_two_threads_close_at_once(net: Net, folder: Path) -> None:
     cpu = torch.device("cpu")
     streamed = streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB")
-    give_back, held, go_on = streamed._running.give_back_owned, threading.Event(), threading.Event()
+    give_back, held, go_on = (
+        streamed._session.restore_ram_parameters,
+        threading.Event(),
+        threading.Event(),
+    )
     raised: list[BaseException] = []
 
     def held_once() -> None:
@@ -319,7 +323,7 @@ def test_two_threads_close_at_once(net: Net, folder: Path) -> None:
         except BaseException as error:
             raised.append(error)
 
-    streamed._running.give_back_owned = held_once
+    streamed._session.restore_ram_parameters = held_once
     threads = [threading.Thread(target=close) for _ in range(2)]
     threads[0].start()
     assert held.wait(30)
@@ -343,7 +347,7 @@ def test_a_resize_that_fails_leaves_the_module_closed(
         module = streamed.module
         check(streamed, net, device)
         passes = streamed.stats()["passes"]
-        monkeypatch.setattr(running, "Residency", fail)
+        monkeypatch.setattr(session, "ParameterSwapper", fail)
         with pytest.raises(OSError, match="no more"):
             streamed.resize(device_memory="50MiB")
         assert streamed.stats()["passes"] == passes
@@ -410,7 +414,7 @@ def test_nothing_is_loaded_into_memory_that_a_resize_frees(
     with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
 
         def watched(memory: device_memory.DeviceMemory, device: torch.device) -> None:
-            closed.append(streamed._running.engine.closed)
+            closed.append(streamed._session.engine.closed)
             clear(memory, device)
 
         monkeypatch.setattr(device_memory.DeviceMemory, "clear", watched)

@@ -15,9 +15,9 @@ import torch
 from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
-from wsm_ext.streaming import trace
-from wsm_ext.streaming.timeline import lanes_of, rates
-from wsm_ext.streaming.trace import usual_events
+from wsm_ext.runtime import trace
+from wsm_ext.runtime.timeline import lanes_of, rates
+from wsm_ext.runtime.trace import usual_events
 
 MIB = 1 << 20
 SHAPE: dict[str, Any] = {"layers": 4, "hidden": 128}
@@ -226,7 +226,7 @@ def test_weights_in_ram_come_back_though_a_trace_cannot_be_written(
     def refuse(*_: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(trace, "write_whole", refuse)
+    monkeypatch.setattr(trace, "write_atomically", refuse)
     module, cpu = make_net(**SHAPE), torch.device("cpu")
     before = {name: (p, p.detach().clone()) for name, p in module.named_parameters()}
     in_cache = {**ON_DEMAND["config"], "cpu_cache_cap_layers": None}

@@ -11,7 +11,7 @@ from nets import Net, make_net, on_meta, save, tokens
 from torch import nn
 
 import wsm_ext as wsm
-from wsm_ext.streaming.trial import _Tracker
+from wsm_ext.runtime.trial import _Tracker
 
 MIB = 1 << 20
 

@@ -83,7 +83,7 @@ def check(module: nn.Module, units: list[Unit]) -> None:
             owner, _, key = slot.name.rpartition(".")
             assert (module.get_submodule(owner), key) == (slot.owner, slot.key)
         inside = [m for m in unit.module.modules() if m is not unit.module]
-        assert unit.exclusive == any(m is other for m in inside for other in modules)
+        assert unit.encloses_units == any(m is other for m in inside for other in modules)
     order = list(module.modules())
     places = [next(i for i, m in enumerate(order) if m is unit.module) for unit in units]
     assert places == sorted(places)
@@ -126,7 +126,7 @@ def test_layers_are_whole_and_the_rest_is_by_owner(mode):
         "model.layers.1.mlp.down.weight",
         "model.layers.1.post_attention_layernorm.weight",
     ]
-    assert not any(unit.exclusive for unit in units.values())
+    assert not any(unit.encloses_units for unit in units.values())
 
 
 def test_groups_are_the_children_of_a_layer():
@@ -148,9 +148,9 @@ def test_groups_are_the_children_of_a_layer():
 def test_a_layers_own_parameters_are_an_exclusive_group():
     units = find(decoder(Scaled, count=1), "group")
     layer = units["model.layers.0"]
-    assert (layer.label, layer.exclusive) == ("layer=0", True)
+    assert (layer.label, layer.encloses_units) == ("layer=0", True)
     assert slots(layer) == ["model.layers.0.scale"]
-    assert not units["model.layers.0.mlp"].exclusive
+    assert not units["model.layers.0.mlp"].encloses_units
 
 
 def test_leaves_are_the_owners():
@@ -166,7 +166,7 @@ def test_leaves_are_the_owners():
         "unit=model.norm",
         "unit=lm_head",
     ]
-    assert units["model.layers.0"].exclusive
+    assert units["model.layers.0"].encloses_units
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_names_choose_modules_whole():
 def test_a_name_inside_another_is_carved_out(names):
     units = find(decoder(count=2), names)
     assert list(units) == ["model", "model.layers.0", "lm_head"]
-    assert units["model"].exclusive
-    assert not units["model.layers.0"].exclusive
+    assert units["model"].encloses_units
+    assert not units["model.layers.0"].encloses_units
     assert len(units["model.layers.0"].slots) == 5
     assert len(units["model"].slots) == 2 + 5
 
@@ -344,7 +344,7 @@ def test_a_module_with_parameters_and_units_inside_is_exclusive():
     net.token = nn.Parameter(torch.zeros(1))
     units = find(net, "layer")
     assert labels(units) == ["unit=Holder", "layer=0", "layer=1"]
-    assert units[""].exclusive
+    assert units[""].encloses_units
     assert slots(units[""]) == ["token"]
 
 
@@ -425,7 +425,7 @@ def test_a_module_inside_two_layers_is_a_unit_of_its_own():
     net.layers[0].shared = net.layers[2].shared = shared
     units = find(net, "layer")
     assert list(units) == ["layers.0", "layers.0.shared", "layers.1", "layers.2"]
-    assert [unit.exclusive for unit in units.values()] == [True, False, False, True]
+    assert [unit.encloses_units for unit in units.values()] == [True, False, False, True]
     assert len(units["layers.0.shared"].slots) == 2
     assert units["layers.0.shared"].label == "layer=0 unit=shared"
 

@@ -16,7 +16,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from wsm_ext import _engine
-from wsm_ext.checkpoints import file_bytes, hashes
+from wsm_ext.checkpoints import bulk_reads, hashes
 from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, assemble
 from wsm_ext.checkpoints.hashes import (
     SIDECAR,
@@ -296,8 +296,8 @@ def refuse_direct(monkeypatch: Any, where: str) -> None:
             raise OSError(errno.EINVAL, "Invalid argument")
         return real_preadv(fd, *rest)
 
-    monkeypatch.setattr(file_bytes.os, "open", opened)
-    monkeypatch.setattr(file_bytes.os, "preadv", preadv)
+    monkeypatch.setattr(bulk_reads.os, "open", opened)
+    monkeypatch.setattr(bulk_reads.os, "preadv", preadv)
 
 
 @pytest.mark.parametrize("refused", ["", "open", "read"])
@@ -309,7 +309,7 @@ def test_any_stretch_is_read_whole_in_blocks(
     files = [tmp_path / "a", tmp_path / "b"]
     for file in files:
         file.write_bytes(data)
-    monkeypatch.setattr(file_bytes, "BLOCK_BYTES", block)
+    monkeypatch.setattr(bulk_reads, "BLOCK_BYTES", block)
     if refused:
         refuse_direct(monkeypatch, refused)
     spans = [(0, 0, 70_001), (1, 1, 1), (0, 4095, 2), (1, 8191, 61_810), (0, 70_000, 1)]
@@ -355,7 +355,7 @@ def test_a_failed_read_names_file_and_offset(folder: Path, monkeypatch: Any, cap
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(file_bytes.os, "preadv", fail)
+    monkeypatch.setattr(bulk_reads.os, "preadv", fail)
     status, said, _ = run(folder, capsys)
     assert status == 2
     assert "Input/output error: " in said
@@ -389,12 +389,12 @@ def test_a_read_that_never_ends_is_a_timeout(folder: Path, monkeypatch: Any) -> 
         ended.wait(30)
         raise OSError(errno.EIO, "gone")
 
-    monkeypatch.setattr(file_bytes.os, "preadv", hang)
+    monkeypatch.setattr(bulk_reads.os, "preadv", hang)
     checkpoint = Checkpoint.open(folder)
     begun = threading.active_count()
     pieces = [Piece(0, checkpoint.tensors["a"].extents[0].offset, 8)]
     with pytest.raises(TimeoutError, match="offset"):
-        file_bytes.read_all(checkpoint.shards, pieces, hashes._hash_piece, patience_s=0.2)
+        bulk_reads.read_all(checkpoint.shards, pieces, hashes._hash_piece, patience_s=0.2)
     ended.set()
     for thread in threading.enumerate():
         if thread.daemon and thread is not threading.current_thread():

@@ -10,9 +10,9 @@ from __future__ import annotations
 from ._engine import EngineError, __version__
 from .checkpoints.checkpoint import Checkpoint, CheckpointError, Extent, TensorImage, assemble
 from .config import Config
-from .streaming.integrity import IntegrityError
-from .streaming.pretrained import from_pretrained
-from .streaming.stream import StreamedModule, stream
+from .pretrained import from_pretrained
+from .runtime.integrity import IntegrityError
+from .stream import StreamedModule, stream
 
 __all__ = [
     "Checkpoint",

@@ -44,7 +44,7 @@ class Simulated:
     limit: str
     stall_seconds: dict[str, float]
 
-class PlannedModel:
+class Plan:
     arena_bytes: int
     homes_bytes: int
     cache_bytes: int
@@ -92,7 +92,7 @@ class Device: ...
 
 def open_device(cuda_index: int) -> Device: ...
 
-class ReadAhead:
+class Preload:
     held_bytes: int
     def __init__(self, paths: Sequence[str], options: EngineOptions, most_bytes: int) -> None: ...
     def stop(self) -> None: ...
@@ -125,7 +125,7 @@ class Engine:
     warnings: list[str]
     def __init__(
         self,
-        planned: PlannedModel,
+        planned: Plan,
         cuda_index: int,
         arena: int,
         homes: Sequence[tuple[int, bool]],
@@ -133,7 +133,7 @@ class Engine:
         stream: int,
         options: EngineOptions,
         before: Engine | None = None,
-        ahead: ReadAhead | None = None,
+        ahead: Preload | None = None,
     ) -> None: ...
     def load_resident(self, stream: int, progress: Callable[[], None] | None = None) -> None: ...
     def begin_pass(self, stream: int) -> None: ...
@@ -158,10 +158,10 @@ def plan_model(
     units: Sequence[tuple[str, str, list[int], bool]],
     limits: Limits,
     rates: Rates | None = None,
-) -> PlannedModel: ...
-def expected_pass_seconds(planned: PlannedModel, rates: Rates) -> float: ...
+) -> Plan: ...
+def expected_pass_seconds(planned: Plan, rates: Rates) -> float: ...
 def simulate(
-    planned: PlannedModel, rates: Rates, order: Sequence[int] = (), policy: str = "fixed"
+    planned: Plan, rates: Rates, order: Sequence[int] = (), policy: str = "fixed"
 ) -> Simulated: ...
 def device_block_bytes(bytes: int) -> int: ...
 def direct_alignment(path: str) -> int: ...

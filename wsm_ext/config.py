@@ -159,7 +159,7 @@ class Config:
         """The setting as it was given: `WSM_STAGING_MB=64` or `staging_mb=64`."""
         return _described(name, getattr(self, name), self.sources[name])
 
-    def give(self, name: str, value: Any) -> None:
+    def set_argument(self, name: str, value: Any) -> None:
         """Set it, as an argument does."""
         self._set(name, value, "argument")
 
@@ -227,7 +227,7 @@ def make_limits(
 
 
 @dataclass(frozen=True)
-class Way:
+class ReadMethod:
     """How direct reads are made: by which reader ("auto": as suits the machine), and in blocks of
     how many bytes (0: as suits the reader)."""
 
@@ -239,15 +239,17 @@ class Way:
         return f"{reader}, blocks of {format_bytes(self.block_bytes)}"
 
 
-USUAL_WAY = Way()
+DEFAULT_READ_METHOD = ReadMethod()
 
 
-def engine_options(config: Config, way: Way = USUAL_WAY) -> _engine.EngineOptions:
-    """The settings that the engine itself takes. `way`: what was measured to be the fastest."""
+def engine_options(
+    config: Config, method: ReadMethod = DEFAULT_READ_METHOD
+) -> _engine.EngineOptions:
+    """The settings that the engine itself takes. `method`: what was measured to be the fastest."""
     options = _engine.EngineOptions()
     options.reader = getattr(_engine.ReaderChoice, config.reader)
-    options.preferred = getattr(_engine.ReaderChoice, way.reader)
-    options.block_bytes = way.block_bytes
+    options.preferred = getattr(_engine.ReaderChoice, method.reader)
+    options.block_bytes = method.block_bytes
     options.direct = getattr(_engine.DirectMode, config.direct)
     options.read_threads = config.read_threads or 0
     options.read_timeout_s = config.read_timeout_s

@@ -12,7 +12,7 @@
 
 #include "bindings/bindings.h"
 #include "device/device.h"
-#include "engine/read_ahead.h"
+#include "engine/preload.h"
 
 namespace py = pybind11;
 
@@ -106,7 +106,7 @@ using HomeTuple = std::pair<uintptr_t, bool>;
 EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t arena,
                          const std::vector<HomeTuple>& blocks, const std::vector<uintptr_t>& memory,
                          StreamHandle stream, const EngineOptions& options, Engine* before,
-                         std::shared_ptr<ReadAhead> ahead) {
+                         std::shared_ptr<Preload> ahead) {
   py::gil_scoped_release nogil;
   std::vector<const void*> sources;
   for (const uintptr_t address : memory) sources.push_back(reinterpret_cast<const void*>(address));
@@ -114,14 +114,14 @@ EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t 
   for (const auto& [address, loaded] : blocks) {
     homes.push_back({reinterpret_cast<std::byte*>(address), loaded});
   }
-  Estate estate;
+  Handoff handoff;
   if (before) {
-    estate = before->hand_over();
+    handoff = before->hand_over();
   } else {
-    estate.device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
+    handoff.device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
   }
-  estate.ahead = std::move(ahead);
-  return EngineHolder(new Engine(planned.spec, planned.plan, std::move(estate),
+  handoff.ahead = std::move(ahead);
+  return EngineHolder(new Engine(planned.spec, planned.plan, std::move(handoff),
                                  reinterpret_cast<std::byte*>(arena), std::move(homes),
                                  std::move(sources), stream, options));
 }
@@ -133,12 +133,12 @@ void bind_engine(py::module_& m) {
   // The context of a GPU takes up to a second to make, and stays while this does.
   py::class_<Device>(m, "Device");
   m.def("open_device", &make_cuda_device, py::arg("cuda_index"), nogil);
-  py::class_<ReadAhead, std::shared_ptr<ReadAhead>>(m, "ReadAhead")
+  py::class_<Preload, std::shared_ptr<Preload>>(m, "Preload")
       .def(py::init<std::vector<std::string>, const EngineOptions&, uint64_t>(), py::arg("paths"),
            py::arg("options"), py::arg("most_bytes"), nogil)
-      .def("stop", &ReadAhead::stop, nogil)
-      .def("give_up", &ReadAhead::give_up, nogil)
-      .def_property_readonly("held_bytes", &ReadAhead::held_bytes);
+      .def("stop", &Preload::stop, nogil)
+      .def("give_up", &Preload::give_up, nogil)
+      .def_property_readonly("held_bytes", &Preload::held_bytes);
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
            py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"),

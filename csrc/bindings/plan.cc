@@ -65,7 +65,7 @@ void bind_plan(py::module_& m) {
       .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes)
       .def_readwrite("kept_cache", &Limits::kept_cache);
 
-  py::class_<PlannedModel> planned(m, "PlannedModel");
+  py::class_<PlannedModel> planned(m, "Plan");
   const auto value = [&planned](const char* name, auto Plan::* field) {
     planned.def_property_readonly(name, [field](const PlannedModel& p) { return p.plan.*field; });
   };

@@ -15,7 +15,7 @@ const char* name_of(TraceKind kind) {
   return names[static_cast<int>(kind)];
 }
 
-const char* name_of(ReadWay way) {
+const char* name_of(ReadMethod way) {
   constexpr const char* names[] = {"direct", "buffered", "ahead", "memory"};
   return names[static_cast<int>(way)];
 }

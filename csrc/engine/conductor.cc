@@ -19,10 +19,10 @@ constexpr double kDevicePatience = 20;  // times the limit of a read
 
 }  // namespace
 
-Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Board& board,
+Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, UnitBoard& board,
                      std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
                      std::vector<HomeMemory> homes, std::unique_ptr<HostCache> cache_before,
-                     const KeptCache& kept, std::shared_ptr<ReadAhead> ahead,
+                     const KeptCache& kept, std::shared_ptr<Preload> ahead,
                      ConductorOptions options)
     : spec_(spec),
       plan_(plan),

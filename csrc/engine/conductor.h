@@ -27,10 +27,10 @@
 #include <vector>
 
 #include "device/device.h"
-#include "engine/board.h"
 #include "engine/copy_run.h"
-#include "engine/read_ahead.h"
+#include "engine/preload.h"
 #include "engine/readers.h"
+#include "engine/unit_board.h"
 #include "engine/waker.h"
 #include "memory/host_cache.h"
 #include "memory/staging_ring.h"
@@ -60,10 +60,10 @@ struct HomeMemory {
 
 class Conductor {
  public:
-  Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Board& board,
+  Conductor(const ModelSpec& spec, const Plan& plan, Device& device, UnitBoard& board,
             std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
             std::vector<HomeMemory> homes, std::unique_ptr<HostCache> cache_before,
-            const KeptCache& kept, std::shared_ptr<ReadAhead> ahead, ConductorOptions options);
+            const KeptCache& kept, std::shared_ptr<Preload> ahead, ConductorOptions options);
   ~Conductor();
 
   void start();
@@ -107,11 +107,11 @@ class Conductor {
     uint32_t read_end = 0;        // no chunk from it on was read for it
     bool from_disk = false;       // some bytes of the present load came from the disk
   };
-  enum class Route : uint8_t { kDirect, kBuffered, kAhead };
+  enum class ReadRoute : uint8_t { kDirect, kBuffered, kAhead };
   struct Flight {  // a read under way
     uint32_t chunk = kNone;
     uint32_t slot = kNoSlot;  // none: straight into the host cache
-    Route route = Route::kBuffered;
+    ReadRoute route = ReadRoute::kBuffered;
     Clock::time_point issued{};
   };
 
@@ -136,8 +136,8 @@ class Conductor {
   bool read();
   bool read_unit(uint32_t unit, bool demanded, bool* blocked);
   bool issue(uint32_t chunk, bool demanded);
-  Route route_of(uint32_t chunk) const;
-  Shard& source_of(uint32_t chunk, Route route) const;
+  ReadRoute route_of(uint32_t chunk) const;
+  Shard& source_of(uint32_t chunk, ReadRoute route) const;
   void drop_ahead();
   void count_use(const Flight& flight);
   void trace_read(const Flight& flight, const ReadCompletion& done);
@@ -164,9 +164,9 @@ class Conductor {
   const Plan& plan_;
   Device& device_;
   CopyRun copies_;
-  Board& board_;
+  UnitBoard& board_;
   std::vector<std::unique_ptr<Shard>>& shards_;
-  std::shared_ptr<ReadAhead> ahead_;  // null: nothing, or nothing any more
+  std::shared_ptr<Preload> ahead_;  // null: nothing, or nothing any more
   std::atomic<uint64_t> ahead_bytes_;
   const uint64_t most_ahead_bytes_;
   Readers readers_;  // after what they read from
@@ -184,7 +184,7 @@ class Conductor {
   std::vector<Flight> flights_;  // by tag
   std::vector<uint32_t> free_tags_;
   uint32_t waiting_chunk_ = kNone;  // that was refused a reader or a slot, and the route to it
-  Route waiting_route_ = Route::kBuffered;
+  ReadRoute waiting_route_ = ReadRoute::kBuffered;
   std::vector<uint32_t> present_;     // units that are loading or ready, and have a place
   std::vector<uint32_t> slot_chunk_;  // what each slot is read for or holds; kNone when doomed
   std::vector<uint32_t> window_;      // a copy of the board's

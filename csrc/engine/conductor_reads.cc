@@ -30,7 +30,7 @@ void Conductor::complete(const ReadCompletion& done, const Reader& reader) {
   }
   if (done.error.empty()) count_use(flight);
   if (board_.trace.on()) trace_read(flight, done);
-  if (flight.route == Route::kAhead) {
+  if (flight.route == ReadRoute::kAhead) {
     ahead_->used(flight.chunk);
     ahead_bytes_ = ahead_->held_bytes();
   }
@@ -98,8 +98,8 @@ bool Conductor::issue(uint32_t index, bool demanded) {
   // To ask the page cache is a system call: not again for a chunk that waits.
   if (waiting_chunk_ != index) waiting_route_ = route_of(index);
   waiting_chunk_ = index;
-  const Route route = waiting_route_;
-  Reader& reader = route == Route::kDirect ? readers_.for_direct() : *readers_.pool;
+  const ReadRoute route = waiting_route_;
+  Reader& reader = route == ReadRoute::kDirect ? readers_.for_direct() : *readers_.pool;
   if (reader.full()) return false;
   uint32_t slot = kNoSlot;
   if (chunk.home == Home::kHost) {
@@ -115,10 +115,10 @@ bool Conductor::issue(uint32_t index, bool demanded) {
   request.need_bytes = chunk.need_bytes;
   request.target = slot == kNoSlot ? cache_->place(chunk) : ring_->data(slot);
   request.tag = free_tags_.back();
-  request.buffered = route != Route::kDirect;
+  request.buffered = route != ReadRoute::kDirect;
   check<Error>(reader.submit(request), "a reader that was not full has refused a read");
   waiting_chunk_ = kNone;
-  if (route == Route::kAhead) {
+  if (route == ReadRoute::kAhead) {
     ahead_->take(index);
     ahead_pass_ = passes_over_;
   }
@@ -134,8 +134,8 @@ void Conductor::count_use(const Flight& flight) {
   const Chunk& chunk = plan_.chunks[flight.chunk];
   ShardUse& use = uses_[chunk.shard];
   const Shard& shard = *shards_[chunk.shard];
-  const bool direct = flight.route != Route::kBuffered && shard.direct();
-  if (flight.route == Route::kDirect && !direct) {
+  const bool direct = flight.route != ReadRoute::kBuffered && shard.direct();
+  if (flight.route == ReadRoute::kDirect && !direct) {
     log_direct_refused(shard.path(), 0, shard.mode_reason());
   }
   (direct ? use.direct_bytes : use.buffered_bytes) += chunk.payload_bytes;
@@ -146,16 +146,16 @@ void Conductor::trace_read(const Flight& flight, const ReadCompletion& done) {
   const Chunk& chunk = plan_.chunks[flight.chunk];
   const Shard& shard = *shards_[chunk.shard];
   const bool failed = !done.error.empty();
-  const bool direct = flight.route == Route::kDirect && shard.direct();
+  const bool direct = flight.route == ReadRoute::kDirect && shard.direct();
   board_.trace.read({.unit = owner_of(flight.chunk),
                      .bytes = failed ? 0 : chunk.payload_bytes,
                      .shard = chunk.shard,
                      .offset = chunk.read_offset,
                      .read_bytes = done.bytes,
-                     .way = flight.route == Route::kAhead ? ReadWay::kAhead
-                            : shard.memory()              ? ReadWay::kMemory
-                            : direct                      ? ReadWay::kDirect
-                                                          : ReadWay::kBuffered,
+                     .way = flight.route == ReadRoute::kAhead ? ReadMethod::kAhead
+                            : shard.memory()                  ? ReadMethod::kMemory
+                            : direct                          ? ReadMethod::kDirect
+                                                              : ReadMethod::kBuffered,
                      .cached = flight.slot == kNoSlot,
                      .failed = failed},
                     flight.issued);
@@ -163,26 +163,26 @@ void Conductor::trace_read(const Flight& flight, const ReadCompletion& done) {
 
 // Cold extents of a drive by direct reads; what the page cache (or RAM, or tmpfs) has, or was read
 // ahead, by the pool.
-Conductor::Route Conductor::route_of(uint32_t index) const {
-  if (ahead_ && ahead_->find(index)) return Route::kAhead;
+Conductor::ReadRoute Conductor::route_of(uint32_t index) const {
+  if (ahead_ && ahead_->find(index)) return ReadRoute::kAhead;
   const Chunk& chunk = plan_.chunks[index];
   const Shard& shard = *shards_[chunk.shard];
-  if (!shard.direct()) return Route::kBuffered;
+  if (!shard.direct()) return ReadRoute::kBuffered;
   if (!readers_.always_direct && shard.in_page_cache(chunk.read_offset, chunk.need_bytes)) {
-    return Route::kBuffered;
+    return ReadRoute::kBuffered;
   }
-  return Route::kDirect;
+  return ReadRoute::kDirect;
 }
 
-Shard& Conductor::source_of(uint32_t index, Route route) const {
-  return route == Route::kAhead ? *ahead_->find(index) : *shards_[plan_.chunks[index].shard];
+Shard& Conductor::source_of(uint32_t index, ReadRoute route) const {
+  return route == ReadRoute::kAhead ? *ahead_->find(index) : *shards_[plan_.chunks[index].shard];
 }
 
 // When all was used; or when a whole pass took nothing of it: nobody is known to want the rest.
 void Conductor::drop_ahead() {
   if (ahead_bytes_ > 0 && passes_over_ < ahead_pass_ + 2) return;
   const bool read_from = std::ranges::any_of(
-      flights_, [](const Flight& flight) { return flight.route == Route::kAhead; });
+      flights_, [](const Flight& flight) { return flight.route == ReadRoute::kAhead; });
   if (read_from) return;
   ahead_.reset();
   ahead_bytes_ = 0;

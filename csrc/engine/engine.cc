@@ -43,14 +43,14 @@ void abandon(std::unique_ptr<T>& owned) {
 
 }  // namespace
 
-Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
+Engine::Engine(ModelSpec spec, Plan plan, Handoff handoff, std::byte* arena,
                std::vector<HomeMemory> homes, std::vector<const void*> memory,
                StreamHandle allocated_on, EngineOptions options)
     : spec_(std::move(spec)),
       plan_(std::move(plan)),
       options_(options),
-      device_(std::move(estate.device)),
-      inherited_(std::move(estate.cache)),
+      device_(std::move(handoff.device)),
+      inherited_(std::move(handoff.cache)),
       board_(streamed_bytes(plan_), plan_.read_ahead_bytes, plan_.lookahead_units),
       process_(::getpid()) {
   validate(spec_);
@@ -61,7 +61,7 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
         " blocks were given for the homes, the plan needs ", plan_.home_blocks.size());
   for (const HomeMemory& block : homes) check(block.data != nullptr, "a home block has no memory");
   open_shards(memory);
-  if (inherited_) check_same_files(estate);
+  if (inherited_) check_same_files(handoff);
   tell_refused_files();
   choice_without_effect_ = choice_without_effect();
   if (!choice_without_effect_.empty()) log_once(choice_without_effect_);
@@ -78,16 +78,16 @@ Engine::Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena,
   // Whatever the allocator's stream still does with this memory comes before the first copy.
   device_->record(*records_[0].begin, allocated_on);
   device_->wait(device_->copy_stream(), *records_[0].begin);
-  if (estate.ahead) {
+  if (handoff.ahead) {
     // What was read before there was a plan, as far as the budget has room for it beside the plan.
     const uint64_t taken = plan_.cache_bytes + plan_.staging_bytes();
     const uint64_t budget = plan_.host_budget_bytes;
-    estate.ahead->settle(shards_, plan_, budget - std::min(budget, taken));
+    handoff.ahead->settle(shards_, plan_, budget - std::min(budget, taken));
   }
   conductor_ = std::make_unique<Conductor>(
       spec_, plan_, *device_, board_, shards_,
       make_readers(options_, any_direct(), plan_.chunk_bytes), arena, std::move(homes),
-      std::move(inherited_), estate.kept, std::move(estate.ahead),
+      std::move(inherited_), handoff.kept, std::move(handoff.ahead),
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
 }
@@ -112,11 +112,11 @@ void Engine::open_shards(const std::vector<const void*>& memory) {
   }
 }
 
-void Engine::check_same_files(const Estate& estate) const {
-  check(same_shards(spec_.shards, estate.shards),
+void Engine::check_same_files(const Handoff& handoff) const {
+  check(same_shards(spec_.shards, handoff.shards),
         "a host cache can only be taken over for the same files");
   for (size_t i = 0; i < shards_.size(); ++i) {
-    check<IoError>(shards_[i]->same_file(*estate.files[i]), shards_[i]->path(),
+    check<IoError>(shards_[i]->same_file(*handoff.files[i]), shards_[i]->path(),
                    " has changed; load the model again");
   }
 }
@@ -380,22 +380,22 @@ KeptCache Engine::kept_cache() const {
   return conductor_->cache().kept(plan_);
 }
 
-Estate Engine::hand_over() {
+Handoff Engine::hand_over() {
   check<Error>(::getpid() == process_, "this streamed model belongs to another process");
   close();
   check<Error>(!abandoned_ && conductor_, "this streamed model has nothing to hand over");
-  Estate estate{.shards = spec_.shards};
-  estate.kept = conductor_->cache().kept(plan_);
-  estate.cache = conductor_->take_cache();
+  Handoff handoff{.shards = spec_.shards};
+  handoff.kept = conductor_->cache().kept(plan_);
+  handoff.cache = conductor_->take_cache();
   // Events, and all that has them, go before the device.
   conductor_.reset();
   probes_.reset();
   board_.trace.take();
   for (UnitState& state : board_.units) state = {};
   for (PassRecord& record : records_) record = {};
-  estate.device = std::move(device_);
-  estate.files = std::move(shards_);
-  return estate;
+  handoff.device = std::move(device_);
+  handoff.files = std::move(shards_);
+  return handoff;
 }
 
 // Never freed: something outside our control may still write into them.

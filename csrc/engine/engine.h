@@ -28,12 +28,12 @@
 #include <string>
 #include <vector>
 
-#include "engine/board.h"
 #include "engine/conductor.h"
 #include "engine/counters.h"
-#include "engine/read_ahead.h"
+#include "engine/preload.h"
 #include "engine/readers.h"
 #include "engine/stall_probes.h"
+#include "engine/unit_board.h"
 #include "plan/model_spec.h"
 #include "plan/plan.h"
 
@@ -68,13 +68,13 @@ struct PassSums {
 
 // What an engine works with and may take over: from the one before it, or from who read ahead of
 // it.
-struct Estate {
+struct Handoff {
   std::unique_ptr<Device> device{};
   std::unique_ptr<HostCache> cache{};           // null: a new one
   KeptCache kept{};                             // what it holds
   std::vector<ShardSpec> shards{};              // that it holds it of
   std::vector<std::unique_ptr<Shard>> files{};  // these, as they were opened
-  std::shared_ptr<ReadAhead> ahead{};           // null: nothing was read
+  std::shared_ptr<Preload> ahead{};             // null: nothing was read
 };
 
 class Engine {
@@ -85,8 +85,9 @@ class Engine {
   // `homes`: one for each of the plan's home blocks. `memory[i]`: the bytes of shard i where it
   // lies in RAM, else null. `allocated_on`: the stream on which the arena and the homes were
   // allocated.
-  Engine(ModelSpec spec, Plan plan, Estate estate, std::byte* arena, std::vector<HomeMemory> homes,
-         std::vector<const void*> memory, StreamHandle allocated_on, EngineOptions options);
+  Engine(ModelSpec spec, Plan plan, Handoff handoff, std::byte* arena,
+         std::vector<HomeMemory> homes, std::vector<const void*> memory, StreamHandle allocated_on,
+         EngineOptions options);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -114,7 +115,7 @@ class Engine {
   KeptCache kept_cache() const;
   // Closes, and gives the device and the host cache to an engine of the same shards. Throws Error
   // where a read has not ended, or the process was forked.
-  Estate hand_over();
+  Handoff hand_over();
   // In a forked child too: the threads are not there, and their locks may be held for good.
   bool closed() const { return closed_ || ::getpid() != process_; }
 
@@ -146,7 +147,7 @@ class Engine {
   void sum_ended_passes();
 
   void open_shards(const std::vector<const void*>& memory);
-  void check_same_files(const Estate& estate) const;
+  void check_same_files(const Handoff& handoff) const;
   bool any_direct() const;
   void tell_refused_files() const;
   std::string choice_without_effect() const;
@@ -163,7 +164,7 @@ class Engine {
   EngineOptions options_;
   std::unique_ptr<Device> device_;
   std::unique_ptr<HostCache> inherited_;  // until the conductor has it
-  mutable Board board_;
+  mutable UnitBoard board_;
   std::vector<std::unique_ptr<Shard>> shards_;
   std::string choice_without_effect_;
   std::unique_ptr<StallProbes> probes_;

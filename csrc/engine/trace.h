@@ -44,7 +44,7 @@ enum class TraceKind : uint8_t {
 };
 
 // Ahead: out of what was read before there was a plan. Memory: the shard lies in RAM.
-enum class ReadWay : uint8_t { kDirect, kBuffered, kAhead, kMemory };
+enum class ReadMethod : uint8_t { kDirect, kBuffered, kAhead, kMemory };
 
 struct TraceRecord {
   TraceKind kind = TraceKind::kRead;
@@ -56,7 +56,7 @@ struct TraceRecord {
   uint32_t shard = 0;
   uint64_t offset = 0;
   uint64_t read_bytes = 0;  // alignment and gaps included
-  ReadWay way = ReadWay::kDirect;
+  ReadMethod way = ReadMethod::kDirect;
   bool cached = false;  // into the host cache, not a slot
   bool failed = false;
   // Of a wait on the host.

@@ -22,7 +22,7 @@ struct Cycle {
 
   explicit Cycle(const std::vector<Place>& places) {
     for (const Place& place : places) {
-      if (place.exclusive) {
+      if (place.encloses_units) {
         exclusive_bytes += place.bytes;
       } else if (place.bytes > 0) {
         bytes.push_back(place.bytes);
@@ -168,7 +168,7 @@ ArenaLayout assemble(const std::vector<Place>& places, const Cycle& cycle,
   size_t next = 0;
   for (const Place& place : places) {
     uint64_t offset = 0;
-    if (place.exclusive) {
+    if (place.encloses_units) {
       offset = exclusive;
       exclusive += place.bytes;
     } else if (place.bytes > 0) {
@@ -221,23 +221,23 @@ std::optional<ArenaLayout> fit_arena(const std::vector<Place>& places, Lookahead
 
 // By where they begin: one is alone that begins where all before it have ended, and ends where the
 // next begins.
-std::vector<bool> find_alone(const std::vector<Place>& places, const ArenaLayout& layout) {
+std::vector<bool> find_never_evicted(const std::vector<Place>& places, const ArenaLayout& layout) {
   std::vector<uint32_t> order;
   for (uint32_t u = 0; u < places.size(); ++u) {
     if (places[u].bytes > 0) order.push_back(u);
   }
   std::sort(order.begin(), order.end(),
             [&](uint32_t a, uint32_t b) { return layout.offsets[a] < layout.offsets[b]; });
-  std::vector<bool> alone(places.size(), false);
+  std::vector<bool> never_evicted(places.size(), false);
   uint64_t end = 0;
   for (size_t i = 0; i < order.size(); ++i) {
     const uint64_t begin = layout.offsets[order[i]];
     const uint64_t own_end = begin + places[order[i]].bytes;
     const bool next_is_clear = i + 1 == order.size() || layout.offsets[order[i + 1]] >= own_end;
-    alone[order[i]] = begin >= end && next_is_clear;
+    never_evicted[order[i]] = begin >= end && next_is_clear;
     end = std::max(end, own_end);
   }
-  return alone;
+  return never_evicted;
 }
 
 }  // namespace wsm

@@ -18,7 +18,7 @@ namespace wsm {
 
 struct Place {
   uint64_t bytes = 0;
-  bool exclusive = false;
+  bool encloses_units = false;
 };
 
 struct Lookahead {
@@ -42,6 +42,6 @@ std::optional<ArenaLayout> fit_arena(const std::vector<Place>& places, Lookahead
                                      uint64_t max_bytes);
 
 // Which places are shared with no other at all: a unit stays there once it was loaded.
-std::vector<bool> find_alone(const std::vector<Place>& places, const ArenaLayout& layout);
+std::vector<bool> find_never_evicted(const std::vector<Place>& places, const ArenaLayout& layout);
 
 }  // namespace wsm

@@ -64,7 +64,7 @@ class Search {
     const Use* use = uses_.data();
     for (const UnitSpec& unit : spec_.units) {
       Place& place = places.emplace_back();
-      place.exclusive = unit.exclusive;
+      place.encloses_units = unit.encloses_units;
       for (size_t i = 0; i < unit.tensors.size(); ++i, ++use) {
         if (use->rank >= k) place.bytes += use->bytes;
       }
@@ -221,7 +221,7 @@ std::vector<Place> streamed_places(const ModelSpec& spec, const std::vector<bool
   std::vector<Place> places;
   for (const UnitSpec& unit : spec.units) {
     Place& place = places.emplace_back();
-    place.exclusive = unit.exclusive;
+    place.encloses_units = unit.encloses_units;
     for (const uint32_t t : unit.tensors) {
       if (!resident[t]) place.bytes += streamed_tensor_bytes(spec.tensors[t]);
     }
@@ -276,11 +276,11 @@ bool try_layout(const ModelSpec& spec, const Search& search, DeviceHomes& homes)
 // Keeps the tensors of units that share their place with no other: that is as good as a home, and
 // a home outlives the arena when budgets change.
 bool keep_alone(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
-  const std::vector<bool> alone = find_alone(homes.places, homes.arena);
+  const std::vector<bool> never_evicted = find_never_evicted(homes.places, homes.arena);
   DeviceHomes changed = homes;
   for (uint32_t u = 0; u < spec.units.size(); ++u) {
     for (const uint32_t t : spec.units[u].tensors) {
-      if (!alone[u] || changed.resident[t]) continue;
+      if (!never_evicted[u] || changed.resident[t]) continue;
       changed.resident[t] = true;
       changed.kept.push_back(t);
       changed.blocks.add(device_tensor_bytes(spec.tensors[t]));
@@ -359,7 +359,7 @@ std::optional<uint32_t> smallest_in_cycle(const DeviceHomes& homes) {
   std::optional<uint32_t> smallest;
   for (uint32_t u = 0; u < homes.places.size(); ++u) {
     const Place& place = homes.places[u];
-    if (place.exclusive || place.bytes == 0) continue;
+    if (place.encloses_units || place.bytes == 0) continue;
     if (!smallest || place.bytes < homes.places[*smallest].bytes) smallest = u;
   }
   return smallest;

@@ -71,7 +71,7 @@ std::span<Chunk> streamed(Plan& plan) {
 std::vector<Chunk*> cacheable(Plan& plan) {
   std::vector<Chunk*> chunks;
   for (Chunk& chunk : streamed(plan)) {
-    if (!plan.units[chunk.unit].alone) chunks.push_back(&chunk);
+    if (!plan.units[chunk.unit].never_evicted) chunks.push_back(&chunk);
   }
   return chunks;
 }

@@ -44,7 +44,7 @@ struct UnitSpec {
       tensors;  // indices into ModelSpec::tensors; tied tensors occur in several units
   // The unit's module holds other units: it stays acquired while they come and go, so its place in
   // the arena is shared with no other unit.
-  bool exclusive = false;
+  bool encloses_units = false;
 };
 
 struct ModelSpec {

@@ -71,7 +71,7 @@ struct UnitPlan {
   uint64_t place_offset = 0;    // in the arena
   uint64_t place_bytes = 0;     // 0: every tensor is resident, nothing streams
   uint64_t streamed_bytes = 0;  // payload that a load of this unit brings
-  bool alone = false;           // its place is nobody else's: once loaded, it stays
+  bool never_evicted = false;   // its place is nobody else's: once loaded, it stays
   uint32_t first_chunk = 0;     // into Plan::chunks: the streamed chunks (homes host and disk)
   uint32_t chunk_count = 0;
   std::vector<TensorPlace> tensors;  // parallel to UnitSpec::tensors

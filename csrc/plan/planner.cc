@@ -173,12 +173,12 @@ void plan_device_memory(const ModelSpec& spec, const Limits& limits, const Devic
                         Plan& plan) {
   const FileOrder order(spec);
   const std::vector<uint64_t> home_offsets = lay_out_homes(spec, limits, homes, order, plan);
-  const std::vector<bool> alone = find_alone(homes.places, homes.arena);
+  const std::vector<bool> never_evicted = find_never_evicted(homes.places, homes.arena);
   plan.units.resize(spec.units.size());
   for (uint32_t u = 0; u < spec.units.size(); ++u) {
     plan.units[u].place_offset = homes.arena.offsets[u];
     plan.units[u].place_bytes = homes.places[u].bytes;
-    plan.units[u].alone = alone[u];
+    plan.units[u].never_evicted = never_evicted[u];
     place_tensors(spec, spec.units[u], homes, home_offsets, order, plan.units[u]);
   }
   plan.arena_bytes = homes.arena_bytes;
@@ -189,7 +189,7 @@ void plan_device_memory(const ModelSpec& spec, const Limits& limits, const Devic
 void sum_homes(Plan& plan) {
   for (uint32_t c = 0; c < plan.chunks.size(); ++c) {
     const Chunk& chunk = plan.chunks[c];
-    const bool stays = c < plan.first_resident_chunk && plan.units[chunk.unit].alone;
+    const bool stays = c < plan.first_resident_chunk && plan.units[chunk.unit].never_evicted;
     switch (stays ? Home::kDevice : chunk.home) {
       case Home::kDevice:
         plan.device_home_bytes += chunk.payload_bytes;

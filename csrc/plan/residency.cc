@@ -67,7 +67,7 @@ ResidencyOrder residency_order(const ModelSpec& spec) {
   std::vector<bool> first(spec.tensors.size(), false);
   for (const UnitSpec& unit : spec.units) {
     for (const uint32_t t : unit.tensors) {
-      if (!unit.exclusive || first[t]) continue;
+      if (!unit.encloses_units || first[t]) continue;
       first[t] = true;
       order.tensors.push_back(t);
     }

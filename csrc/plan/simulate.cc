@@ -176,7 +176,7 @@ class Simulator {
   double evict(uint32_t unit, Waits& waits) {
     double released = 0;
     const UnitPlan& place = plan_.units[unit];
-    if (place.alone) return released;
+    if (place.never_evicted) return released;
     auto other = there_.upper_bound(place.place_offset);
     if (other != there_.begin() && places_overlap(place, plan_.units[std::prev(other)->second])) {
       --other;

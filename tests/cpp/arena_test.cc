@@ -112,7 +112,7 @@ TEST_P(ArenaProperty, KeepsItsPromise) {
     std::vector<Place> places(random() % 30);
     for (Place& place : places) {
       place.bytes = random() % 4 == 0 ? 0 : 256 * (1 + random() % 40);
-      place.exclusive = random() % 10 == 0;
+      place.encloses_units = random() % 10 == 0;
     }
     Lookahead ahead{static_cast<uint32_t>(random() % 5), 0};
     ahead.seam = static_cast<uint32_t>(random() % (ahead.units + 1));

@@ -60,8 +60,8 @@ class CudaEngineTest : public ::testing::Test {
   Engine& open() {
     close();
     const std::vector<const void*> memory(model_.spec().shards.size(), nullptr);
-    Estate estate{.device = std::make_unique<FailingDevice>(make_cuda_device(0), ledger_)};
-    engine_ = std::make_unique<Engine>(model_.spec(), plan_, std::move(estate),
+    Handoff handoff{.device = std::make_unique<FailingDevice>(make_cuda_device(0), ledger_)};
+    engine_ = std::make_unique<Engine>(model_.spec(), plan_, std::move(handoff),
                                        static_cast<std::byte*>(arena_), std::vector<HomeMemory>{},
                                        memory, StreamHandle{0}, EngineOptions{});
     return *engine_;

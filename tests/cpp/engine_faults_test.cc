@@ -250,7 +250,7 @@ size_t flips_in_tensors(const StreamedModel& model, const testing::FaultLog& log
 // Read once each, into the cache, and from RAM, so without padding that belongs to other tensors:
 // each bit flipped in a tensor arrives, and no other.
 TEST(EngineFaults, AFlippedBitIsFoundWhereItWasPutAndNowhereElse) {
-  StreamedModel model(1, {.in_memory = true, .exclusive = {}});
+  StreamedModel model(1, {.in_memory = true, .encloses_units = {}});
   FaultyOptions options;
   options.flip_chance = 0.5;
   const auto log = options.log = std::make_shared<testing::FaultLog>();

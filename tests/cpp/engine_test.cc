@@ -194,7 +194,7 @@ TEST(Engine, NestedUnitsInOnePlaceAreAnErrorThatNamesBoth) {
 
 TEST(Engine, AnExclusiveUnitStaysWhileOthersComeAndGo) {
   ModelShape shape;
-  shape.exclusive = {0};
+  shape.encloses_units = {0};
   StreamedModel model(1, shape);
   EngineOptions options;
   options.poison = true;
@@ -314,7 +314,7 @@ TEST(Engine, PassesReportWhatTheyMoved) {
 
 // Of a unit that has more chunks than may be copied at once, on a slow link.
 TEST(Engine, AWaitForCopiesIsAWaitForTheLink) {
-  ModelShape shape{.units = 3, .tensors_per_unit = 1, .exclusive = {}};
+  ModelShape shape{.units = 3, .tensors_per_unit = 1, .encloses_units = {}};
   shape.least_tensor_bytes = shape.most_tensor_bytes = 400 * kChunk;
   StreamedModel model(1, shape);
   Limits wide = limits(2 * model.largest_unit_bytes(), 0, 800 * kChunk);
@@ -403,7 +403,7 @@ TEST(Engine, WhatLiesTogetherInTheHostCacheIsCopiedTogether) {
                           .tensors_per_unit = 1,
                           .least_tensor_bytes = 10 * kChunk,
                           .most_tensor_bytes = 10 * kChunk,
-                          .exclusive = {}});
+                          .encloses_units = {}});
   DeviceLedger ledger;
   const Plan plan = model.plan(limits(2 * model.largest_unit_bytes(), 2 * model.bytes()));
   ASSERT_GE(plan.chunks.size(), 40u);
@@ -422,7 +422,7 @@ TEST(Engine, ADiscardedUnitIsReadAgainWhereverItsBytesLay) {
   for (const bool cached : {false, true}) {
     SCOPED_TRACE(cached);
     ModelShape shape;
-    for (uint32_t u = 0; u < shape.units; ++u) shape.exclusive.push_back(u);
+    for (uint32_t u = 0; u < shape.units; ++u) shape.encloses_units.push_back(u);
     StreamedModel model(1, shape);
     Engine& engine =
         model.open(model.plan(limits(2 * model.bytes(), cached ? 2 * model.bytes() : 0)));
@@ -459,7 +459,7 @@ TEST(Engine, WrongArgumentsAreErrors) {
   std::byte byte{};
   EXPECT_THROW(engine.fetch(8, 0, &byte), InvalidArgument);
   EXPECT_THROW(engine.fetch(0, 3, &byte), InvalidArgument);
-  EXPECT_THROW(Engine(model.spec(), plan, Estate{make_host_device()}, nullptr, {},
+  EXPECT_THROW(Engine(model.spec(), plan, Handoff{make_host_device()}, nullptr, {},
                       {nullptr, nullptr}, 0, {}),
                InvalidArgument);
 }

@@ -33,7 +33,7 @@ constexpr ModelShape kShape{.units = 6,
                             .shards = 2,
                             .least_tensor_bytes = 400'000,
                             .most_tensor_bytes = 700'000,
-                            .exclusive = {}};
+                            .encloses_units = {}};
 
 // Of many calls, those at the start and at the end are tried, and some of the others: a constructor
 // makes thousands alike. WSM_TEST_EVERY=1 tries all.

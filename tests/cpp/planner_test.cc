@@ -254,7 +254,7 @@ TEST(Planner, AUnitAloneInItsPlaceMovesNothing) {
   for (const char* name : {"a", "b"}) model.unit(name, {model.tensor(name, 5000)});
   const Plan plan =
       make_plan(model.spec, {.device_bytes = 2 * kMiB, .host_bytes = kMiB, .home_bytes = 0});
-  EXPECT_TRUE(plan.units[0].alone);
+  EXPECT_TRUE(plan.units[0].never_evicted);
   EXPECT_EQ(plan.units[0].streamed_bytes, 5000u);
   EXPECT_EQ(plan.device_home_bytes, 10000u);
   EXPECT_EQ(plan.host_home_bytes + plan.disk_home_bytes, 0u);

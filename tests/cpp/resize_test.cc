@@ -20,7 +20,7 @@ constexpr ModelShape kShape{.units = 24,
                             .least_tensor_bytes = 300'000,
                             .most_tensor_bytes = 600'000,
                             .in_memory = false,
-                            .exclusive = {}};
+                            .encloses_units = {}};
 
 Limits limits(uint64_t device, uint64_t host) {
   return {.device_bytes = device, .host_bytes = host, .chunk_bytes = 128 * kKiB};
@@ -138,7 +138,7 @@ TEST(Resize, RandomBudgetsOneAfterAnother) {
 TEST(Resize, AnEngineThatHandedOverIsClosed) {
   StreamedModel model(5, kShape);
   Engine& engine = model.open(model.plan(limits(16 * kMiB, 48 * kMiB)));
-  const Estate estate = engine.hand_over();
+  const Handoff handoff = engine.hand_over();
   EXPECT_TRUE(engine.closed());
   EXPECT_THROW(engine.acquire(0, 0, {}), Error);
   EXPECT_THROW(engine.hand_over(), Error);

@@ -564,7 +564,7 @@ TEST(EngineTrace, ItsEventsAreGoneBeforeTheDeviceIsHandedOver) {
   Engine& engine = model.open(model.plan(limits_of(model)), {}, std::move(device));
   engine.start_trace(0, 1000, {});
   ASSERT_EQ(model.pass(model.all_units()), "");
-  const Estate estate = engine.hand_over();
+  const Handoff handoff = engine.hand_over();
   EXPECT_EQ(ledger.events, 0);
   model.close();
 }

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ..whole_file import write_whole
+from ..atomic_write import write_atomically
+from .bulk_reads import Blocks, read_all
 from .checkpoint import (
     _TORCH_NAMES,
     Checkpoint,
@@ -25,7 +26,6 @@ from .checkpoint import (
     _file_size,
     _unique_keys,
 )
-from .file_bytes import Blocks, read_all
 
 SIDECAR = "wsm-hashes.json"
 MAX_SIDECAR_BYTES = 64 << 20
@@ -145,7 +145,7 @@ def write_sidecar(path: Path, hashes: Mapping[str, Recorded]) -> None:
         for name, h in sorted(hashes.items())
     )
     head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in _HEAD.items())
-    write_whole(path, f'{{\n{head} "tensors": {{\n{lines}\n }}\n}}\n')
+    write_atomically(path, f'{{\n{head} "tensors": {{\n{lines}\n }}\n}}\n')
 
 
 def read_sidecar(path: Path) -> dict[str, Recorded]:

@@ -14,14 +14,14 @@ import torch
 from rich.console import Console
 from rich.progress import TimeRemainingColumn
 
-from ..streaming.trace import check_target
+from ..runtime.trace import check_target
 from . import plan_report, report
 from .demo import SIZES, run_demo
 from .loading import load, progress_bar, settings, units
 
 
 def plan(options: argparse.Namespace) -> int:
-    from ..streaming.transformers_loader import prepare
+    from ..hf.building import prepare
 
     device = report.resolve_device(options.device)
     folder = _folder(options)
@@ -178,7 +178,7 @@ def demo(options: argparse.Namespace) -> int:
 
 def _folder(options: argparse.Namespace) -> Path:
     """Of the model, here or in the hub's cache; may download it."""
-    from ..streaming.pretrained import resolve_folder
+    from ..pretrained import resolve_folder
 
     return resolve_folder(
         options.model, revision=options.revision, local_files_only=options.local_files_only

@@ -262,7 +262,7 @@ def layer_seconds(model: Any, forward: Callable[[], None], device: torch.device)
     A unit that is called again and again stays in its place, so only computing is left. 0 where
     there is no stack of layers, or its layers would not stay.
     """
-    layers = [unit for unit in model._running.planned.units if unit.layer is not None]
+    layers = [unit for unit in model._session.planned.units if unit.layer is not None]
     if not layers:
         return 0.0
     stack = [unit for unit in layers if unit.stack == layers[-1].stack]

@@ -124,7 +124,7 @@ def _folder(keep: str | os.PathLike[str] | None) -> Iterator[Path]:
 def _stream(
     console: Console, folder: Path, device: torch.device, size: Size
 ) -> tuple[_Outcome, report.Prefills, dict[str, Any]]:
-    from ..streaming.pretrained import from_pretrained
+    from ..pretrained import from_pretrained
 
     begin = time.perf_counter()
     with from_pretrained(

@@ -42,7 +42,7 @@ def load(
     options: argparse.Namespace, path: Any, device: torch.device, **replaced: Any
 ) -> Iterator[tuple[Any, float]]:
     """The model as the options say; `replaced`: budgets, and settings added to theirs."""
-    from ..streaming.pretrained import from_pretrained
+    from ..pretrained import from_pretrained
 
     config = settings(options) | replaced.pop("config", {})
     budgets = {"device_memory": options.device_memory, "host_memory": options.host_memory}

@@ -16,7 +16,7 @@ from torch import nn
 from ..checkpoints.checkpoint import Checkpoint
 from ..config import Config
 from ..modules import sources
-from ..planning.plan import Plan
+from ..planning.plan import PlanSummary
 from ..planning.planner import Budgets, Planner
 from ..planning.predict import (
     LIMITS,
@@ -28,9 +28,9 @@ from ..planning.predict import (
     predict,
 )
 from ..planning.rates import Rate, Sizes, gather
+from ..runtime.buffers import Buffers
+from ..runtime.trial import activation_bytes, default_workload
 from ..sizes import format_bytes
-from ..streaming.buffers import Buffers
-from ..streaming.trial import activation_bytes, usual_workload
 from .report import PLAN_KEYS
 
 _BAR_WIDTH = 26
@@ -51,7 +51,7 @@ class Preview:
     device: torch.device
     workload: Sizes
     values: dict[str, Value]
-    plan: Plan
+    plan: PlanSummary
     prefill: Prediction
     decode: Prediction
 
@@ -127,7 +127,7 @@ def preview(
     if rates.compute is not None:
         decode_rates = rates.at(module, device, (workload[0], 1))
     decode = predict(planned, planner, budgets, decode_rates, gains=False)
-    plan = Plan(planned.plan, planned.units, planned.source, prefill)
+    plan = PlanSummary(planned.plan, planned.units, planned.source, prefill)
     plan.warnings[:0] = planned.warnings
     values = _values(budgets, resolved, planned.mode, units, plan)
     return Preview(device, workload, values, plan, prefill, decode)
@@ -145,7 +145,7 @@ def _room_for_activations(
         return None
     buffers = Buffers(module, checkpoint, device)
     try:
-        return activation_bytes(module, planner.plan_least(), device, usual_workload(module))
+        return activation_bytes(module, planner.plan_least(), device, default_workload(module))
     except (ValueError, torch.OutOfMemoryError):
         return None
     finally:
@@ -157,7 +157,7 @@ def _values(
     config: Config,
     mode: str | Sequence[str],
     units: str | Sequence[str],
-    plan: Plan,
+    plan: PlanSummary,
 ) -> dict[str, Value]:
     """Budgets and what was decided within them; other settings where they were given."""
 
@@ -248,7 +248,7 @@ def _origin(rate: Rate) -> str:
     return f"{rate.source}, {rate.note}" if rate.note else rate.source
 
 
-def _home_table(plan: Plan, console: Console) -> Table:
+def _home_table(plan: PlanSummary, console: Console) -> Table:
     table = Table(title="where the bytes live", title_justify="left", show_header=False)
     for name, size in (
         ("device", plan.device_home_bytes),
@@ -308,7 +308,7 @@ def _speed(tokens_per_second: float | None, prediction: Prediction) -> str:
     return f"{most}{tokens_per_second:,.2f} tokens/s"
 
 
-def print_comparison(console: Console, plan: Plan) -> None:
+def print_comparison(console: Console, plan: PlanSummary) -> None:
     """Predicted and achieved side by side; nothing where nothing was predicted."""
     if plan.predicted is None:
         return
@@ -320,7 +320,7 @@ def print_comparison(console: Console, plan: Plan) -> None:
     console.print(table)
 
 
-def outcome(plan: Plan) -> dict[str, Any]:
+def outcome(plan: PlanSummary) -> dict[str, Any]:
     """Predicted and achieved as plain data; None for what is not known."""
     achieved: Achieved | None = plan.achieved
     return {

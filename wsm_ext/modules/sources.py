@@ -21,7 +21,7 @@ _COMPARE_BYTES = 16 << 20
 
 
 @dataclass
-class Owned:
+class RamParameter:
     """A parameter that the module holds in RAM, and its bytes, one after another.
 
     The bytes are those of the parameter itself, or a copy where it is not contiguous. They are let
@@ -35,9 +35,9 @@ class Owned:
     stride: tuple[int, ...]
 
     @staticmethod
-    def of(name: str, parameter: torch.Tensor) -> Owned:
+    def of(name: str, parameter: torch.Tensor) -> RamParameter:
         data = parameter.detach()
-        return Owned(name, parameter, data.contiguous(), data.size(), data.stride())
+        return RamParameter(name, parameter, data.contiguous(), data.size(), data.stride())
 
     def let_go(self) -> None:
         self.data = None
@@ -66,11 +66,11 @@ class Source:
     arrivals: dict[int, Arrival] = field(default_factory=dict)  # by index into tensors
     kept: list[torch.Tensor] = field(default_factory=list)  # what `memory` points to besides
     # The module's own tensors by shard, where the bytes come from RAM.
-    owned: dict[int, Owned] = field(default_factory=dict)
+    ram_parameters: dict[int, RamParameter] = field(default_factory=dict)
 
     @property
     def in_ram(self) -> bool:
-        return bool(self.owned)
+        return bool(self.ram_parameters)
 
 
 def live(slot: Slot) -> torch.Tensor:
@@ -236,10 +236,10 @@ def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
     problem = _not_plain(name, parameter)
     if problem:
         raise ValueError(problem)
-    owned = Owned.of(name, parameter)
-    assert owned.data is not None
-    source.owned[len(source.shards)] = owned
-    _add_shard(source, name, owned.data)
+    held = RamParameter.of(name, parameter)
+    assert held.data is not None
+    source.ram_parameters[len(source.shards)] = held
+    _add_shard(source, name, held.data)
 
 
 def _add_shard(source: Source, name: str, data: torch.Tensor) -> int:

@@ -44,7 +44,7 @@ class Unit:
     label: str
     slots: list[Slot]
     # Units lie inside the module: this one stays acquired while they run.
-    exclusive: bool
+    encloses_units: bool
     # The index of the layer that it is or lies in, and the name of the stack that holds this layer.
     layer: int | None
     stack: str | None = None
@@ -308,7 +308,7 @@ def _make_units(nodes: list[_Node], homes: dict[int, _Node | None], grouped: boo
                 node.module,
                 label,
                 slots[id(node)],
-                exclusive=any(id(other) in slots for other in _below(node)),
+                encloses_units=any(id(other) in slots for other in _below(node)),
                 layer=_layer_of(node).index,
                 stack=_layer_of(node).stack,
             )

@@ -25,7 +25,7 @@ def host_available(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
     return available - min(max(_GIB, available // 10), available // 2)
 
 
-def read_ahead_room(cpu: bool, host_memory: int | str) -> int:
+def preload_room(cpu: bool, host_memory: int | str) -> int:
     """Bytes that may be read before there is a plan: of the budget, and of what is free now, less
     what measuring takes meanwhile. On a CPU, RAM is for what stays as well."""
     room = host_available()

@@ -58,7 +58,7 @@ class DeviceMemory:
 
     @staticmethod
     def allocate(
-        plan: _engine.PlannedModel,
+        plan: _engine.Plan,
         source: Source,
         device: torch.device,
         before: DeviceMemory | None = None,

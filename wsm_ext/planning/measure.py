@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import _engine
-from ..config import USUAL_WAY, Config, Way, engine_options
+from ..config import DEFAULT_READ_METHOD, Config, ReadMethod, engine_options
 from ..modules.units import Unit, find_units
 from ..sizes import format_bytes
 from .budgets import device_available
@@ -36,11 +36,11 @@ _MOST_READ_BYTES = 2048 * _MIB
 _READ_SECONDS = 0.6
 _SAMPLE_SECONDS = 0.06  # of a way of reading, where there are several
 _ROUNDS = 5
-_MOST_SECONDS = 2.5  # for all ways; a slow drive has fewer samples by then, and keeps the usual way
-# The ways that have won on drives so far (docs/performance.md). A chunk is a MiB: no block is more.
-_WAYS = (
-    *(Way("uring", _MIB // 4), Way("uring", _MIB)),
-    *(Way("pread", _MIB // 4), Way("pread", _MIB)),
+_MOST_SECONDS = 2.5  # for all methods; a slow drive has fewer samples by then
+# Those that have won on drives so far (docs/performance.md). A chunk is a MiB: no block is more.
+_READ_METHODS = (
+    *(ReadMethod("uring", _MIB // 4), ReadMethod("uring", _MIB)),
+    *(ReadMethod("pread", _MIB // 4), ReadMethod("pread", _MIB)),
 )
 _FASTER = 1.05  # than the engine's own choice, to be worth another
 _PATIENCE_S = 10
@@ -146,46 +146,46 @@ def _cached(path: Path, offset: int) -> bool:
 
 @dataclass(frozen=True)
 class Disk:
-    """How fast a disk is read, and by which way."""
+    """How fast a disk is read, and by which method."""
 
     bytes_per_s: float
-    way: Way = USUAL_WAY
+    read_method: ReadMethod = DEFAULT_READ_METHOD
 
 
 def measure_disk(spans: Sequence[Span], config: Config) -> Disk:
     """How fast the spans (all in the page cache, or none) are read: through the page cache by the
-    readers that the engine would take; past it by the fastest of a few ways, tried by turns.
+    readers that the engine would take; past it by the fastest of a few methods, tried by turns.
 
     Which way is the fastest differs from drive to drive, and from one virtual disk to the next. The
     engine's own choice stays where no other is faster in every round, and by 5 % in the median: on
-    a drive whose samples scatter by a fifth, the best of six equal ways is the luckiest. Takes
+    a drive whose samples scatter by a fifth, the best of six equal methods is the luckiest. Takes
     2.5 s, and what the last sample takes. Raises NotMeasuredError where a read fails, or there is
     nothing to read.
     """
     if not spans:
         raise NotMeasuredError(NOTHING_TO_READ)
-    ways = [USUAL_WAY]
+    methods = [DEFAULT_READ_METHOD]
     if not spans[0].cached and config.direct != "off":
-        ways += [way for way in _WAYS if config.reader in ("auto", way.reader)]
-    options = [_options_of(way, config) for way in ways]
+        methods += [method for method in _READ_METHODS if config.reader in ("auto", method.reader)]
+    options = [_options_of(method, config) for method in methods]
     samples = _sample_reads(spans, options, chunk_bytes([span.path for span in spans], config))
     usual, *others = samples
-    # Rounds that all ways have had in full; else there is nothing to compare.
+    # Rounds that all methods have had in full; else there is nothing to compare.
     compared = len(usual) == _ROUNDS
     if not usual:
         raise NotMeasuredError(f"there is no reader {config.reader!r} here")
     best = Disk(statistics.median(usual))
     least = _FASTER * best.bytes_per_s
-    for way, rates in zip(ways[1:], others, strict=True):
+    for method, rates in zip(methods[1:], others, strict=True):
         always = compared and len(rates) == _ROUNDS and all(map(operator.gt, rates, usual))
         if always and (rate := statistics.median(rates)) > max(least, best.bytes_per_s):
-            best = Disk(rate, way)
+            best = Disk(rate, method)
     return best
 
 
-def _options_of(way: Way, config: Config) -> _engine.EngineOptions:
-    options = engine_options(config, way)
-    if way.reader != "auto":  # it, or none: not another one in its place
+def _options_of(method: ReadMethod, config: Config) -> _engine.EngineOptions:
+    options = engine_options(config, method)
+    if method.reader != "auto":  # it, or none: not another one in its place
         options.reader = options.preferred
     options.read_timeout_s = min(options.read_timeout_s, _PATIENCE_S)
     return options
@@ -202,15 +202,15 @@ def chunk_bytes(paths: Sequence[Path], config: Config) -> int:
 
 
 def _sample_reads(
-    spans: Sequence[Span], ways: Sequence[_engine.EngineOptions], chunk: int
+    spans: Sequence[Span], methods: Sequence[_engine.EngineOptions], chunk: int
 ) -> list[list[float]]:
     paths = list(dict.fromkeys(span.path for span in spans))
     pieces = [(paths.index(span.path), span.offset, _SPAN_BYTES) for span in spans]
-    rounds = 1 if len(ways) == 1 else _ROUNDS
-    seconds = _READ_SECONDS if len(ways) == 1 else _SAMPLE_SECONDS
+    rounds = 1 if len(methods) == 1 else _ROUNDS
+    seconds = _READ_SECONDS if len(methods) == 1 else _SAMPLE_SECONDS
     try:
         files = [str(path) for path in paths]
-        return _engine.time_reads(files, pieces, ways, seconds, rounds, _MOST_SECONDS, chunk)
+        return _engine.time_reads(files, pieces, methods, seconds, rounds, _MOST_SECONDS, chunk)
     except (OSError, MemoryError, _engine.EngineError) as error:  # a TimeoutError is an OSError
         raise NotMeasuredError(f"reading failed: {error}") from error
 
@@ -255,7 +255,7 @@ def measure_layer(module: nn.Module, device: torch.device, batch: int, tokens: i
 
 
 def _measure_two_layers(model: Any, device: torch.device, batch: int, tokens: int) -> Compute:
-    units = [unit for unit in find_units(model, "layer") if not unit.exclusive]
+    units = [unit for unit in find_units(model, "layer") if not unit.encloses_units]
     if not any(unit.layer is not None for unit in units):
         raise NotMeasuredError("its layers are not found")
     known = inspect.signature(model.forward).parameters
@@ -363,7 +363,7 @@ def _two_layers(module: nn.Module, device: torch.device) -> Any:
     try:
         from transformers import PreTrainedModel
 
-        from ..streaming.transformers_loader import _build
+        from ..hf.building import _build
     except ImportError as error:
         raise NotMeasuredError("transformers is not installed") from error
     if not isinstance(module, PreTrainedModel):

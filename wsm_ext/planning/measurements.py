@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..whole_file import write_whole
+from ..atomic_write import write_atomically
 
 _log = logging.getLogger("wsm_ext")
 
@@ -112,7 +112,7 @@ class Measurements:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             content = json.dumps({"format": _FORMAT, "entries": self._entries}, indent=1)
-            write_whole(self._path, content + "\n", _MODE)
+            write_atomically(self._path, content + "\n", _MODE)
         except (OSError, RecursionError) as error:
             _log.warning("measurements are not kept for the next run: %s", error)
 

@@ -28,7 +28,7 @@ class UnitPlan:
     streamed_bytes: int
 
 
-class Plan:
+class PlanSummary:
     """What the planner decided. Sizes are in bytes.
 
     `device_home_bytes`, `host_home_bytes` and `disk_home_bytes` are the model's bytes by where they
@@ -42,7 +42,7 @@ class Plan:
 
     def __init__(
         self,
-        planned: _engine.PlannedModel,
+        planned: _engine.Plan,
         units: list[Unit],
         source: Source,
         predicted: Prediction | None = None,

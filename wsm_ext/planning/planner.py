@@ -89,12 +89,12 @@ class Budgets:
 
 
 @dataclass(frozen=True)
-class Planned:
+class ModulePlan:
     """A plan, and what it is a plan of."""
 
     units: list[Unit]
     source: Source
-    plan: _engine.PlannedModel
+    plan: _engine.Plan
     mode: str | Sequence[str]
     warnings: list[str]
 
@@ -127,14 +127,14 @@ class Planner:
         budgets: Budgets,
         rates_of: RatesOf | None = None,
         kept_cache: _engine.KeptCache | None = None,
-        before: Planned | None = None,
-    ) -> Planned:
+        before: ModulePlan | None = None,
+    ) -> ModulePlan:
         """The plan with the shortest pass; "auto" takes finer units where they pay.
 
         The units stay those of `before` where they can: of others, the host cache holds little.
         Raises ValueError naming the least budget, where none of the units fits.
         """
-        best: tuple[float, Planned] | None = None
+        best: tuple[float, ModulePlan] | None = None
         refused: ValueError | None = None
         for index in range(len(self._modes)):
             try:
@@ -162,7 +162,7 @@ class Planner:
         """The module's parameters have changed."""
         self._found.clear()
 
-    def plan_least(self) -> Planned:
+    def plan_least(self) -> ModulePlan:
         """The plan that takes least: the finest units, all of which stream, one at a time."""
         index = len(self._modes) - 1
         units, source = self._units(index)
@@ -171,7 +171,7 @@ class Planner:
         limits.home_bytes = limits.cache_bytes = 0
         limits.lookahead_units = 0
         plan = _engine.plan_model(source.shards, source.tensors, _unit_specs(units, source), limits)
-        return Planned(units, source, plan, self._modes[index], [])
+        return ModulePlan(units, source, plan, self._modes[index], [])
 
     def _units(self, index: int) -> tuple[list[Unit], Source]:
         if index not in self._found:
@@ -192,7 +192,7 @@ class Planner:
         budgets: Budgets,
         rates: _engine.Rates,
         kept_cache: _engine.KeptCache | None,
-    ) -> Planned:
+    ) -> ModulePlan:
         units, source = self._units(index)
         limits, warned = self._limits(units, source, budgets)
         if kept_cache is not None:
@@ -203,7 +203,7 @@ class Planner:
             )
         except ValueError as error:
             raise ValueError(_in_terms_of_arguments(str(error))) from None
-        return Planned(units, source, plan, self._modes[index], self._unheeded + warned)
+        return ModulePlan(units, source, plan, self._modes[index], self._unheeded + warned)
 
     def _limits(
         self, units: list[Unit], source: Source, budgets: Budgets
@@ -234,13 +234,15 @@ class Planner:
         return limits, warned
 
 
-def streams(plan: _engine.PlannedModel) -> bool:
+def streams(plan: _engine.Plan) -> bool:
     """Whether anything passes through the arena."""
     return plan.host_home_bytes + plan.disk_home_bytes > 0
 
 
 def _unit_specs(units: list[Unit], source: Source) -> list[tuple[str, str, list[int], bool]]:
-    return [(unit.name, unit.label, unit_tensors(unit, source), unit.exclusive) for unit in units]
+    return [
+        (unit.name, unit.label, unit_tensors(unit, source), unit.encloses_units) for unit in units
+    ]
 
 
 def _in_terms_of_arguments(message: str) -> str:

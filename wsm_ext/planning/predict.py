@@ -12,7 +12,7 @@ from .. import _engine
 from ..config import Config
 from ..modules.sources import Source
 from ..sizes import format_bytes
-from .planner import Budgets, Planned, Planner, streams
+from .planner import Budgets, ModulePlan, Planner, streams
 from .rates import Rate, Rates
 
 _GIB = 1 << 30
@@ -50,11 +50,11 @@ class Prediction:
 
 
 def predict(
-    planned: Planned, planner: Planner, budgets: Budgets, rates: Rates, gains: bool = True
+    planned: ModulePlan, planner: Planner, budgets: Budgets, rates: Rates, gains: bool = True
 ) -> Prediction:
     """The simulator's answer for what `planner` planned for these budgets and rates."""
 
-    def simulated(some: Planned) -> _engine.Simulated:
+    def simulated(some: ModulePlan) -> _engine.Simulated:
         return _engine.simulate(some.plan, rates.for_units(some.units, some.source))
 
     found = simulated(planned)
@@ -85,7 +85,7 @@ def predict(
     )
 
 
-def measuring_matters(plan: _engine.PlannedModel, config: Config) -> bool:
+def measuring_matters(plan: _engine.Plan, config: Config) -> bool:
     """Where something streams, and the model is larger than 1 GiB or `config.measure` says so."""
     if not streams(plan):
         return False

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import _engine
-from ..config import USUAL_WAY, Config, Way
+from ..config import DEFAULT_READ_METHOD, Config, ReadMethod
 from ..modules.sources import Source
 from ..modules.units import Unit
 from ..sizes import format_bytes
@@ -66,7 +66,7 @@ class Rates:
     compute_source: str = "default"
     compute_note: str = "not measured"
     workload: Sizes | None = None
-    way: Way = USUAL_WAY  # how the disk is read the fastest
+    read_method: ReadMethod = DEFAULT_READ_METHOD  # how the disk is read the fastest
 
     def for_units(self, units: Sequence[Unit], source: Source) -> _engine.Rates:
         """As the engine takes them, with the compute of each unit."""
@@ -141,13 +141,15 @@ def gather(
         overhead_s = link.copy_overhead_s
     except NotMeasuredError as error:
         h2d = Rate(h2d.bytes_per_s, h2d.source, str(error))
-    way = USUAL_WAY
+    method = DEFAULT_READ_METHOD
     try:
-        disk, way = _disk(known, paths, config) if paths else (_memory(known), way)
+        disk, method = _disk(known, paths, config) if paths else (_memory(known), method)
     except NotMeasuredError as error:
         disk = Rate(assumed.disk.bytes_per_s, "default", str(error))
     compute, source, note = compute_at(module, device, workload)
-    rates = Rates(disk, h2d, overhead_s, device.type == "cpu", compute, source, note, workload, way)
+    rates = Rates(
+        disk, h2d, overhead_s, device.type == "cpu", compute, source, note, workload, method
+    )
     _log.info(
         "disk %.2f GB/s (%s), link %.2f GB/s (%s), compute %s",
         disk.bytes_per_s / 1e9,
@@ -217,7 +219,7 @@ def _memory(known: Measurements) -> Rate:
     return Rate(link.bytes_per_s, source, "the weights lie in RAM", (_link_key(_CPU),))
 
 
-def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[Rate, Way]:
+def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[Rate, ReadMethod]:
     """Of what is in the page cache and what is not, each by its own rate, as the bytes divide."""
     try:
         spans = measure.find_spans(paths, config.direct)
@@ -229,7 +231,7 @@ def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[R
     sources = []
     entries = []
     notes = []
-    way = USUAL_WAY
+    method = DEFAULT_READ_METHOD
     for cached in (False, True):
         part = [span for span in spans if span.cached == cached]
         if part:
@@ -239,23 +241,27 @@ def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[R
             )
             seconds_per_byte += len(part) / len(spans) / disk.bytes_per_s
             sources.append(source)
-            if disk.way != USUAL_WAY:
-                way = disk.way
-                notes.append(str(way))
+            if disk.read_method != DEFAULT_READ_METHOD:
+                method = disk.read_method
+                notes.append(str(method))
     share = sum(span.cached for span in spans) / len(spans)
     if share:
         notes.append(f"{share:.0%} in the page cache")
     source = "measured" if "measured" in sources else "cached"
-    return Rate(1 / seconds_per_byte, source, ", ".join(notes), tuple(entries)), way
+    return Rate(1 / seconds_per_byte, source, ", ".join(notes), tuple(entries)), method
 
 
-def remembered_way(paths: Sequence[Path], config: Config) -> Way:
+def remembered_read_method(paths: Sequence[Path], config: Config) -> ReadMethod:
     """How the disk under the files was found to be read the fastest; nothing is measured."""
     value = Measurements().get(key_of(_how(paths, config), *_file_systems(paths)))
     try:
-        return USUAL_WAY if value is None or config.measure is False else _as_disk(value).way
+        return (
+            DEFAULT_READ_METHOD
+            if value is None or config.measure is False
+            else _as_disk(value).read_method
+        )
     except (TypeError, ValueError, KeyError, OverflowError):
-        return USUAL_WAY
+        return DEFAULT_READ_METHOD
 
 
 def _measure_disk(spans: Sequence[Span], config: Config) -> dict[str, Any]:
@@ -297,10 +303,10 @@ def _seconds(value: Any) -> float:
 
 
 def _as_disk(value: Any) -> Disk:
-    way = Way(value["way"]["reader"], int(value["way"]["block_bytes"]))
-    if way.reader not in ("auto", "uring", "pread") or not 0 <= way.block_bytes <= 1 << 30:
+    method = ReadMethod(value["read_method"]["reader"], int(value["read_method"]["block_bytes"]))
+    if method.reader not in ("auto", "uring", "pread") or not 0 <= method.block_bytes <= 1 << 30:
         raise ValueError
-    return Disk(_positive(value["bytes_per_s"]), way)
+    return Disk(_positive(value["bytes_per_s"]), method)
 
 
 def _as_link(value: Any) -> Link:

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "engine/read_ahead.h"
+#include "engine/preload.h"
 #include "support/streamed_model.h"
 #include "support/witness.h"
 
@@ -67,7 +67,7 @@ class Chaos {
     try {
       const Plan plan = model_.plan(limits_);
       const EngineOptions options = draw_options(draws_, terrain_, faults_);
-      std::shared_ptr<ReadAhead> ahead = draw_ahead(options);
+      std::shared_ptr<Preload> ahead = draw_ahead(options);
       model_.open(plan, options, std::make_unique<FaultyDevice>(device_), std::move(ahead));
       log_.calm = false;
     } catch (const InvalidArgument& error) {
@@ -299,7 +299,7 @@ class Chaos {
 
   // Some of the shards may have been read before there is an engine; without faults, as nobody is
   // told of an error there.
-  std::shared_ptr<ReadAhead> draw_ahead(EngineOptions options) {
+  std::shared_ptr<Preload> draw_ahead(EngineOptions options) {
     if (!draws_.one_in(2)) return nullptr;
     log_.calm = true;
     options.direct = DirectMode::kOn;  // the shards lie in the page cache
@@ -307,7 +307,7 @@ class Chaos {
     std::vector<std::string> paths;
     for (const ShardSpec& shard : model_.spec().shards) paths.push_back(shard.path);
     const uint64_t most_bytes = draws_.between(1, 3) * (4 << 20);
-    auto ahead = std::make_shared<ReadAhead>(paths, options, most_bytes);
+    auto ahead = std::make_shared<Preload>(paths, options, most_bytes);
     for (int i = 0; i < 50 && ahead->held_bytes() == 0; ++i) {
       std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
@@ -329,7 +329,7 @@ class Chaos {
       limits_ = before;
       plan = model_.plan(limits_);
     }
-    std::shared_ptr<ReadAhead> ahead = draw_ahead(options);
+    std::shared_ptr<Preload> ahead = draw_ahead(options);
     model_.open(*plan, options, std::make_unique<FaultyDevice>(device_), std::move(ahead));
     start();
   }

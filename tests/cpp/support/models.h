@@ -45,7 +45,7 @@ class ModelBuilder {
     return static_cast<uint32_t>(spec.tensors.size() - 1);
   }
 
-  void unit(const std::string& name, std::vector<uint32_t> tensors, bool exclusive = false) {
+  void unit(const std::string& name, std::vector<uint32_t> tensors, bool encloses_units = false) {
     spec.units.push_back({name, "unit=" + name, std::move(tensors), exclusive});
   }
 };

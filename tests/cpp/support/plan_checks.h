@@ -267,7 +267,7 @@ inline void expect_host_budget_used(const ModelSpec& spec, const Limits& limits,
       std::min(limits.host_bytes - plan.staging_bytes(), limits.cache_bytes.value_or(UINT64_MAX));
   const uint64_t granule = host_granule_bytes(spec);
   for (const Chunk& chunk : plan.chunks) {
-    if (plan.units[chunk.unit].alone) continue;  // read once
+    if (plan.units[chunk.unit].never_evicted) continue;  // read once
     EXPECT_TRUE(chunk.home != Home::kDisk ||
                 most - plan.cache_bytes < align_up(chunk.read_bytes, granule));
   }

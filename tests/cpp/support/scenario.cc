@@ -40,7 +40,7 @@ class ModelDraw {
 
   void draw_unit(uint64_t index) {
     UnitSpec unit{"unit" + std::to_string(index), "layer=" + std::to_string(index), {}, false};
-    unit.exclusive = draws_.one_in(7);
+    unit.encloses_units = draws_.one_in(7);
     const uint64_t tensors = 1 + draws_.below(5) - draws_.one_in(16);
     for (uint64_t t = 0; t < tensors; ++t) {
       const uint64_t known = model_.spec.tensors.size();
@@ -145,7 +145,7 @@ Limits draw_limits(Draws& draws, const ModelSpec& spec) {
     const uint64_t bytes = image_bytes(spec, unit);
     largest = std::max(largest, bytes);
     all += bytes;
-    exclusive += unit.exclusive ? bytes : 0;
+    exclusive += unit.encloses_units ? bytes : 0;
   }
   uint64_t least_chunk = kLeastChunk;
   for (const ShardSpec& shard : spec.shards) {

@@ -15,7 +15,7 @@ StreamedModel::StreamedModel(uint64_t seed, ModelShape shape) {
   for (uint64_t& end : ends) end = 8 + random() % 5000;
   for (uint32_t u = 0; u < shape.units; ++u) {
     UnitSpec unit{"unit" + std::to_string(u), "layer=" + std::to_string(u), {}, false};
-    unit.exclusive = std::ranges::count(shape.exclusive, u) > 0;
+    unit.encloses_units = std::ranges::count(shape.encloses_units, u) > 0;
     const uint32_t shard = u % shape.shards;
     uint64_t unit_bytes = 0;
     for (uint32_t t = 0; t < shape.tensors_per_unit; ++t) {
@@ -62,11 +62,11 @@ StreamedModel::StreamedModel(ModelSpec spec, std::vector<const void*> memory)
 }
 
 Engine& StreamedModel::open(const Plan& plan, EngineOptions options, std::unique_ptr<Device> device,
-                            std::shared_ptr<ReadAhead> ahead) {
+                            std::shared_ptr<Preload> ahead) {
   engine_.reset();
-  Estate estate{.device = std::move(device)};
-  estate.ahead = std::move(ahead);
-  return start(plan, std::move(options), std::move(estate), {});
+  Handoff handoff{.device = std::move(device)};
+  handoff.ahead = std::move(ahead);
+  return start(plan, std::move(options), std::move(handoff), {});
 }
 
 Engine& StreamedModel::resize(const Limits& limits, EngineOptions options) {
@@ -74,7 +74,7 @@ Engine& StreamedModel::resize(const Limits& limits, EngineOptions options) {
   following.kept_cache = engine_->kept_cache();
   const Plan before = engine_->plan();
   const Plan after = make_plan(spec_, following);
-  Estate estate = engine_->hand_over();
+  Handoff handoff = engine_->hand_over();
   engine_.reset();
   const std::vector<std::byte> memory = std::move(device_memory_);
   const std::byte* const homes = homes_;
@@ -87,12 +87,12 @@ Engine& StreamedModel::resize(const Limits& limits, EngineOptions options) {
     const std::byte* const bytes = homes + same->offset;
     stay.emplace_back(block.offset, std::vector<std::byte>(bytes, bytes + same->bytes));
   }
-  start(after, std::move(options), std::move(estate), loaded);
+  start(after, std::move(options), std::move(handoff), loaded);
   for (const auto& [offset, bytes] : stay) std::ranges::copy(bytes, homes_ + offset);
   return *engine_;
 }
 
-Engine& StreamedModel::start(const Plan& plan, EngineOptions options, Estate estate,
+Engine& StreamedModel::start(const Plan& plan, EngineOptions options, Handoff handoff,
                              const std::vector<bool>& loaded) {
   uint64_t homes_end = 0;
   for (const HomeBlock& block : plan.home_blocks) homes_end = block.offset + block.bytes;
@@ -105,7 +105,7 @@ Engine& StreamedModel::start(const Plan& plan, EngineOptions options, Estate est
     homes.push_back({homes_ + plan.home_blocks[i].offset, !loaded.empty() && loaded[i]});
   }
   resident_loaded_ = false;
-  engine_ = std::make_unique<Engine>(spec_, plan, std::move(estate), arena_, std::move(homes),
+  engine_ = std::make_unique<Engine>(spec_, plan, std::move(handoff), arena_, std::move(homes),
                                      memory_, 0, std::move(options));
   return *engine_;
 }

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "engine/engine.h"
-#include "engine/read_ahead.h"
+#include "engine/preload.h"
 #include "plan/planner.h"
 #include "support/temp_file.h"
 
@@ -24,7 +24,7 @@ struct ModelShape {
   uint64_t most_tensor_bytes = 90'000;
   bool in_memory = false;    // the shards lie in RAM
   bool transformed = false;  // every third tensor is to become one of half its size
-  std::vector<uint32_t> exclusive;
+  std::vector<uint32_t> encloses_units;
 };
 
 class StreamedModel {
@@ -43,7 +43,7 @@ class StreamedModel {
   // Opens an engine by a plan; the memory is the model's, and lives on when the engine is closed.
   Engine& open(const Plan& plan, EngineOptions options = {},
                std::unique_ptr<Device> device = make_host_device(),
-               std::shared_ptr<ReadAhead> ahead = nullptr);
+               std::shared_ptr<Preload> ahead = nullptr);
   // Opens an engine by a plan that follows the present one's; it takes over the cache, and the
   // homes whose tensors stay and were loaded. Throws, and changes nothing, where the budgets are
   // too small.
@@ -65,7 +65,7 @@ class StreamedModel {
   std::vector<uint32_t> all_units() const;
 
  private:
-  Engine& start(const Plan& plan, EngineOptions options, Estate estate,
+  Engine& start(const Plan& plan, EngineOptions options, Handoff handoff,
                 const std::vector<bool>& loaded);
   std::string compare(const TensorSpec& tensor, const std::byte* found) const;
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import _engine
 from ..checkpoints.arrival import Arrival
-from ..modules.compiling import never_compiled
+from ..modules.dynamo import never_compiled
 from ..modules.placeholder import StreamedParameter
 from .integrity import UnitCheck
 
@@ -50,7 +50,7 @@ class StreamedUnit:
         self._memory = memory  # the parameters are views of it, and share its version
         self._begin, self._end = place[0], place[0] + place[1]
         self._version = memory._version  # while the unit is there
-        self._taken = 0
+        self._acquired = 0
         _set_version(memory, _ABSENT)
 
     def overlaps(self, other: StreamedUnit) -> bool:
@@ -58,12 +58,12 @@ class StreamedUnit:
         return self is not other and self._begin < other._end and other._begin < self._end
 
     @never_compiled
-    def take(self, stream: int) -> None:
+    def acquire(self, stream: int) -> None:
         loaded = self._engine.acquire(self.index, stream)
-        if self._taken == 0:
+        if self._acquired == 0:
             self._arrive(stream, loaded)
             _set_version(self._memory, self._version)
-        self._taken += 1
+        self._acquired += 1
         for parameters, key, placed, _ in self.swaps:
             parameters[key] = placed
 
@@ -78,9 +78,9 @@ class StreamedUnit:
             raise
 
     @never_compiled
-    def give(self, stream: int) -> None:
-        self._taken -= 1
-        if self._taken == 0:
+    def release(self, stream: int) -> None:
+        self._acquired -= 1
+        if self._acquired == 0:
             self._version = self._memory._version
             _set_version(self._memory, _ABSENT)
             for parameters, key, _, absent in self.swaps:

@@ -17,21 +17,21 @@ from typing import Any
 
 import torch
 
-from .. import _engine
-from ..checkpoints.checkpoint import Checkpoint, CheckpointError
-from ..config import Config, engine_options
-from ..planning.budgets import read_ahead_room
-from ..planning.rates import remembered_way
-from .given import resolve_device
+from . import _engine
+from .checkpoints.checkpoint import Checkpoint, CheckpointError
+from .config import Config, engine_options
+from .planning.budgets import preload_room
+from .planning.rates import remembered_read_method
+from .runtime.request import resolve_device
+from .runtime.trial import Workload, default_workload
 from .stream import StreamedModule
-from .trial import Workload, usual_workload
 
 _log = logging.getLogger("wsm_ext")
 
 _DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _NOT_DOWNLOADED = ["original/*", "consolidated*"]
 # Less is read faster than a thread is worth.
-_LEAST_READ_AHEAD = 256 << 20
+_LEAST_PRELOAD_BYTES = 256 << 20
 
 
 def from_pretrained(
@@ -61,27 +61,27 @@ def from_pretrained(
     folder = resolve_folder(path, revision=revision, local_files_only=local_files_only)
     settings = Config.resolve(config)
     if verify is not None:
-        settings.give("verify", verify)
+        settings.set_argument("verify", verify)
     with _gpu_context(device):
         opened = _open_weights(folder)
-        ahead = None
+        preload = None
         if opened is not None:
-            ahead = _read_ahead(opened.shards, device, host_memory, settings)
+            preload = _preload(opened.shards, device, host_memory, settings)
         try:
-            from .transformers_loader import prepare
+            from .hf.building import prepare
 
             module, checkpoint = prepare(folder, opened, dtype=dtype, auto_class=auto_class)
             # On a CPU the trial would take as long as the forward.
             on_gpu = resolve_device(device).type == "cuda"
             if workload is None and device_memory == "auto" and on_gpu:
-                workload = usual_workload(module)
+                workload = default_workload(module)
             return StreamedModule(
                 *(module, checkpoint, device, device_memory, host_memory, units, workload),
-                *(settings, progress, ahead),
+                *(settings, progress, preload),
             )
         except BaseException:
-            if ahead is not None:
-                ahead.give_up()  # a traceback may be kept for long, and this with it
+            if preload is not None:
+                preload.give_up()  # a traceback may be kept for long, and this with it
             raise
 
 
@@ -120,20 +120,20 @@ def _open_weights(folder: Path) -> Checkpoint | None:
         return None
 
 
-def _read_ahead(
+def _preload(
     files: Sequence[Path], device: str | torch.device | None, host_memory: int | str, config: Config
-) -> _engine.ReadAhead | None:
+) -> _engine.Preload | None:
     """Begins to read the files into host memory; None where that would be for little. What is wrong
     here, those who need it find and tell."""
     try:
         size = sum(file.stat().st_size for file in files)
-        room = read_ahead_room(_is_cpu(device), host_memory)
+        room = preload_room(_is_cpu(device), host_memory)
         # Of a model that is larger than the budget the cache takes all that is to be had.
-        small, large = size < _LEAST_READ_AHEAD, size > room
+        small, large = size < _LEAST_PRELOAD_BYTES, size > room
         if small or large or config.direct == "off" or config.cpu_cache_hwm_layers is not None:
             return None
-        options = engine_options(config, remembered_way(files, config))
-        return _engine.ReadAhead([str(file) for file in files], options, room)
+        options = engine_options(config, remembered_read_method(files, config))
+        return _engine.Preload([str(file) for file in files], options, room)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         _log.debug("nothing is read ahead: %s", error)
         return None

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_map_only
 
-from .arrival import Arrival, Part
-from .checkpoint import Extent, TensorImage
+from ..checkpoints.arrival import Arrival, Part
+from ..checkpoints.checkpoint import Extent, TensorImage
 
 # Every piece is a copy of its own. Many small ones cost more than to transform what arrives whole.
 _MANY_PIECES = 1024

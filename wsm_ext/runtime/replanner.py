@@ -7,37 +7,41 @@ from collections.abc import Sequence
 import torch
 
 from .. import _engine
-from ..config import USUAL_WAY, Way
+from ..config import DEFAULT_READ_METHOD, ReadMethod
 from ..planning.device_memory import DeviceMemory
-from ..planning.plan import Plan
-from ..planning.planner import Budgets, Planned, Planner, streams
+from ..planning.plan import PlanSummary
+from ..planning.planner import Budgets, ModulePlan, Planner, streams
 from ..planning.predict import Prediction, files_of, measuring_matters, predict
 from ..planning.rates import Rates, Sizes, gather
 from ..sizes import format_bytes
-from .given import Given
-from .running import Running
-from .trial import Usual, Workload, activation_bytes
+from .request import StreamRequest
+from .session import Session
+from .trial import DefaultWorkload, Workload, activation_bytes
 
 # Of a device budget that could not be had.
 _LESS = 0.9
 _MOST_TRIES = 12
 
 
-class StreamPlanner:
+class Replanner:
     """Plans for the start and for each resize; `before` is what runs until then.
 
     The machine is measured as soon as that can matter, and once. Raises ValueError
     (CheckpointError) where the checkpoint does not fit the module.
     """
 
-    def __init__(self, given: Given, units: str | Sequence[str], workload: Workload | None) -> None:
-        self._given = given
+    def __init__(
+        self, request: StreamRequest, units: str | Sequence[str], workload: Workload | None
+    ) -> None:
+        self._request = request
         self._activation_bytes: int | None = None
         self._rates: Rates | None = None  # None: nothing was measured
         # What computing is measured at: sizes that the user stated.
-        stated = not (workload is None or callable(workload) or isinstance(workload, Usual))
+        stated = not (
+            workload is None or callable(workload) or isinstance(workload, DefaultWorkload)
+        )
         self._sizes: Sizes | None = workload if stated else None  # type: ignore[assignment]
-        self._planner = Planner(given.module, given.checkpoint, units, given.config)
+        self._planner = Planner(request.module, request.checkpoint, units, request.config)
         self._planner.check()
 
     @property
@@ -46,46 +50,50 @@ class StreamPlanner:
         return self._activation_bytes
 
     @property
-    def way(self) -> Way:
+    def read_method(self) -> ReadMethod:
         """How the disk is read the fastest."""
-        return USUAL_WAY if self._rates is None else self._rates.way
+        return DEFAULT_READ_METHOD if self._rates is None else self._rates.read_method
 
     def try_out(self, workload: Workload) -> None:
         """Find what a forward takes. The module's buffers must be on the device."""
-        given = self._given
+        request = self._request
         try:
             least = self._planner.plan_least()
-            self._activation_bytes = activation_bytes(given.module, least, given.device, workload)
+            self._activation_bytes = activation_bytes(
+                request.module, least, request.device, workload
+            )
         except (ValueError, torch.OutOfMemoryError):
-            if not isinstance(workload, Usual):
+            if not isinstance(workload, DefaultWorkload):
                 raise
 
     def budgets(
         self, device_memory: int | str, host_memory: int | str, held: tuple[int, int]
     ) -> Budgets:
         """`held`: device and host bytes that are taken now and can be used again."""
-        given, activations = self._given, self._activation_bytes
-        return Budgets(given.device, device_memory, host_memory, given.config, activations, held)
+        request, activations = self._request, self._activation_bytes
+        return Budgets(
+            request.device, device_memory, host_memory, request.config, activations, held
+        )
 
     def plan(
         self,
         budgets: Budgets,
-        before: Running | None = None,
-        ahead: _engine.ReadAhead | None = None,
-    ) -> Planned:
-        """Raises ValueError where a budget is too small. What is read `ahead` ends where the disk
+        before: Session | None = None,
+        preload: _engine.Preload | None = None,
+    ) -> ModulePlan:
+        """Raises ValueError where a budget is too small. What is read `preload` ends where the disk
         is measured: that is done alone."""
-        given = self._given
+        request = self._request
         planned = self._plan(budgets, before)
-        if self._rates is not None or not measuring_matters(planned.plan, given.config):
+        if self._rates is not None or not measuring_matters(planned.plan, request.config):
             return planned
-        if ahead is not None:
-            ahead.stop()
+        if preload is not None:
+            preload.stop()
         files = files_of(planned.source)
-        self._rates = gather(given.module, files, given.device, given.config, self._sizes)
+        self._rates = gather(request.module, files, request.device, request.config, self._sizes)
         return self._plan(budgets, before)
 
-    def _plan(self, budgets: Budgets, before: Running | None) -> Planned:
+    def _plan(self, budgets: Budgets, before: Session | None) -> ModulePlan:
         rates_of = None if self._rates is None else self._rates.for_units
         if before is None:
             return self._planner.plan(budgets, rates_of)
@@ -97,14 +105,14 @@ class StreamPlanner:
         self._planner.forget()
 
     def allocate(
-        self, planned: Planned, budgets: Budgets, before: Running | None = None
-    ) -> tuple[Planned, DeviceMemory]:
+        self, planned: ModulePlan, budgets: Budgets, before: Session | None = None
+    ) -> tuple[ModulePlan, DeviceMemory]:
         """The plan and memory for it; a smaller one, and smaller `budgets`, where the device has
         less memory than it said. Takes over memory of `before`, which was stopped.
 
         Raises torch.OutOfMemoryError where there is hardly any.
         """
-        device, asked = self._given.device, budgets.device_bytes
+        device, asked = self._request.device, budgets.device_bytes
         memory = None if before is None else before.memory
         for _ in range(_MOST_TRIES):
             try:
@@ -118,15 +126,15 @@ class StreamPlanner:
                 )
         return planned, DeviceMemory.allocate(planned.plan, planned.source, device)
 
-    def show(self, planned: Planned, budgets: Budgets) -> Plan:
+    def show(self, planned: ModulePlan, budgets: Budgets) -> PlanSummary:
         """The plan as users see it."""
         predicted = self.predict(planned, budgets)
-        plan = Plan(planned.plan, planned.units, planned.source, predicted)
+        plan = PlanSummary(planned.plan, planned.units, planned.source, predicted)
         plan.activation_bytes = self._activation_bytes
         plan.warnings[:0] = planned.warnings
         return plan
 
-    def predict(self, planned: Planned, budgets: Budgets) -> Prediction | None:
+    def predict(self, planned: ModulePlan, budgets: Budgets) -> Prediction | None:
         """None where nothing streams or nothing was measured."""
         if self._rates is None or not streams(planned.plan):
             return None
@@ -135,7 +143,7 @@ class StreamPlanner:
     def expect(self, sizes: Sizes) -> None:
         """From now on, predict for forwards of this size."""
         if self._rates is not None:
-            self._rates = self._rates.at(self._given.module, self._given.device, sizes)
+            self._rates = self._rates.at(self._request.module, self._request.device, sizes)
 
 
 def _first_line(error: BaseException) -> str:

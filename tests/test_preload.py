@@ -18,14 +18,14 @@ import torch
 from surroundings import NotHereError, drop
 from transformers import AutoModelForCausalLM
 
-from wsm_ext import _engine
+from wsm_ext import _engine, pretrained
 from wsm_ext.checkpoints import checkpoint
 from wsm_ext.checkpoints.checkpoint import Checkpoint
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.config import Config
-from wsm_ext.planning.budgets import read_ahead_room
-from wsm_ext.streaming import pretrained, transformers_loader
-from wsm_ext.streaming.pretrained import from_pretrained
+from wsm_ext.hf import building
+from wsm_ext.planning.budgets import preload_room
+from wsm_ext.pretrained import from_pretrained
 
 MIB = 1 << 20
 SHAPE = {"layers": 4, "hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 4, "vocab": 512}
@@ -51,8 +51,8 @@ def expected(folder: Path) -> torch.Tensor:
 @pytest.fixture
 def cold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small as it is, it is worth reading, and there is room until a plan says otherwise."""
-    monkeypatch.setattr(pretrained, "_LEAST_READ_AHEAD", 0)
-    monkeypatch.setattr(pretrained, "read_ahead_room", lambda *_: 1 << 30)
+    monkeypatch.setattr(pretrained, "_LEAST_PRELOAD_BYTES", 0)
+    monkeypatch.setattr(pretrained, "preload_room", lambda *_: 1 << 30)
     try:
         for file in folder.glob("*.safetensors"):
             drop(file)
@@ -65,7 +65,7 @@ def cold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Each one that was begun, and what it held when the model was built."""
     found: list[Any] = []
-    begin, prepare = pretrained._read_ahead, transformers_loader.prepare
+    begin, prepare = pretrained._preload, building.prepare
 
     def begun(*given: Any) -> Any:
         found.append(begin(*given))
@@ -80,8 +80,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(found[-1].held_bytes if found[-1] else None)
         return prepare(*given, **named)
 
-    monkeypatch.setattr(pretrained, "_read_ahead", begun)
-    monkeypatch.setattr(transformers_loader, "prepare", prepared)
+    monkeypatch.setattr(pretrained, "_preload", begun)
+    monkeypatch.setattr(building, "prepare", prepared)
     return found
 
 
@@ -134,17 +134,17 @@ def test_nothing_is_read_ahead_where_it_would_be_for_nothing(
     cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begun(**config: Any) -> Any:
-        return pretrained._read_ahead(shards, "cpu", "auto", Config.resolve(config))
+        return pretrained._preload(shards, "cpu", "auto", Config.resolve(config))
 
     shards = Checkpoint.open(cold).shards
 
-    assert isinstance(begun(), _engine.ReadAhead)
+    assert isinstance(begun(), _engine.Preload)
     assert begun(direct=0) is None
     assert begun(cpu_cache_hwm_layers=3) is None  # a hard limit, which a plan must know
     with monkeypatch.context() as patch:
-        patch.setattr(pretrained, "read_ahead_room", lambda *_: 1 << 20)
+        patch.setattr(pretrained, "preload_room", lambda *_: 1 << 20)
         assert begun() is None
-    monkeypatch.setattr(pretrained, "_LEAST_READ_AHEAD", 1 << 30)
+    monkeypatch.setattr(pretrained, "_LEAST_PRELOAD_BYTES", 1 << 30)
     assert begun() is None
 
 
@@ -171,7 +171,7 @@ class Watched(threading.Thread):
         self.joined.append(self.name)
 
 
-@pytest.mark.parametrize("failing", ["_open_weights", "_read_ahead"])
+@pytest.mark.parametrize("failing", ["_open_weights", "_preload"])
 def test_the_context_is_waited_for_whatever_fails(
     folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -192,9 +192,9 @@ def test_the_context_is_waited_for_whatever_fails(
 
 
 def test_the_room_is_the_budget() -> None:
-    assert read_ahead_room(True, "259MiB") == 3 * MIB
-    assert read_ahead_room(True, "3MiB") == 0
-    assert 0 < read_ahead_room(True, "auto") < read_ahead_room(False, "auto")
-    assert read_ahead_room(False, "1000TiB") <= read_ahead_room(False, "auto") * 1.01
+    assert preload_room(True, "259MiB") == 3 * MIB
+    assert preload_room(True, "3MiB") == 0
+    assert 0 < preload_room(True, "auto") < preload_room(False, "auto")
+    assert preload_room(False, "1000TiB") <= preload_room(False, "auto") * 1.01
     with pytest.raises(ValueError, match="host_memory"):
-        read_ahead_room(False, "much")
+        preload_room(False, "much")

@@ -60,8 +60,8 @@ struct KeptError {
   }
 };
 
-struct Board {
-  Board(std::vector<uint64_t> unit_bytes, uint64_t reach_bytes, uint32_t reach_units)
+struct UnitBoard {
+  UnitBoard(std::vector<uint64_t> unit_bytes, uint64_t reach_bytes, uint32_t reach_units)
       : sequence(std::move(unit_bytes), reach_bytes, reach_units) {}
 
   std::mutex mutex;

@@ -1,7 +1,7 @@
 """Make a transformers model for streaming of its folder.
 
 The module is built with its parameters on the meta device, where they cost nothing, and its buffers
-real. `transformers_names` finds the tensor of each parameter and persistent buffer; what `stream`
+real. `names` finds the tensor of each parameter and persistent buffer; what `stream`
 gets is a Checkpoint under the module's names. No tensor is read here.
 """
 
@@ -24,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.initialization import no_init_weights
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError
-from ..checkpoints.transformers_names import meta_parameter, place
+from .names import meta_parameter, place
 
 _log = logging.getLogger("wsm_ext")
 

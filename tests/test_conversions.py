@@ -16,9 +16,9 @@ from transformers.core_model_loading import (
     Transpose,
 )
 
-from wsm_ext.checkpoints import transforms
 from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, assemble
-from wsm_ext.checkpoints.transforms import cast, convert
+from wsm_ext.hf import conversions
+from wsm_ext.hf.conversions import cast, convert
 from wsm_ext.modules.sources import read_tensor
 
 CONFIG = SimpleNamespace(num_attention_heads=2)
@@ -144,9 +144,9 @@ def test_what_is_more_than_a_few_moves_is_made_on_arrival(tmp_path, name):
 
 def test_small_pieces_are_extents_as_long_as_they_are_few(tmp_path, monkeypatch):
     conversion, tensors = chain([Chunk(1)], ["a"], ["q", "k"]), [random(5, 8)]
-    monkeypatch.setattr(transforms, "_MANY_PIECES", 4)
+    monkeypatch.setattr(conversions, "_MANY_PIECES", 4)
     assert made(tmp_path, conversion, tensors)["q"].arrival is not None
-    monkeypatch.setattr(transforms, "_SMALL_PIECE", 16)
+    monkeypatch.setattr(conversions, "_SMALL_PIECE", 16)
     assert made(tmp_path, conversion, tensors)["q"].arrival is None
 
 

@@ -17,24 +17,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..planning.device_memory import DeviceMemory
-from ..planning.planner import Planned
-from .residency import Residency
+from ..planning.planner import ModulePlan
+from .parameter_swapper import ParameterSwapper
 
 # (sequences, tokens of each), or a function that runs the module as it will be run.
 Workload = tuple[int, int] | Callable[[nn.Module], Any]
 
-_USUAL_TOKENS = 4096
+_DEFAULT_TOKENS = 4096
 
 
-class Usual(tuple[int, int]):
+class DefaultWorkload(tuple[int, int]):
     """A workload that nobody stated: where the trial fails, nothing is said."""
 
 
-def usual_workload(module: nn.Module) -> Usual:
+def default_workload(module: nn.Module) -> DefaultWorkload:
     """One sequence of 4096 tokens, or as long as the transformers model takes."""
     config = module.config.get_text_config()  # type: ignore[operator, union-attr]
-    longest = getattr(config, "max_position_embeddings", None) or _USUAL_TOKENS
-    return Usual((1, min(_USUAL_TOKENS, int(longest))))
+    longest = getattr(config, "max_position_embeddings", None) or _DEFAULT_TOKENS
+    return DefaultWorkload((1, min(_DEFAULT_TOKENS, int(longest))))
 
 
 # Beyond what was in use at once: the allocator cannot fill every hole.
@@ -52,7 +52,7 @@ class _NoEngine:
 
 
 def activation_bytes(
-    module: nn.Module, planned: Planned, device: torch.device, workload: Workload
+    module: nn.Module, planned: ModulePlan, device: torch.device, workload: Workload
 ) -> int:
     """Peak bytes that one forward of the workload allocates on the device, its outputs and the KV
     cache among them.
@@ -62,7 +62,7 @@ def activation_bytes(
     """
     run = _runner(module, device, workload)
     memory = DeviceMemory(torch.zeros(planned.plan.arena_bytes, dtype=torch.uint8, device=device))
-    residency = Residency(
+    swapper = ParameterSwapper(
         module,
         planned.units,
         planned.source,
@@ -80,7 +80,7 @@ def activation_bytes(
     except Exception as error:
         raise ValueError(f"workload: the trial forward failed: {error}") from error
     finally:
-        residency.undo()
+        swapper.undo()
     return int(peak * _FRAGMENTATION)
 
 

@@ -13,20 +13,20 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from .. import _engine
-from ..config import Config
-from ..planning.plan import Plan
-from ..planning.planner import Budgets, Planned
-from ..sizes import format_bytes, parse_bytes
-from .buffers import Buffers
-from .given import CheckpointLike, Given
-from .integrity import Counts
-from .passes import out_of_memory
-from .running import Progress, Running
-from .stream_planner import StreamPlanner
-from .timeline import Names
-from .trace import Tracing, usual_events
-from .trial import Workload
+from . import _engine
+from .config import Config
+from .planning.plan import PlanSummary
+from .planning.planner import Budgets, ModulePlan
+from .runtime.buffers import Buffers
+from .runtime.integrity import Counts
+from .runtime.passes import out_of_memory
+from .runtime.replanner import Replanner
+from .runtime.request import CheckpointLike, StreamRequest
+from .runtime.session import Progress, Session
+from .runtime.timeline import Names
+from .runtime.trace import Tracing, usual_events
+from .runtime.trial import Workload
+from .sizes import format_bytes, parse_bytes
 
 
 def stream(
@@ -72,7 +72,7 @@ def stream(
     """
     settings = Config.resolve(config)
     if verify is not None:
-        settings.give("verify", verify)
+        settings.set_argument("verify", verify)
     return StreamedModule(
         module, checkpoint, device, device_memory, host_memory, units, workload, settings, progress
     )
@@ -96,9 +96,9 @@ class StreamedModule(nn.Module):
         workload: Workload | None,
         config: Config | Mapping[str, Any] | None,
         progress: Progress | None,
-        ahead: _engine.ReadAhead | None = None,
+        preload: _engine.Preload | None = None,
     ) -> None:
-        """`ahead`: what is read of the checkpoint meanwhile."""
+        """`preload`: what is read of the checkpoint meanwhile."""
         super().__init__()
         if isinstance(module, StreamedModule) or hasattr(module, "_wsm_streamed"):
             raise ValueError("the module is streamed already: close() it first")
@@ -107,7 +107,7 @@ class StreamedModule(nn.Module):
                 "the module was made by torch.compile, which renames its weights: stream the module"
                 " itself, and compile it, or its layers, afterwards"
             )
-        self._running: Running | None = None  # from when everything stands, until it is closed
+        self._session: Session | None = None  # from when everything stands, until it is closed
         self._closing = threading.RLock()
         self._tracing: Tracing | None = None
         self._final_stats: dict[str, Any] = {}
@@ -115,18 +115,18 @@ class StreamedModule(nn.Module):
         self._carried: dict[str, Any] = {}
         self.module = module
         self._asked: tuple[int | str, int | str] = (device_memory, host_memory)
-        self._given = Given.of(module, checkpoint, device, config)
-        self._planner = StreamPlanner(self._given, units, workload)
+        self._request = StreamRequest.of(module, checkpoint, device, config)
+        self._planner = Replanner(self._request, units, workload)
         self._moved_buffers = Buffers(
-            module, self._given.checkpoint, self._given.device, self._given.checker
+            module, self._request.checkpoint, self._request.device, self._request.checker
         )
         try:
             if workload is not None:
                 self._planner.try_out(workload)
-            held = (0, 0 if ahead is None else ahead.held_bytes)
+            held = (0, 0 if preload is None else preload.held_bytes)
             budgets = self._planner.budgets(*self._asked, held)
-            planned = self._planner.plan(budgets, ahead=ahead)
-            self._start(planned, budgets, progress, ahead=ahead)
+            planned = self._planner.plan(budgets, preload=preload)
+            self._start(planned, budgets, progress, preload=preload)
         except BaseException:
             self._moved_buffers.restore()
             raise
@@ -137,32 +137,32 @@ class StreamedModule(nn.Module):
 
     def _start(
         self,
-        planned: Planned,
+        planned: ModulePlan,
         budgets: Budgets,
         progress: Progress | None,
-        before: Running | None = None,
-        ahead: _engine.ReadAhead | None = None,
+        before: Session | None = None,
+        preload: _engine.Preload | None = None,
     ) -> None:
         planned, memory = self._planner.allocate(planned, budgets, before)
         self._planned, self._budgets = planned.plan, budgets
         self._plan = self._planner.show(planned, budgets)
-        self._running = Running(
-            self._given, planned, memory, self._planner.way, progress, before, ahead
+        self._session = Session(
+            self._request, planned, memory, self._planner.read_method, progress, before, preload
         )
 
-    def _now(self) -> Running:
-        if self._running is None:
+    def _now(self) -> Session:
+        if self._session is None:
             raise RuntimeError("the streamed module is closed")
-        return self._running
+        return self._session
 
     @contextmanager
-    def _between_passes(self) -> Iterator[Running]:
+    def _between_passes(self) -> Iterator[Session]:
         """What runs when no other thread is in a pass any more: that thread may have resized."""
         while True:
-            running = self._now()
-            with running.residency.passes.between():
-                if running is self._running:
-                    yield running
+            session = self._now()
+            with session.swapper.passes.between():
+                if session is self._session:
+                    yield session
                     return
 
     # -- other budgets -----------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class StreamedModule(nn.Module):
         host_memory: int | str | None,
         progress: Progress | None,
     ) -> None:
-        if self._now().residency.passes.inside():
+        if self._now().swapper.passes.inside():
             raise RuntimeError("resize() is for between passes, not inside a forward")
         if self._tracing is not None:
             raise RuntimeError("resize() is not for inside a trace: end the trace first")
@@ -211,28 +211,28 @@ class StreamedModule(nn.Module):
             self._asked[0] if device_memory is None else device_memory,
             self._asked[1] if host_memory is None else host_memory,
         )
-        with self._between_passes() as running:
-            budgets = self._planner.budgets(*asked, running.memory_held())
-            planned = self._planner.plan(budgets, running)  # may refuse
+        with self._between_passes() as session:
+            budgets = self._planner.budgets(*asked, session.memory_held())
+            planned = self._planner.plan(budgets, session)  # may refuse
             self._final_stats = self.stats()  # should what follows fail
-            self._carried_passes += running.engine.passes
-            self._carried = _add(self._carried, running.engine.totals())
+            self._carried_passes += session.engine.passes
+            self._carried = _add(self._carried, session.engine.totals())
             try:
-                self._restart(running, planned, budgets, progress)
+                self._restart(session, planned, budgets, progress)
             except BaseException:
-                self._end(running)
+                self._end(session)
                 raise
             self._asked = asked
         for text in self._plan.warnings:
             warnings.warn(text, stacklevel=3)
 
     def _restart(
-        self, before: Running, planned: Planned, budgets: Budgets, progress: Progress | None
+        self, before: Session, planned: ModulePlan, budgets: Budgets, progress: Progress | None
     ) -> None:
-        before.give_back_owned()
+        before.restore_ram_parameters()
         before.stop()
         if before.in_ram:  # nothing is taken over, and the module's parameters are others now
-            before.memory.clear(self._given.device)
+            before.memory.clear(self._request.device)
             self._planner.forget()
             planned = self._planner.plan(budgets, before)
         self._start(planned, budgets, progress, before)
@@ -240,10 +240,10 @@ class StreamedModule(nn.Module):
     # -- the surface -------------------------------------------------------------------------------
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> PlanSummary:
         """Where every byte lives, what a pass should take, and what the passes until now took."""
-        if self._running is not None:
-            self._plan.update(self._running.engine.steady_passes())
+        if self._session is not None:
+            self._plan.update(self._session.engine.steady_passes())
         return self._plan
 
     def expect(self, sequences: int, tokens: int) -> None:
@@ -265,10 +265,10 @@ class StreamedModule(nn.Module):
         `disk_read_bytes`, which includes alignment. `stall_seconds` says how long the forward
         waited: `disk` and `arena` on the host, `h2d` on the device.
         """
-        running = self._running
-        if running is None:
+        session = self._session
+        if session is None:
             return dict(self._final_stats)
-        engine, checker = running.engine, self._given.checker
+        engine, checker = session.engine, self._request.checker
         self._plan.update(engine.steady_passes())
         host_bytes, pinned_bytes, host_peak_bytes = engine.memory()
         device_bytes = self._planned.device_bytes
@@ -303,7 +303,7 @@ class StreamedModule(nn.Module):
         Raises RuntimeError where the module is closed, or traced already; OSError or ValueError
         where the file cannot be written.
         """
-        running = self._now()
+        session = self._now()
         if self._tracing is not None:
             raise RuntimeError("a trace of this streamed module is being taken: end it first")
         if not self._plan.streams:
@@ -312,12 +312,12 @@ class StreamedModule(nn.Module):
             )
         names = Names(
             [unit.name for unit in self._plan.units],
-            [os.path.basename(shard[0]) for shard in running.planned.source.shards],
+            [os.path.basename(shard[0]) for shard in session.planned.source.shards],
         )
-        stream, device = running.current_stream(), str(self._given.device)
+        stream, device = session.current_stream(), str(self._request.device)
         if most_events is None:
             most_events = usual_events(self._planned.chunk_count, len(self._plan.units))
-        self._tracing = Tracing(running.engine, stream, path, names, device, most_events)
+        self._tracing = Tracing(session.engine, stream, path, names, device, most_events)
         try:
             yield
         except BaseException:
@@ -336,7 +336,7 @@ class StreamedModule(nn.Module):
 
         Raises KeyError where there is no such parameter.
         """
-        return self._now().residency.fetch(name)
+        return self._now().swapper.fetch(name)
 
     def close(self) -> None:
         """Wait for what is under way, restore the module, and free all memory. Idempotent.
@@ -345,34 +345,34 @@ class StreamedModule(nn.Module):
 
         Raises RuntimeError in the middle of a forward of the calling thread.
         """
-        running = self._running
-        if running is None:
+        session = self._session
+        if session is None:
             return
-        if not running.engine.closed and running.residency.passes.inside():
+        if not session.engine.closed and session.swapper.passes.inside():
             raise RuntimeError(
                 "close() is for between passes, not inside a forward: let it return, or raise out"
                 " of it, first"
             )
         with self._closing:  # one of several threads does it
-            if self._running is not None:
-                self._close(self._running)
+            if self._session is not None:
+                self._close(self._session)
 
-    def _close(self, running: Running) -> None:
+    def _close(self, session: Session) -> None:
         try:
-            if not running.engine.closed:
+            if not session.engine.closed:
                 try:
                     self._end_trace()
                 finally:  # the module's own weights may be nowhere else
-                    running.give_back_owned()
+                    session.restore_ram_parameters()
                     self._final_stats = self.stats()
         finally:
-            self._end(running)
+            self._end(session)
 
-    def _end(self, running: Running) -> None:
-        if self._running is None:  # a signal's handler has closed it
+    def _end(self, session: Session) -> None:
+        if self._session is None:  # a signal's handler has closed it
             return
-        self._running = None
-        running.stop()
+        self._session = None
+        session.stop()
         self._moved_buffers.restore()
         object.__delattr__(self.module, "_wsm_streamed")
 
@@ -408,7 +408,7 @@ class StreamedModule(nn.Module):
         self.close()
 
     def __del__(self) -> None:
-        if self.__dict__.get("_running") is not None:
+        if self.__dict__.get("_session") is not None:
             self.close()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -427,7 +427,7 @@ class StreamedModule(nn.Module):
         return self.module.named_buffers(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        if self._running is None:
+        if self._session is None:
             return self.module.state_dict(*args, **kwargs)
         raise RuntimeError(
             "a streamed module's weights are in its checkpoint; use fetch(name) for one of them, or"
@@ -435,7 +435,7 @@ class StreamedModule(nn.Module):
         )
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        if self._running is None:
+        if self._session is None:
             return self.module.load_state_dict(*args, **kwargs)
         raise RuntimeError(
             "a streamed module's weights are those of its checkpoint: close() it, and stream it"

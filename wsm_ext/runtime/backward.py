@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from ..modules.compiling import never_compiled
-from ..modules.tensors import tensors_in
+from ..modules.dynamo import never_compiled
+from ..modules.tensor_tree import tensors_in
 from .passes import Passes, current_task
 from .streamed_unit import StreamedUnit
 
@@ -184,12 +184,12 @@ class Backward:
 
     def _hold(self, unit: int) -> None:
         stream = self._current_stream()
-        self._units[unit].take(stream)
+        self._units[unit].acquire(stream)
         self._held[unit] = stream
 
     def _let_go(self, unit: int) -> None:
         # On the stream of its nodes: the end of a backward may run on another one.
-        self._units[unit].give(self._held.pop(unit))
+        self._units[unit].release(self._held.pop(unit))
 
 
 class _End:

@@ -1,7 +1,7 @@
 // Reads the beginning of a checkpoint's files into memory while nobody can say yet what of it is
 // wanted where: Python imports transformers and builds the module meanwhile, which takes seconds.
 //
-//   ReadAhead ahead(paths, options, most_bytes);  a thread reads, file after file
+//   Preload ahead(paths, options, most_bytes);  a thread reads, file after file
 //   ahead.stop();                                 what has arrived stays
 //   ahead.settle(shards, plan, most_bytes);       what the plan does not need is given back
 //   Shard* shard = ahead.find(chunk);             the conductor, before it asks the disk
@@ -34,13 +34,13 @@
 
 namespace wsm {
 
-class ReadAhead {
+class Preload {
  public:
   // `most_bytes`: of memory, rounded down to whole spans. Throws Error where no thread can be had.
-  ReadAhead(std::vector<std::string> paths, const EngineOptions& options, uint64_t most_bytes);
-  ~ReadAhead();
-  ReadAhead(const ReadAhead&) = delete;
-  ReadAhead& operator=(const ReadAhead&) = delete;
+  Preload(std::vector<std::string> paths, const EngineOptions& options, uint64_t most_bytes);
+  ~Preload();
+  Preload(const Preload&) = delete;
+  Preload& operator=(const Preload&) = delete;
 
   uint64_t held_bytes() const;  // any thread: memory that is taken by what has arrived
   void stop();                  // idempotent

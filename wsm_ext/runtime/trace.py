@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from .. import _engine
-from ..whole_file import write_whole
+from ..atomic_write import write_atomically
 from .timeline import Names, document
 
 _LEAST_EVENTS, _MOST_EVENTS = 1 << 15, 1 << 19
@@ -44,7 +44,7 @@ class Tracing:
         """Waits until the device has come to the end of what was traced."""
         timeline = self._engine.stop_trace()
         content = document(timeline, self._names, self._device)
-        write_whole(self._path, json.dumps(content) + "\n")
+        write_atomically(self._path, json.dumps(content) + "\n")
         if timeline.dropped:
             warnings.warn(
                 f"the trace was full after {timeline.full_ns * 1e-9:.3f} s: {timeline.dropped}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from .. import _engine
-from ..modules.compiling import never_compiled
+from ..modules.dynamo import never_compiled
 
 
 def current_task() -> int:
@@ -50,22 +50,22 @@ class Passes:
     @contextmanager
     def between(self) -> Iterator[None]:
         """Held while no other thread is in a pass."""
-        self._take_turn()
+        self._acquire_turn()
         try:
             yield
         finally:
-            self._give_turn()
+            self._release_turn()
 
     @never_compiled
     def enter(self, task: int | None = None) -> None:
         """`task`: the backward that begins; it stays inside until it leaves."""
-        self._take_turn()
+        self._acquire_turn()
         try:
             if self.depth == 0:
                 self._engine.begin_pass(self._stream())
             self.depth += 1
         except BaseException:
-            self._give_turn()
+            self._release_turn()
             raise
         if task is not None:
             self._tasks.add(task)
@@ -79,7 +79,7 @@ class Passes:
             if self.depth == 0:
                 self._engine.end_pass(self._stream())
         finally:
-            self._give_turn()
+            self._release_turn()
 
     def explain(self, error: torch.OutOfMemoryError) -> None:
         """Out of the outermost forward: says what can be done when device memory runs out."""
@@ -95,7 +95,7 @@ class Passes:
             return True
         return bool(self._tasks) and current_task() in self._tasks
 
-    def _take_turn(self) -> None:
+    def _acquire_turn(self) -> None:
         if os.getpid() != self._process:  # a forked child has not the thread whose turn it was
             self._turn, self._process = threading.Lock(), os.getpid()
             self._owner, self._turns = None, 0
@@ -109,7 +109,7 @@ class Passes:
             self._owner = threading.get_ident()
         self._turns += 1
 
-    def _give_turn(self) -> None:
+    def _release_turn(self) -> None:
         self._turns -= 1
         if self._turns == 0:
             self._owner = None

@@ -2,7 +2,7 @@
 
 The order is that of `PreTrainedModel.from_pretrained`: rename, convert, tie, then judge what is
 missing and surplus, shapes and dtypes. Conversions (fused experts, transposes) are transformers'
-own operations, run by `transforms`.
+own operations, run by `conversions`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .checkpoint import Checkpoint, CheckpointError, TensorImage
-from .transforms import cast, convert
+from ..checkpoints.checkpoint import Checkpoint, CheckpointError, TensorImage
+from .conversions import cast, convert
 
 _log = logging.getLogger("wsm_ext")
 

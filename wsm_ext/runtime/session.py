@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 
 from .. import _engine
-from ..config import Way, engine_options
+from ..config import ReadMethod, engine_options
 from ..modules.units import Unit
 from ..planning.device_memory import DeviceMemory
-from ..planning.planner import Planned
-from .given import Given
-from .residency import Residency, stream_getter
+from ..planning.planner import ModulePlan
+from .parameter_swapper import ParameterSwapper, stream_getter
+from .request import StreamRequest
 
 Progress = Callable[[int, int], None]
 
@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 _PATIENCE = 20
 
 
-class Running:
+class Session:
     """Runs from the constructor, which loads what stays, to `stop`. Another one may run after it,
     and take over what this one has loaded.
 
@@ -30,32 +30,32 @@ class Running:
 
     def __init__(
         self,
-        given: Given,
-        planned: Planned,
+        request: StreamRequest,
+        planned: ModulePlan,
         memory: DeviceMemory,
-        way: Way,
+        read_method: ReadMethod,
         progress: Progress | None = None,
-        before: Running | None = None,
-        ahead: _engine.ReadAhead | None = None,
+        before: Session | None = None,
+        preload: _engine.Preload | None = None,
     ) -> None:
-        """`before`: what was stopped. `ahead`: what is read of the checkpoint meanwhile."""
+        """`before`: what was stopped. `preload`: what is read of the checkpoint meanwhile."""
         self.planned = planned
         self.memory = memory
-        self._device = given.device
-        self.current_stream = stream_getter(given.device)
+        self._device = request.device
+        self.current_stream = stream_getter(request.device)
         plan, source = planned.plan, planned.source
         arena, homes = memory.addresses()
-        images = [] if given.checker is None else given.checker.images_of(source)
+        images = [] if request.checker is None else request.checker.images_of(source)
         self.engine: _engine.Engine = _engine.Engine(
             plan,
-            -1 if given.device.type == "cpu" else given.device.index,
+            -1 if request.device.type == "cpu" else request.device.index,
             arena,
             homes,
             source.memory,
             self.current_stream(),
-            engine_options(given.config, way),
+            engine_options(request.config, read_method),
             None if before is None or before.in_ram else before.engine,
-            ahead,
+            preload,
         )
         # Before torch and the driver are torn down, should nobody stop it.
         self._finalizer = weakref.finalize(self, self.engine.close)
@@ -63,16 +63,16 @@ class Running:
             self.engine.load_resident(self.current_stream(), self._progress_of(progress))
             if progress is not None:
                 progress(plan.device_home_bytes, plan.device_home_bytes)
-            self.residency = Residency(
-                given.module,
+            self.swapper = ParameterSwapper(
+                request.module,
                 planned.units,
                 source,
                 plan,
                 self.engine,
-                given.device,
+                request.device,
                 memory,
-                _PATIENCE * given.config.read_timeout_s,
-                given.checker,
+                _PATIENCE * request.config.read_timeout_s,
+                request.checker,
                 images,
             )
         except BaseException:
@@ -84,7 +84,7 @@ class Running:
                 self._move_from_ram()
             except BaseException:
                 try:
-                    self.give_back_owned()
+                    self.restore_ram_parameters()
                 finally:
                     self.stop()
                 raise
@@ -103,12 +103,12 @@ class Running:
         in between."""
         return None if self.in_ram else self.engine.kept_cache()
 
-    def give_back_owned(self) -> None:
+    def restore_ram_parameters(self) -> None:
         """Put back what the module held in RAM: every tensor that can be, even when one cannot."""
         failed: list[str] = []
-        for owned in self.planned.source.owned.values():
+        for owned in self.planned.source.ram_parameters.values():
             try:
-                owned.put_back(self.residency.fetch_host)
+                owned.put_back(self.swapper.fetch_host)
             except Exception as error:
                 failed.append(f"{owned.name}: {error}")
         if failed:
@@ -122,8 +122,8 @@ class Running:
         self.engine.close()  # what it loads ahead must not reach memory that is freed now
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # nor may a forward read it
-        with self.residency.passes.between():
-            self.residency.undo()
+        with self.swapper.passes.between():
+            self.swapper.undo()
         self._finalizer.detach()
 
     def _progress_of(self, progress: Progress | None) -> Callable[[], None] | None:
@@ -141,7 +141,7 @@ class Running:
         current = self.current_stream()
         needed = plan.shards_on_disk()
         last_use: dict[int, list[int]] = {}
-        for shard in source.owned:
+        for shard in source.ram_parameters:
             users = [i for i, unit in enumerate(units) if self._uses(unit, shard)]
             last_use.setdefault(max(users), []).append(shard)
         for index in range(len(units)):
@@ -150,7 +150,7 @@ class Running:
                 self.engine.release(index, current)
             for shard in last_use.get(index, []):
                 if shard not in needed:
-                    source.owned[shard].let_go()
+                    source.ram_parameters[shard].let_go()
 
     def _uses(self, unit: Unit, shard: int) -> bool:
         # Each shard in RAM is one tensor, of the same index.

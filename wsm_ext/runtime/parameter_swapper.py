@@ -18,10 +18,10 @@ from torch import nn
 
 from .. import _engine
 from ..checkpoints.arrival import Arrival
-from ..modules.compiling import between_graphs, break_graph, never_compiled
+from ..modules.dynamo import between_graphs, break_graph, never_compiled
 from ..modules.placeholder import StreamedParameter
 from ..modules.sources import Source, live, unit_tensors
-from ..modules.tensors import map_tensors, tensors_in
+from ..modules.tensor_tree import map_tensors, tensors_in
 from ..modules.units import Unit
 from ..planning.device_memory import DeviceMemory
 from .backward import Backward
@@ -30,7 +30,7 @@ from .passes import Passes, current_task
 from .streamed_unit import Arriving, StreamedUnit, Swap
 
 
-class Residency:
+class ParameterSwapper:
     """Wraps a module's forwards and swaps its parameters, until `undo`."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Residency:
         module: nn.Module,
         units: list[Unit],
         source: Source,
-        planned: _engine.PlannedModel,
+        planned: _engine.Plan,
         engine: _engine.Engine,
         device: torch.device,
         memory: DeviceMemory,
@@ -231,7 +231,7 @@ class Residency:
         if self._lingering is not None and unit.overlaps(self._streamed[self._lingering[0]]):
             self._end_lingering()
         stream = self._current_stream()
-        unit.take(stream)
+        unit.acquire(stream)
         self._lent.append(index)
         try:
             yield parameter
@@ -262,7 +262,7 @@ class Residency:
     def _end_lingering(self) -> None:
         if self._lingering is not None:
             (index, stream), self._lingering = self._lingering, None
-            self._streamed[index].give(stream)
+            self._streamed[index].release(stream)
 
     @never_compiled
     def _leave(self) -> None:
@@ -325,7 +325,7 @@ class Residency:
                     backward.join()
                     backward.before_forward(index)
                 stream = current_stream()
-                streamed.take(stream)
+                streamed.acquire(stream)
                 active.append(index)
                 try:
                     result = self.own(forward(*args, **kwargs))
@@ -336,7 +336,7 @@ class Residency:
                     active.pop()
                     if backward.under_way:
                         backward.keep(index)
-                    streamed.give(stream)
+                    streamed.release(stream)
                     backward.resume(active)
             finally:
                 self._leave()

@@ -21,7 +21,7 @@ CheckpointLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Che
 
 
 @dataclass(frozen=True)
-class Given:
+class StreamRequest:
     """A module, and what stays the same as long as it streams."""
 
     module: nn.Module
@@ -36,14 +36,14 @@ class Given:
         checkpoint: CheckpointLike | None,
         device: str | torch.device | None,
         config: Config | Mapping[str, Any] | None,
-    ) -> Given:
+    ) -> StreamRequest:
         """Opens the checkpoint, and the file of hashes. Raises ValueError (CheckpointError) where
         something is wrong, EngineError where there is no such device."""
         chosen, settings = resolve_device(device), Config.resolve(config)
         opened = _open(checkpoint)
         if opened is not None:
             sources.check_surplus(module, opened)
-        return Given(module, opened, chosen, settings, _checker(opened, settings))
+        return StreamRequest(module, opened, chosen, settings, _checker(opened, settings))
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -1,4 +1,4 @@
-#include "engine/read_ahead.h"
+#include "engine/preload.h"
 
 #include <poll.h>
 #include <unistd.h>
@@ -25,12 +25,12 @@ constexpr int kPollMs = 10;
 
 }  // namespace
 
-struct ReadAhead::Span {
+struct Preload::Span {
   bool held = false;
   uint32_t users = 0;  // chunks that have not been read from it yet
 };
 
-struct ReadAhead::File {
+struct Preload::File {
   std::unique_ptr<Shard> shard;  // closed once it was read: it still tells which file it was
   std::unique_ptr<MappedMemory> memory;  // of its beginning, as far as there is room
   std::unique_ptr<Shard> held_shard;     // the same memory, as what it is read from
@@ -43,7 +43,7 @@ struct ReadAhead::File {
 };
 
 // What the thread works with: its own until `over`.
-struct ReadAhead::Reading {
+struct Preload::Reading {
   std::vector<std::string> paths;
   EngineOptions options;
   uint64_t room_spans = 0;  // that may still be mapped
@@ -77,7 +77,7 @@ struct ReadAhead::Reading {
   bool failed_ = false;
 };
 
-void ReadAhead::Reading::run() {
+void Preload::Reading::run() {
   try {
     read_all();
   } catch (const std::exception&) {
@@ -93,7 +93,7 @@ void ReadAhead::Reading::run() {
   changed.notify_all();
 }
 
-void ReadAhead::Reading::read_all() {
+void Preload::Reading::read_all() {
   bool more = true;
   while (more || in_flight_ > 0) {
     more = more && !failed_ && !asked_to_stop();
@@ -108,7 +108,7 @@ void ReadAhead::Reading::read_all() {
 }
 
 // The next file that direct reads can read; false when there is none, or no room.
-bool ReadAhead::Reading::open_next() {
+bool Preload::Reading::open_next() {
   while (path_ < paths.size() && room_spans > 0) {
     File file;
     file.shard = Shard::open(paths[path_++], options.direct);
@@ -131,7 +131,7 @@ bool ReadAhead::Reading::open_next() {
 }
 
 // The next span of the last file, or of the one after it, that is not in the page cache.
-bool ReadAhead::Reading::next(uint32_t* span) {
+bool Preload::Reading::next(uint32_t* span) {
   while (!asked_to_stop()) {
     if (files.empty() || span_ == files.back().spans.size()) {
       if (!files.empty() && files.back().flying == 0) files.back().shard->close();
@@ -146,7 +146,7 @@ bool ReadAhead::Reading::next(uint32_t* span) {
   return false;
 }
 
-bool ReadAhead::Reading::submit_next() {
+bool Preload::Reading::submit_next() {
   uint32_t span = 0;
   if (!next(&span)) return false;
   File& file = files.back();
@@ -165,7 +165,7 @@ bool ReadAhead::Reading::submit_next() {
   return true;
 }
 
-bool ReadAhead::Reading::reap() {
+bool Preload::Reading::reap() {
   std::array<ReadCompletion, kInFlight> done;
   const size_t count = reader_->poll(done);
   for (size_t i = 0; i < count; ++i) {
@@ -183,8 +183,7 @@ bool ReadAhead::Reading::reap() {
   return count > 0;
 }
 
-ReadAhead::ReadAhead(std::vector<std::string> paths, const EngineOptions& options,
-                     uint64_t most_bytes)
+Preload::Preload(std::vector<std::string> paths, const EngineOptions& options, uint64_t most_bytes)
     : reading_(std::make_shared<Reading>()),
       timeout_s_(options.read_timeout_s),
       process_(::getpid()) {
@@ -194,9 +193,9 @@ ReadAhead::ReadAhead(std::vector<std::string> paths, const EngineOptions& option
   thread_ = start_thread("wsm-ahead", "reading ahead", [reading = reading_] { reading->run(); });
 }
 
-ReadAhead::~ReadAhead() { stop(); }
+Preload::~Preload() { stop(); }
 
-void ReadAhead::stop() {
+void Preload::stop() {
   if (::getpid() != process_) {
     // The threads are the parent's, and would be waited for: nothing of it is touched.
     if (reading_) new std::pair(std::move(reading_), std::move(thread_));
@@ -225,16 +224,16 @@ void ReadAhead::stop() {
   reading_.reset();
 }
 
-void ReadAhead::give_up() {
+void Preload::give_up() {
   stop();
   reading_.reset();
   places_.clear();
 }
 
-uint64_t ReadAhead::held_bytes() const { return reading_ ? reading_->held_bytes.load() : 0; }
+uint64_t Preload::held_bytes() const { return reading_ ? reading_->held_bytes.load() : 0; }
 
-void ReadAhead::settle(const std::vector<std::unique_ptr<Shard>>& shards, const Plan& plan,
-                       uint64_t most_bytes) {
+void Preload::settle(const std::vector<std::unique_ptr<Shard>>& shards, const Plan& plan,
+                     uint64_t most_bytes) {
   stop();
   places_.assign(plan.chunks.size(), {});
   if (!reading_) return;
@@ -271,15 +270,15 @@ void ReadAhead::settle(const std::vector<std::unique_ptr<Shard>>& shards, const 
   }
 }
 
-Shard* ReadAhead::find(uint32_t chunk) const {
+Shard* Preload::find(uint32_t chunk) const {
   const Place& place = places_[chunk];
   if (place.file == kNone || place.taken) return nullptr;
   return reading_->files[place.file].held_shard.get();
 }
 
-void ReadAhead::take(uint32_t chunk) { places_[chunk].taken = true; }
+void Preload::take(uint32_t chunk) { places_[chunk].taken = true; }
 
-void ReadAhead::used(uint32_t chunk) {
+void Preload::used(uint32_t chunk) {
   const Place& place = places_[chunk];
   File& file = reading_->files[place.file];
   for (uint32_t s = place.first_span; s < place.end_span; ++s) {
@@ -287,7 +286,7 @@ void ReadAhead::used(uint32_t chunk) {
   }
 }
 
-void ReadAhead::give_back(File& file, uint32_t span) {
+void Preload::give_back(File& file, uint32_t span) {
   if (!std::exchange(file.spans[span].held, false)) return;
   file.memory->give_back(span * kSpanBytes, kSpanBytes);
   reading_->held_bytes -= kSpanBytes;

@@ -1,4 +1,4 @@
-#include "engine/read_ahead.h"
+#include "engine/preload.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -31,7 +31,7 @@ constexpr ModelShape kShape{.units = 14,
                             .least_tensor_bytes = 700'000,
                             .most_tensor_bytes = 1'400'000,
                             .in_memory = false,
-                            .exclusive = {}};
+                            .encloses_units = {}};
 
 void make_cold(const std::string& path) {
   Shard::open(path, DirectMode::kOff)->drop_from_page_cache(0, UINT64_MAX / 2);
@@ -50,10 +50,10 @@ uint64_t spans_bytes(const StreamedModel& model) {
 }
 
 // Reads until so much is held, and stops.
-std::shared_ptr<ReadAhead> read(const std::vector<std::string>& paths, uint64_t most_bytes,
-                                uint64_t wait_bytes, EngineOptions options = {}) {
+std::shared_ptr<Preload> read(const std::vector<std::string>& paths, uint64_t most_bytes,
+                              uint64_t wait_bytes, EngineOptions options = {}) {
   for (const std::string& path : paths) make_cold(path);
-  auto ahead = std::make_shared<ReadAhead>(paths, options, most_bytes);
+  auto ahead = std::make_shared<Preload>(paths, options, most_bytes);
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   while (ahead->held_bytes() < wait_bytes && std::chrono::steady_clock::now() < deadline) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -104,7 +104,7 @@ EngineOptions with_direct_reader() {
 
 uint64_t planned_host_bytes(const Plan& plan) { return plan.cache_bytes + plan.staging_bytes(); }
 
-TEST(ReadAhead, WhatItHoldsIsNotReadAgain) {
+TEST(Preload, WhatItHoldsIsNotReadAgain) {
   StreamedModel model(1, kShape);
   if (no_direct_reads(model)) GTEST_SKIP() << "no direct reads here";
   const auto ahead = read(paths_of(model), kAll, spans_bytes(model));
@@ -125,7 +125,7 @@ TEST(ReadAhead, WhatItHoldsIsNotReadAgain) {
   }
 }
 
-TEST(ReadAhead, TheRestComesFromTheDisk) {
+TEST(Preload, TheRestComesFromTheDisk) {
   StreamedModel model(2, kShape);
   if (no_direct_reads(model)) GTEST_SKIP() << "no direct reads here";
   for (const uint64_t spans : {1, 3}) {
@@ -142,7 +142,7 @@ TEST(ReadAhead, TheRestComesFromTheDisk) {
   }
 }
 
-TEST(ReadAhead, TheBudgetHoldsBothItAndThePlan) {
+TEST(Preload, TheBudgetHoldsBothItAndThePlan) {
   StreamedModel model(3, kShape);
   if (no_direct_reads(model)) GTEST_SKIP() << "no direct reads here";
   for (const uint64_t room : {uint64_t{0}, kSpan, 3 * kSpan}) {
@@ -160,7 +160,7 @@ TEST(ReadAhead, TheBudgetHoldsBothItAndThePlan) {
   }
 }
 
-TEST(ReadAhead, UnitsThatAPassLeavesOutKeepNothing) {
+TEST(Preload, UnitsThatAPassLeavesOutKeepNothing) {
   StreamedModel model(4, kShape);
   if (no_direct_reads(model)) GTEST_SKIP() << "no direct reads here";
   const auto ahead = read(paths_of(model), kAll, spans_bytes(model));
@@ -179,7 +179,7 @@ TEST(ReadAhead, UnitsThatAPassLeavesOutKeepNothing) {
   EXPECT_EQ(model.pass(model.all_units()), "");
 }
 
-TEST(ReadAhead, AFileThatWasReplacedIsReadAnew) {
+TEST(Preload, AFileThatWasReplacedIsReadAnew) {
   StreamedModel model(5, kShape);
   if (no_direct_reads(model)) GTEST_SKIP() << "no direct reads here";
   const std::string path = model.shard_path(0);
@@ -195,35 +195,35 @@ TEST(ReadAhead, AFileThatWasReplacedIsReadAnew) {
   EXPECT_EQ(model.pass(model.all_units()), "");
 }
 
-TEST(ReadAhead, ThePageCacheIsMemoryAlready) {
+TEST(Preload, ThePageCacheIsMemoryAlready) {
   const TempFile file(3 * kSpan + 100);
   std::vector<std::byte> bytes(3 * kSpan + 100);
   const int fd = ::open(file.path().c_str(), O_RDONLY);
   ASSERT_EQ(::read(fd, bytes.data(), bytes.size()), static_cast<ssize_t>(bytes.size()));
   ::close(fd);
-  ReadAhead ahead({file.path()}, {}, kAll);
+  Preload ahead({file.path()}, {}, kAll);
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   ahead.stop();
   EXPECT_EQ(ahead.held_bytes(), 0u);
 }
 
-TEST(ReadAhead, WhatCannotBeReadIsLeftToTheEngine) {
+TEST(Preload, WhatCannotBeReadIsLeftToTheEngine) {
   const TempFile file(2 * kSpan);
   EXPECT_EQ(read({file.path()}, kAll, 0, with_direct_reader<FailingReader>())->held_bytes(), 0u);
-  ReadAhead gone({file.path() + ".gone"}, {}, kAll);
+  Preload gone({file.path() + ".gone"}, {}, kAll);
   gone.stop();
   EXPECT_EQ(gone.held_bytes(), 0u);
-  ReadAhead no_room({file.path()}, {}, kSpan - 1);
+  Preload no_room({file.path()}, {}, kSpan - 1);
   no_room.stop();
   EXPECT_EQ(no_room.held_bytes(), 0u);
 }
 
-TEST(ReadAhead, ADriveThatDoesNotAnswerHoldsNobodyUp) {
+TEST(Preload, ADriveThatDoesNotAnswerHoldsNobodyUp) {
   const TempFile file(2 * kSpan);
   make_cold(file.path());
   EngineOptions options = with_direct_reader<SilentReader>();
   options.read_timeout_s = 0.05;
-  ReadAhead ahead({file.path()}, options, kAll);
+  Preload ahead({file.path()}, options, kAll);
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   ahead.stop();
   EXPECT_EQ(ahead.held_bytes(), 0u);

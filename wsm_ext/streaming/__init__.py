@@ -1,1 +1,0 @@
-"""What runs: the streamed module, its units, its passes."""
