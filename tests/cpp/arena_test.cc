@@ -29,10 +29,10 @@ void expect_promise_kept(const std::vector<Place>& places, Lookahead ahead,
   for (size_t i = 0; i < places.size(); ++i) {
     EXPECT_LE(layout.offsets[i] + places[i].bytes, layout.bytes);
     EXPECT_EQ(layout.offsets[i] % 256, 0u);
-    for (size_t j = 0; places[i].exclusive && j < places.size(); ++j) {
+    for (size_t j = 0; places[i].encloses_units && j < places.size(); ++j) {
       EXPECT_FALSE(i != j && overlap(places, layout, i, j)) << i << " and " << j;
     }
-    if (!places[i].exclusive && places[i].bytes > 0) cycle.push_back(i);
+    if (!places[i].encloses_units && places[i].bytes > 0) cycle.push_back(i);
   }
   for (size_t i = 0; i < cycle.size(); ++i) {
     for (size_t n = 1; n <= ahead.units && n < cycle.size(); ++n) {
@@ -81,7 +81,7 @@ TEST(Arena, AnOddCycleTakesAThirdPlaceAtTheSeam) {
 
 TEST(Arena, ExclusivePlacesComeFirstAndAreNotShared) {
   std::vector<Place> places = places_of({512, 512, 512, 512, 512});
-  places[2].exclusive = true;
+  places[2].encloses_units = true;
   const auto layout = fit_arena(places, {1, 1}, 1536);
   ASSERT_TRUE(layout);
   EXPECT_EQ(layout->offsets, (std::vector<uint64_t>{512, 1024, 0, 512, 1024}));

@@ -46,7 +46,7 @@ class ModelBuilder {
   }
 
   void unit(const std::string& name, std::vector<uint32_t> tensors, bool encloses_units = false) {
-    spec.units.push_back({name, "unit=" + name, std::move(tensors), exclusive});
+    spec.units.push_back({name, "unit=" + name, std::move(tensors), encloses_units});
   }
 };
 

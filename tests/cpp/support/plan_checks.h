@@ -119,7 +119,7 @@ inline void expect_chunks_sound(const ModelSpec& spec, const Plan& plan) {
 inline std::vector<uint32_t> cycle_of(const ModelSpec& spec, const Plan& plan) {
   std::vector<uint32_t> cycle;
   for (uint32_t u = 0; u < plan.units.size(); ++u) {
-    if (!spec.units[u].exclusive && plan.units[u].place_bytes > 0) cycle.push_back(u);
+    if (!spec.units[u].encloses_units && plan.units[u].place_bytes > 0) cycle.push_back(u);
   }
   return cycle;
 }
@@ -129,7 +129,7 @@ inline void expect_places_disjoint(const ModelSpec& spec, const Plan& plan) {
     const UnitPlan& unit = plan.units[u];
     EXPECT_EQ(unit.place_offset % kPlaceAlignment, 0u);
     EXPECT_LE(unit.place_offset + unit.place_bytes, plan.arena_bytes);
-    for (uint32_t v = 0; spec.units[u].exclusive && v < plan.units.size(); ++v) {
+    for (uint32_t v = 0; spec.units[u].encloses_units && v < plan.units.size(); ++v) {
       EXPECT_FALSE(v != u && places_overlap(unit, plan.units[v])) << u << " and " << v;
     }
   }
