@@ -10,11 +10,10 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from wsm_ext import _engine
+from wsm_ext import _engine, pretrained
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.commands import actions, cli, demo
 from wsm_ext.planning import measure
-from wsm_ext import pretrained
 
 # More than 2 MiB of layers: the least that a block of device memory costs.
 TINY = {"layers": 12, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 256}
