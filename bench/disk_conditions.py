@@ -25,8 +25,9 @@ import torch
 from harness import GB, MIB
 
 from wsm_ext import _engine
-from wsm_ext.config import Config, ReadMethod, engine_options
+from wsm_ext.config import Config
 from wsm_ext.planning.measure import find_spans
+from wsm_ext.planning.read_method import ReadMethod, engine_options
 
 PIECE = 16 * MIB
 WAYS = (ReadMethod("pread", 256 << 10), ReadMethod("uring", 256 << 10))

@@ -11,11 +11,12 @@ from torch import nn
 
 from wsm_ext import _engine
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
-from wsm_ext.config import Config, ReadMethod, engine_options
+from wsm_ext.config import Config
 from wsm_ext.hf import building
 from wsm_ext.planning import measure, measurements, rates
 from wsm_ext.planning.measure import Compute, Link, NotMeasuredError, Span
 from wsm_ext.planning.measurements import Measurements, file_system
+from wsm_ext.planning.read_method import ReadMethod, engine_options
 
 MIB = 1 << 20
 CPU = torch.device("cpu")

@@ -19,9 +19,10 @@ import torch
 
 from . import _engine
 from .checkpoints.checkpoint import Checkpoint, CheckpointError
-from .config import Config, engine_options
+from .config import Config
 from .planning.budgets import preload_room
 from .planning.rates import remembered_read_method
+from .planning.read_method import engine_options
 from .runtime.request import resolve_device
 from .runtime.trial import Workload, default_workload
 from .stream import StreamedModule

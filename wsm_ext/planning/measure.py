@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from .. import _engine
-from ..config import DEFAULT_READ_METHOD, Config, ReadMethod, engine_options
+from ..config import Config
 from ..modules.units import Unit, find_units
 from ..sizes import format_bytes
 from .budgets import device_available
 from .device_memory import allocate
+from .read_method import DEFAULT_READ_METHOD, ReadMethod, engine_options
 
 _MIB = 1 << 20
 # More than most caches hold: a pass copies other bytes each time.

@@ -11,12 +11,13 @@ from torch import nn
 
 from .. import _engine
 from ..checkpoints.checkpoint import Checkpoint
-from ..config import Config, choose_units, make_limits
+from ..config import Config
 from ..modules import sources
 from ..modules.sources import Source, unit_tensors
 from ..modules.units import Unit, find_units
 from ..sizes import format_bytes, parse_bytes
 from .budgets import CPU_DEVICE_SHARE, device_available, host_available
+from .limits import choose_units, make_limits
 
 _MIB = 1 << 20
 # Where nobody says what activations and the KV cache need, they get the rest.
@@ -219,7 +220,7 @@ class Planner:
                 layers[layer] = layers.get(layer, 0) + size
         in_layers = [s for u, s in zip(units, sizes, strict=True) if u.layer is not None]
         largest = max(sizes, default=0)
-        fields, warned = make_limits(
+        return make_limits(
             self._config,
             device_bytes=budgets.device_bytes,
             host_bytes=budgets.host_bytes,
@@ -228,10 +229,6 @@ class Planner:
             explicit_device=budgets.explicit_device,
             explicit_host=budgets.explicit_host,
         )
-        limits = _engine.Limits()
-        for key, value in fields.items():
-            setattr(limits, key, value)
-        return limits, warned
 
 
 def streams(plan: _engine.Plan) -> bool:

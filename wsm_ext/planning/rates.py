@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from .. import _engine
-from ..config import DEFAULT_READ_METHOD, Config, ReadMethod
+from ..config import Config
 from ..modules.sources import Source
 from ..modules.units import Unit
 from ..sizes import format_bytes
 from . import measure
 from .measure import Compute, Disk, Link, NotMeasuredError, Span
 from .measurements import Measurements, device_name, file_system, key_of
+from .read_method import DEFAULT_READ_METHOD, ReadMethod
 
 _log = logging.getLogger("wsm_ext")
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from .. import _engine
-from ..config import DEFAULT_READ_METHOD, ReadMethod
 from ..planning.device_memory import DeviceMemory
 from ..planning.plan import PlanSummary
 from ..planning.planner import Budgets, ModulePlan, Planner, streams
 from ..planning.predict import Prediction, files_of, measuring_matters, predict
 from ..planning.rates import Rates, Sizes, gather
+from ..planning.read_method import DEFAULT_READ_METHOD, ReadMethod
 from ..sizes import format_bytes
 from .request import StreamRequest
 from .session import Session

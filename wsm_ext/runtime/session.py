@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 
 from .. import _engine
-from ..config import ReadMethod, engine_options
 from ..modules.units import Unit
 from ..planning.device_memory import DeviceMemory
 from ..planning.planner import ModulePlan
+from ..planning.read_method import ReadMethod, engine_options
 from .parameter_swapper import ParameterSwapper, stream_getter
 from .request import StreamRequest
 
