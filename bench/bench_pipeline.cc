@@ -267,18 +267,6 @@ Settings read_settings(const Arguments& arguments) {
   settings.options.reader = reader == "auto"    ? ReaderChoice::kAuto
                             : reader == "uring" ? ReaderChoice::kUring
                                                 : ReaderChoice::kPread;
-  if (const uint64_t requests = arguments.number("pool-requests")) {
-    // Only the pool of threads, so: for what is in memory already.
-    ReaderOptions pool;
-    pool.requests = static_cast<uint32_t>(requests);
-    pool.block_bytes = static_cast<uint32_t>(arguments.number("pool-block-kb") * kKiB);
-    pool.depth = static_cast<uint32_t>(arguments.number("pool-threads"));
-    settings.options.make_readers = [pool] {
-      Readers readers;
-      readers.pool = make_pread_reader(pool);
-      return readers;
-    };
-  }
   return settings;
 }
 
@@ -314,17 +302,13 @@ int run(int argc, char** argv) {
                              {"passes", "10"},
                              {"repeats", "3"},
                              {"reader", "auto"},
-                             {"pool-requests", "0"},
-                             {"pool-block-kb", "1024"},
-                             {"pool-threads", "16"},
                              {"device", "cpu"},
                              {"cold", "1"},
                              {"json", ""}});
   check(arguments.positional().size() == 1,
         "usage: bench_pipeline FILE [--unit-mb 64] [--units 8] [--arena-units 2] [--host-mb 0] "
         "[--staging-mb 256] [--chunk-mb 0] [--passes 10] [--repeats 3] "
-        "[--reader auto|uring|pread] [--pool-requests 0] [--pool-block-kb 1024] "
-        "[--pool-threads 16] [--device cpu|cuda] [--cold 1] [--json OUT]");
+        "[--reader auto|uring|pread] [--device cpu|cuda] [--cold 1] [--json OUT]");
   const Settings settings = read_settings(arguments);
   const uint64_t passes = arguments.number("passes"), repeats = arguments.number("repeats");
   check(passes > 0 && repeats > 0, "--passes and --repeats must be at least 1");

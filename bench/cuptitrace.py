@@ -43,3 +43,20 @@ def busy_share(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     wall = max(end for _, end in kernels) - min(begin for begin, _ in kernels)
     busy = union_us(kernels)
     return {"kernels": len(kernels), "busy_us": busy, "wall_us": wall, "share": busy / wall}
+
+
+def copy_rates(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Of the copies to the device: bytes over the time that they take, and over that from the
+    first one's begin to the last one's end, with what lies between them."""
+    copies = [e for e in events if e.get("cat") == "gpu_memcpy" and "HtoD" in e.get("name", "")]
+    if not copies:
+        raise RuntimeError("the profiler saw no copy: does CUPTI work on this machine?")
+    nbytes = sum(int(e["args"]["bytes"]) for e in copies)
+    intervals = [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in copies]
+    wall = max(end for _, end in intervals) - min(begin for begin, _ in intervals)
+    busy = union_us(intervals)
+    return {
+        "copies": len(copies),
+        "gb_per_s_busy": nbytes / busy / 1e3,
+        "gb_per_s_wall": nbytes / wall / 1e3,
+    }

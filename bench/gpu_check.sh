@@ -6,7 +6,7 @@
 #   build tests ram disk   what is done without any step named
 #   surroundings           tests of what the machine around allows: limits, readers, the page cache
 #   memcheck               those that stress the data path, under compute-sanitizer
-#   link                   what the rates of the link and of tmpfs depend on
+#   budgets                the time of a pass by the share of the model in RAM, 7 minutes
 #   cases cases-disk       the twelve cases of bench/forward.py, 5 minutes each
 #   peers peers-disk       the same forwards by other projects, 7 and 5 minutes
 #
@@ -198,36 +198,10 @@ do_memcheck() {
   cd "$root" || return
 }
 
-# Why the link is slower over a whole model than over a GiB of it; how chunks and staging move case 7.
-do_link() {
-  step "link conditions" 120 shown python3 "$root/bench/link_conditions.py" --json "$OUT/link.json"
-  local file=$RAM_FOLDER-file chunk staging requests block
-  head -c 64M /dev/urandom >"$file.block"
-  for _ in {1..128}; do cat "$file.block"; done >"$file"
-  step "bench_read tmpfs" 60 shown "$native/bench/bench_read" "$file" --bytes-per-cell 2GiB \
-    --repeats 2 --json "$OUT/tmpfs-read.json"
-  # MiB of a chunk, MiB of staging, requests under way (0: the engine's choice), KiB of a block
-  while read -r chunk staging requests block; do
-    step "tmpfs $chunk/$staging/$requests/$block" 60 shown "$native/bench/bench_pipeline" "$file" \
-      --unit-mb 1024 --units 8 --passes 3 --repeats 3 --host-mb 0 --staging-mb "$staging" \
-      --chunk-mb "$chunk" --pool-requests "$requests" --pool-block-kb "$block" --device cuda \
-      --json "$OUT/tmpfs-$chunk-$staging-$requests-$block.json"
-  done <<<"${TMPFS:-16 1024 0 1024
-4 1024 0 1024
-16 1024 3 1024
-4 1024 8 1024
-4 1024 8 512
-4 64 0 1024
-4 256 32 4096
-4 128 24 4096
-4 256 0 1024}"
-  rm -f "$file" "$file.block"
-}
-
 [ $# -gt 0 ] || set -- build tests ram disk
 for name in "$@"; do
   case $name in
-    build | tests | surroundings | ram | disk | memcheck | link | budgets | cases | cases-disk | peers | peers-disk) ;;
+    build | tests | surroundings | ram | disk | memcheck | budgets | cases | cases-disk | peers | peers-disk) ;;
     *)
       echo "gpu_check: no step '$name'; its first lines list them" >&2
       exit 2

@@ -92,6 +92,23 @@ def test_kernels_that_overlap_are_busy_once() -> None:
         cuptitrace.busy_share([{"cat": "gpu_memcpy", "ts": 0, "dur": 1}])
 
 
+def test_copies_have_a_rate_by_themselves_and_one_with_what_lies_between_them() -> None:
+    def copy(ts: float, dur: float, nbytes: int, name: str = "Memcpy HtoD") -> dict[str, Any]:
+        return {
+            "cat": "gpu_memcpy",
+            "name": name,
+            "ts": ts,
+            "dur": dur,
+            "args": {"bytes": nbytes},
+        }
+
+    events = [copy(30, 10, 400_000), copy(0, 10, 400_000), copy(50, 9, 5, "Memcpy DtoH")]
+    rates = cuptitrace.copy_rates([*events, {"cat": "kernel", "ts": 0, "dur": 99}])
+    assert rates == {"copies": 2, "gb_per_s_busy": 40.0, "gb_per_s_wall": 20.0}
+    with pytest.raises(RuntimeError, match="no copy"):
+        cuptitrace.copy_rates(events[2:])
+
+
 def test_runs_alternate_and_their_order_turns() -> None:
     order: list[str] = []
     tick = itertools.count()

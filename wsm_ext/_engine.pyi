@@ -19,7 +19,6 @@ class Limits:
     cache_bytes: int | None
     chunk_bytes: int | None
     lookahead_units: int | None
-    seam_units: int | None
     read_ahead_bytes: int | None
     kept_cache: KeptCache
 
@@ -29,7 +28,6 @@ class Rates:
     disk_bytes_per_s: float
     h2d_bytes_per_s: float
     copy_overhead_s: float
-    unit_overhead_s: float
     compute_s: list[float]
     host_computes: bool
 

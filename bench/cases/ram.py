@@ -7,9 +7,7 @@ from typing import Any
 import coldness
 import harness
 from context import Context, Skipped, describe, open_streamed, print_streamed
-from cuptitrace import record
-from gaps import copies_of
-from gaps import describe as describe_copies
+from cuptitrace import copy_rates, record
 from harness import GIB, LinkCeiling
 from passes import counted_passes, forwards, gpu_memory, run_ratios, timed_passes
 
@@ -69,7 +67,7 @@ def trace_copies(context: Context, model: Any) -> dict[str, Any] | None:
     link = context.link_ceiling()
     before = len(link.gb_per_s)
     link.sample()
-    found = describe_copies(copies_of(record(lambda: forwards(model, ids, 3))))
+    found = copy_rates(record(lambda: forwards(model, ids, 3)))
     link.sample()
     found["ceiling_around"] = harness.summary(link.gb_per_s[before:])
     around = found["ceiling_around"]["median"]

@@ -61,7 +61,6 @@ void bind_plan(py::module_& m) {
       .def_readwrite("cache_bytes", &Limits::cache_bytes)
       .def_readwrite("chunk_bytes", &Limits::chunk_bytes)
       .def_readwrite("lookahead_units", &Limits::lookahead_units)
-      .def_readwrite("seam_units", &Limits::seam_units)
       .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes)
       .def_readwrite("kept_cache", &Limits::kept_cache);
 
@@ -148,7 +147,6 @@ void bind_simulator(py::module_& m) {
       .def_readwrite("disk_bytes_per_s", &Rates::disk_bytes_per_s)
       .def_readwrite("h2d_bytes_per_s", &Rates::h2d_bytes_per_s)
       .def_readwrite("copy_overhead_s", &Rates::copy_overhead_s)
-      .def_readwrite("unit_overhead_s", &Rates::unit_overhead_s)
       .def_readwrite("compute_s", &Rates::compute_s)
       .def_readwrite("host_computes", &Rates::host_computes);
 
