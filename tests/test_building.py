@@ -29,8 +29,9 @@ from transformers import (
 
 from wsm_ext.checkpoints.checkpoint import CheckpointError
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
-from wsm_ext.hf.building import _build, prepare
-from wsm_ext.pretrained import from_pretrained, resolve_folder
+from wsm_ext.hf.building import build_model, prepare
+from wsm_ext.hf.hub import resolve_folder
+from wsm_ext.pretrained import from_pretrained
 
 TINY = {"layers": 6, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 128}
 # 2 MiB is the least that a block of device memory costs, and holds 1 MiB: three layers in bfloat16.
@@ -152,7 +153,7 @@ def test_building_a_70b_model_takes_no_memory():
         num_hidden_layers=80, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = _build(config, None, torch.bfloat16)
+    model = build_model(config, None, torch.bfloat16)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert sum(parameter.nbytes for parameter in model.parameters()) > 130e9
     assert grown * 1024 < 200e6
@@ -599,7 +600,7 @@ def test_a_hub_id_is_found_in_the_cache(folder, hub_cache, monkeypatch):
 
 
 def test_offline_a_hub_id_is_found_in_the_cache(hub_cache):
-    code = "from wsm_ext.pretrained import resolve_folder as r\nprint(r('owner/name'))"
+    code = "from wsm_ext.hf.hub import resolve_folder as r\nprint(r('owner/name'))"
     environment = os.environ | {"HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

@@ -12,7 +12,7 @@ from torch import nn
 from wsm_ext import _engine
 from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.config import Config
-from wsm_ext.hf import building
+from wsm_ext.hf import building, two_layers
 from wsm_ext.planning import measure, measurements, rates
 from wsm_ext.planning.measure import Compute, Link, NotMeasuredError, Span
 from wsm_ext.planning.measurements import Measurements, file_system
@@ -241,13 +241,13 @@ def tiny(tmp_path_factory):
 def test_a_layer_is_measured_from_two_of_them(tiny, monkeypatch):
     _, module = tiny
     made = []
-    fill = measure._fill
+    fill = two_layers._fill
 
     def seen(model, device):
         made.append(model)
         return fill(model, device)
 
-    monkeypatch.setattr(measure, "_fill", seen)
+    monkeypatch.setattr(two_layers, "_fill", seen)
     compute = measure.measure_layer(module, CPU, 2, 8)
     assert compute.layer_s > 0
     assert compute.tokens == 8
@@ -262,7 +262,7 @@ def test_lists_with_an_entry_for_each_layer_are_cut_too(tiny):
     from transformers import Qwen2Config
 
     config = Qwen2Config(num_hidden_layers=7, layer_types=["full_attention"] * 7)
-    cut = measure._cut(config, None)
+    cut = two_layers._cut(config, None)
     assert (cut.num_hidden_layers, len(cut.layer_types)) == (2, 2)
     assert len(config.layer_types) == 7
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_measured_says_why(tiny, monkeypatch):
 
 def test_a_large_vocabulary_is_left_out_where_there_is_no_room(tiny, monkeypatch):
     _, module = tiny
-    monkeypatch.setattr(measure, "_SMALL_VOCABULARY", 16)
+    monkeypatch.setattr(two_layers, "SMALL_VOCABULARY", 16)
     least = sum(p.numel() * p.element_size() for p in module.model.layers[0].parameters()) * 2
     monkeypatch.setattr(measure, "device_available", lambda *_: 2 * (least + 20000))
     compute = measure.measure_layer(module, CPU, 1, 3)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +17,19 @@ from typing import Any
 import torch
 
 from . import _engine
-from .checkpoints.checkpoint import Checkpoint, CheckpointError
+from .checkpoints.checkpoint import Checkpoint
 from .config import Config
+from .hf.default_workload import default_workload
+from .hf.hub import resolve_folder
 from .planning.budgets import preload_room
 from .planning.rates import remembered_read_method
 from .planning.read_method import engine_options
 from .runtime.request import resolve_device
-from .runtime.trial import Workload, default_workload
+from .runtime.trial import Workload
 from .stream import StreamedModule
 
 _log = logging.getLogger("wsm_ext")
 
-_DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-_NOT_DOWNLOADED = ["original/*", "consolidated*"]
 # Less is read faster than a thread is worth.
 _LEAST_PRELOAD_BYTES = 256 << 20
 
@@ -145,40 +144,3 @@ def _is_cpu(device: str | torch.device | None) -> bool:
     if device is None:
         return not (_engine.built_with_cuda and torch.cuda.is_available())
     return torch.device(device).type == "cpu"
-
-
-def resolve_folder(
-    path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
-) -> Path:
-    """A local folder as it is; anything else is asked from the hub's cache, then from the hub."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise CheckpointError(
-                f"revision={revision!r} means nothing for the local folder {folder}"
-            )
-        return folder
-    if folder.is_file():
-        raise CheckpointError(
-            f"{folder} is a file: give the model's folder, which has its config.json too"
-        )
-    name = os.fspath(path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise CheckpointError(f"{name}: no such folder, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=_DOWNLOADED,
-                ignore_patterns=_NOT_DOWNLOADED,
-            )
-        )
-    except Exception as error:  # the hub client has no common base class for what can go wrong
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"{name}: no such folder here, and the hub did not supply it: {reason[0]}"
-        ) from error

@@ -178,7 +178,7 @@ def demo(options: argparse.Namespace) -> int:
 
 def _folder(options: argparse.Namespace) -> Path:
     """Of the model, here or in the hub's cache; may download it."""
-    from ..pretrained import resolve_folder
+    from ..hf.hub import resolve_folder
 
     return resolve_folder(
         options.model, revision=options.revision, local_files_only=options.local_files_only

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..config import Config
+from ..hf.default_workload import default_workload
 from ..modules import sources
 from ..planning.plan import PlanSummary
 from ..planning.planner import Budgets, Planner
@@ -29,7 +30,7 @@ from ..planning.predict import (
 )
 from ..planning.rates import Rate, Sizes, gather
 from ..runtime.buffers import Buffers
-from ..runtime.trial import activation_bytes, default_workload
+from ..runtime.trial import activation_bytes
 from ..sizes import format_bytes
 from .report import PLAN_KEYS
 

@@ -55,7 +55,7 @@ def prepare(
     _refuse_endless(folder, config, checkpoint)
     main_dtype = _main_dtype(dtype, config, checkpoint)
     try:
-        model = _build(config, auto_class, main_dtype)
+        model = build_model(config, auto_class, main_dtype)
     except CheckpointError:
         raise
     except Exception as error:  # a config may have passed its class, and still make no model
@@ -221,7 +221,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _build(config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
+def build_model(config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
     build = _builder(config, auto_class)
     with _parameters_on_meta(), no_init_weights():
         model = build(config, dtype=dtype)

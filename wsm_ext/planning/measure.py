@@ -4,7 +4,6 @@ one layer computes. Each takes about a second; `rates` decides what is measured,
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import os
@@ -45,7 +44,8 @@ _READ_METHODS = (
 )
 _FASTER = 1.05  # than the engine's own choice, to be worth another
 _PATIENCE_S = 10
-_SMALL_VOCABULARY = 1024
+_MOST_CPU_BYTES = 4 << 30  # of two layers: more takes longer to write than all else to measure
+_MOST_TOKEN_IDS = 1024  # special tokens lie above
 _COMPUTE_SECONDS = 1.0
 _PROBE_TOKENS = 16
 
@@ -241,7 +241,8 @@ def measure_layer(module: nn.Module, device: torch.device, batch: int, tokens: i
     Raises NotMeasuredError where the model cannot be cut to two layers, or has no room.
     """
     try:
-        return _measure_two_layers(_two_layers(module, device), device, batch, tokens)
+        model = _two_layers(module, device)
+        return _measure_two_layers(model, device, batch, tokens)
     except NotMeasuredError:
         raise
     except torch.cuda.OutOfMemoryError as error:
@@ -255,6 +256,20 @@ def measure_layer(module: nn.Module, device: torch.device, batch: int, tokens: i
             torch.cuda.empty_cache()
 
 
+def _two_layers(module: nn.Module, device: torch.device) -> nn.Module:
+    try:
+        from ..hf.two_layers import TwoLayersError, build_two_layers
+    except ImportError as error:
+        raise NotMeasuredError("transformers is not installed") from error
+    room = device_available(device, 0) // 2
+    if device.type == "cpu":
+        room = min(room, _MOST_CPU_BYTES)
+    try:
+        return build_two_layers(module, device, room)
+    except TwoLayersError as error:
+        raise NotMeasuredError(str(error)) from error
+
+
 def _measure_two_layers(model: Any, device: torch.device, batch: int, tokens: int) -> Compute:
     units = [unit for unit in find_units(model, "layer") if not unit.encloses_units]
     if not any(unit.layer is not None for unit in units):
@@ -262,7 +277,7 @@ def _measure_two_layers(model: Any, device: torch.device, batch: int, tokens: in
     known = inspect.signature(model.forward).parameters
     inputs = {"use_cache": False, "logits_to_keep": 1}
     inputs = {key: value for key, value in inputs.items() if key in known}
-    vocabulary = min(model.config.get_text_config().vocab_size, _SMALL_VOCABULARY)
+    vocabulary = min(model.config.get_text_config().vocab_size, _MOST_TOKEN_IDS)
 
     def run(count: int) -> _Times:
         ids = torch.randint(0, vocabulary, (batch, count), device=device)
@@ -357,65 +372,3 @@ class _Stopwatch:
         if self._device.type != "cuda":
             return float(end - begin)
         return float(begin.elapsed_time(end)) / 1000
-
-
-def _two_layers(module: nn.Module, device: torch.device) -> Any:
-    """The model with two layers, on the device; with a small vocabulary where it would not fit."""
-    try:
-        from transformers import PreTrainedModel
-
-        from ..hf.building import _build
-    except ImportError as error:
-        raise NotMeasuredError("transformers is not installed") from error
-    if not isinstance(module, PreTrainedModel):
-        raise NotMeasuredError("it is not a transformers model")
-    room = device_available(device, 0) // 2
-    if device.type == "cpu":
-        room = min(room, 4 << 30)  # more takes longer to write than all else to measure
-    for vocabulary in (None, _SMALL_VOCABULARY):
-        config = _cut(module.config, vocabulary)
-        model = _build(config, type(module), module.dtype)
-        needed = sum(p.numel() * p.element_size() for p in model.parameters())
-        if needed <= room:
-            return _fill(model, device)
-    raise NotMeasuredError(
-        f"two of its layers need {format_bytes(needed)}, more than there is room"
-    )
-
-
-def _cut(config: Any, vocabulary: int | None) -> Any:
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", None)
-    if not isinstance(layers, int) or layers < 2:
-        raise NotMeasuredError("its config has no num_hidden_layers to cut")
-    for key, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == layers:  # one entry for each layer
-            setattr(text, key, value[:2])
-    text.num_hidden_layers = 2
-    if vocabulary is not None:
-        text.vocab_size = min(text.vocab_size, vocabulary)
-        text.pad_token_id = None  # may lie outside
-    return config
-
-
-def _fill(model: nn.Module, device: torch.device) -> nn.Module:
-    """Made-up weights: random on a GPU, where bits that change cost power and clock; on the CPU one
-    value, which is quicker to write."""
-    made: dict[int, nn.Parameter] = {}
-    for owner in model.modules():
-        for key, parameter in owner._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                if device.type == "cuda" and values.is_floating_point():
-                    values.uniform_(-0.02, 0.02)
-                else:
-                    values.fill_(0.01)
-                made[id(parameter)] = nn.Parameter(values, requires_grad=False)
-            owner._parameters[key] = made[id(parameter)]
-        for key, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[key] = buffer.to(device)
-    return model.eval()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import _engine
+from ..hf.default_workload import DefaultWorkload
 from ..planning.device_memory import DeviceMemory
 from ..planning.plan import PlanSummary
 from ..planning.planner import Budgets, ModulePlan, Planner, streams
@@ -16,7 +17,7 @@ from ..planning.read_method import DEFAULT_READ_METHOD, ReadMethod
 from ..sizes import format_bytes
 from .request import StreamRequest
 from .session import Session
-from .trial import DefaultWorkload, Workload, activation_bytes
+from .trial import Workload, activation_bytes
 
 # Of a device budget that could not be had.
 _LESS = 0.9

@@ -23,20 +23,6 @@ from .parameter_swapper import ParameterSwapper
 # (sequences, tokens of each), or a function that runs the module as it will be run.
 Workload = tuple[int, int] | Callable[[nn.Module], Any]
 
-_DEFAULT_TOKENS = 4096
-
-
-class DefaultWorkload(tuple[int, int]):
-    """A workload that nobody stated: where the trial fails, nothing is said."""
-
-
-def default_workload(module: nn.Module) -> DefaultWorkload:
-    """One sequence of 4096 tokens, or as long as the transformers model takes."""
-    config = module.config.get_text_config()  # type: ignore[operator, union-attr]
-    longest = getattr(config, "max_position_embeddings", None) or _DEFAULT_TOKENS
-    return DefaultWorkload((1, min(_DEFAULT_TOKENS, int(longest))))
-
-
 # Beyond what was in use at once: the allocator cannot fill every hole.
 _FRAGMENTATION = 1.05
 _WAIT_S = 60.0
