@@ -1,21 +1,16 @@
-"""`wsm verify`: hashes a checkpoint into its sidecar, and later compares the two."""
+"""Hashes a checkpoint into its sidecar, and later compares the two."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from ..sizes import format_bytes
 from .checkpoint import Checkpoint, CheckpointError
 from .hashes import Recorded, hash_tensors, new_hash, read_sidecar, sidecar_of, write_sidecar
-
-_MOST_SHOWN = 20
 
 Progress = Callable[[int, int], None]
 
@@ -137,35 +132,3 @@ def _place(checkpoint: Checkpoint, name: str) -> str:
     if not extents:
         return "no bytes"
     return f"{checkpoint.shards[extents[0].shard]}, offset {extents[0].offset}"
-
-
-def print_verified(console: Console, result: Verified) -> None:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    read = f"{result.tensors} tensors, {format_bytes(result.bytes)} read"
-    if result.seconds > 0:
-        read += f" in {result.seconds:.1f} s ({result.bytes / result.seconds / 1e9:.2f} GB/s)"
-    if result.wrote:
-        say(f"wrote the hashes of {read}: {result.sidecar}")
-        return
-    kinds: dict[str, Sequence[str]] = {
-        "DIFFERS": result.differ,
-        "CHANGED": result.changed,
-        "MISSING": result.missing,
-        "NEW": result.new,
-    }
-    for kind, names in kinds.items():
-        for name in names[:_MOST_SHOWN]:
-            detail = result.details.get(name, "the checkpoint has no such tensor any more")
-            say(f"{kind:8} {name!r}: {detail}")
-        if len(names) > _MOST_SHOWN:
-            say(f"{kind:8} and {len(names) - _MOST_SHOWN} more (--json lists all)")
-    if result.equal:
-        say(f"equal: {read}, as {result.sidecar} has them")
-        return
-    say(f"not equal to {result.sidecar}: {read}")
-    say(
-        "If the checkpoint was changed on purpose, --update records it as it is. If not, download"
-        " it again"
-    )

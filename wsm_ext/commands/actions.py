@@ -148,8 +148,8 @@ def bench(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     from ..checkpoints.checkpoint import Checkpoint
-    from ..checkpoints.verify import print_verified
     from ..checkpoints.verify import verify as hash_and_compare
+    from .verify import print_verified
 
     path = Path(options.model).expanduser()
     if options.revision is not None or not path.exists():
