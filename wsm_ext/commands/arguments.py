@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
+from .._engine import __version__
 from .demo import SIZES
 
 if TYPE_CHECKING:

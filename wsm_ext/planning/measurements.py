@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .._engine import __version__
 from ..atomic_write import write_atomically
 
 _log = logging.getLogger("wsm_ext")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__, _engine
+from .. import _engine
 
 _PID = 1
 _RESIDENT = "(weights that stay)"  # what the engine loads behind the last unit
@@ -66,7 +66,7 @@ def document(timeline: _engine.Timeline, names: Names, device: str) -> dict[str,
         "traceEvents": events,
         "displayTimeUnit": "ms",
         "otherData": {
-            "wsm_ext": __version__,
+            "wsm_ext": _engine.__version__,
             "device": device,
             "dropped_events": timeline.dropped,
             "clock_error_us": timeline.clock_error_ns / 1000,
