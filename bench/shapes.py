@@ -21,8 +21,8 @@ TINY = {"hidden": 256, "intermediate": 704, "heads": 8, "kv_heads": 4, "vocab": 
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The shape of one name: "tiny", or one of wsm_ext.checkpoints.synthetic's presets."""
-    from wsm_ext.checkpoints.synthetic import PRESETS
+    """The shape of one name: "tiny", or one of wsm_ext.hf.synthetic's presets."""
+    from wsm_ext.hf.synthetic import PRESETS
 
     known = {"tiny": TINY, **PRESETS}
     if name not in known:
@@ -38,7 +38,7 @@ def ensure_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
 ) -> bool:
     """Writes the checkpoint unless the folder holds it already. True when it was written now."""
-    from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
+    from wsm_ext.hf.synthetic import make_llama_checkpoint
 
     wanted = {"preset": name, "layers": layers, "dtype": str(dtype), "shards": shards}
     stamp = folder / "bench.json"

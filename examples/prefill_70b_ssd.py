@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import wsm_ext as wsm
-from wsm_ext.checkpoints.synthetic import PRESETS, make_llama_checkpoint
+from wsm_ext.hf.synthetic import PRESETS, make_llama_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--model", help="a model's folder, or its id on the hub")

@@ -31,7 +31,7 @@ from by_hand import TwoBuffers
 from cases import disk
 from context import Context
 
-from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
+from wsm_ext.hf.synthetic import make_llama_checkpoint
 
 CPU = torch.device("cpu")
 TINY = {"hidden": 64, "intermediate": 176, "heads": 4, "kv_heads": 2, "vocab": 512}

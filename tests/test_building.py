@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from wsm_ext.checkpoints.checkpoint import CheckpointError
-from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.hf.building import build_model, prepare
 from wsm_ext.hf.hub import resolve_folder
+from wsm_ext.hf.synthetic import make_llama_checkpoint
 from wsm_ext.pretrained import from_pretrained
 
 TINY = {"layers": 6, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 128}

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from wsm_ext import _engine, pretrained
-from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.commands import actions, cli, demo
+from wsm_ext.hf.synthetic import make_llama_checkpoint
 from wsm_ext.planning import measure
 
 # More than 2 MiB of layers: the least that a block of device memory costs.

@@ -17,7 +17,7 @@ from refusals import REFUSALS
 from torch.utils._pytree import tree_leaves
 
 import wsm_ext as wsm
-from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
+from wsm_ext.hf.synthetic import make_llama_checkpoint
 
 transformers.utils.logging.disable_progress_bar()
 

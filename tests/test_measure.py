@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from wsm_ext import _engine
-from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.config import Config
 from wsm_ext.hf import building, two_layers
+from wsm_ext.hf.synthetic import make_llama_checkpoint
 from wsm_ext.planning import measure, measurements, rates
 from wsm_ext.planning.measure import Compute, Link, NotMeasuredError, Span
 from wsm_ext.planning.measurements import Measurements, file_system

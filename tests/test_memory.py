@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import rss
 
 import wsm_ext as wsm
-from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
+from wsm_ext.hf.synthetic import make_llama_checkpoint
 
 SHAPE = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 4, "vocab": 4000}
 LAYERS = 68  # of 5.9 MB: 400 MB

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from wsm_ext import _engine, pretrained
 from wsm_ext.checkpoints import checkpoint
 from wsm_ext.checkpoints.checkpoint import Checkpoint
-from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.config import Config
 from wsm_ext.hf import building
+from wsm_ext.hf.synthetic import make_llama_checkpoint
 from wsm_ext.planning.budgets import preload_room
 from wsm_ext.pretrained import from_pretrained
 

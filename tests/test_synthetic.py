@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from wsm_ext.checkpoints.synthetic import (
+from wsm_ext.hf.synthetic import (
     PRESETS,
     _llama_weights,
     _split,

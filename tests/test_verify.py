@@ -26,9 +26,9 @@ from wsm_ext.checkpoints.hashes import (
     read_sidecar,
     write_sidecar,
 )
-from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.checkpoints.verify import verify
 from wsm_ext.commands import cli
+from wsm_ext.hf.synthetic import make_llama_checkpoint
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:

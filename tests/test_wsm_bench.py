@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from wsm_ext.checkpoints.synthetic import make_llama_checkpoint
 from wsm_ext.commands import bench, cli
+from wsm_ext.hf.synthetic import make_llama_checkpoint
 
 MODEL = {"layers": 6, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 512}
 CPU = torch.device("cpu")

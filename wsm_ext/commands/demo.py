@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..checkpoints.synthetic import PRESETS, make_llama_checkpoint
+from ..hf.synthetic import PRESETS, make_llama_checkpoint
 from ..sizes import format_bytes
 from . import report
 

@@ -171,7 +171,7 @@ def _write_config(
     dtype: torch.dtype,
     tie: bool,
 ) -> None:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig  # takes a second: `wsm --help` need not wait for it
 
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
