@@ -99,8 +99,9 @@ fuzz: $(READY)
 	cmake --preset fuzz --log-level=WARNING -DCMAKE_CXX_COMPILER=$(FUZZ_CXX)
 	cmake --build --preset fuzz --target wsm_fuzz_$(TARGET)
 	mkdir -p build/fuzz/corpus/$(TARGET)
+	$(BIN)/python tests/fuzz/corpus.py unpack $(TARGET) build/fuzz/seeds/$(TARGET)
 	build/fuzz/tests/fuzz/wsm_fuzz_$(TARGET) -runs=$(RUNS) -max_len=250 -timeout=20 -print_final_stats=1 \
-		-artifact_prefix=build/fuzz/ build/fuzz/corpus/$(TARGET) tests/fuzz/corpus/$(TARGET)
+		-artifact_prefix=build/fuzz/ build/fuzz/corpus/$(TARGET) build/fuzz/seeds/$(TARGET)
 
 bench: build
 	cmake --preset release

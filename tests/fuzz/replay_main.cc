@@ -1,13 +1,14 @@
-// Runs a fuzz target on every file of the folders and on every file that are named: for compilers
-// without libFuzzer, and for the tests.
+// Runs a fuzz target on what is named: every input of a packed corpus (NAME.hex, see corpus.py), or
+// a file that is one input. For compilers without libFuzzer, and for the tests.
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
-#include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -15,23 +16,36 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 
 namespace {
 
-namespace fs = std::filesystem;
+using Bytes = std::vector<uint8_t>;
 
-std::vector<fs::path> files_of(const fs::path& named) {
-  if (!fs::is_directory(named)) return {named};
-  std::vector<fs::path> files;
-  for (const auto& entry : fs::recursive_directory_iterator(named)) {
-    if (entry.is_regular_file()) files.push_back(entry.path());
+Bytes from_hex(const std::string& text) {
+  Bytes bytes(text.size() / 2);
+  bool valid = text.size() % 2 == 0;
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    const char* const begin = text.data() + 2 * i;
+    valid &= std::from_chars(begin, begin + 2, bytes[i], 16).ptr == begin + 2;
   }
-  return files;
+  if (!valid) throw std::runtime_error("not an even number of hexadecimal digits");
+  return bytes;
 }
 
-void replay(const fs::path& file) {
-  std::ifstream stream(file, std::ios::binary);
-  if (!stream) throw std::runtime_error(file.string() + " cannot be read");
-  const std::vector<char> bytes{std::istreambuf_iterator<char>(stream), {}};
-  std::fprintf(stderr, "%s\n", file.c_str());  // the last one named is the one that crashed
-  LLVMFuzzerTestOneInput(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size());
+void run(const Bytes& input) { LLVMFuzzerTestOneInput(input.data(), input.size()); }
+
+size_t replay(const std::string& name) {
+  std::ifstream file(name, std::ios::binary);
+  if (!file) throw std::runtime_error(name + " cannot be read");
+  if (!name.ends_with(".hex")) {
+    std::fprintf(stderr, "%s\n", name.c_str());
+    run(Bytes{std::istreambuf_iterator<char>(file), {}});
+    return 1;
+  }
+  size_t line = 0;
+  for (std::string text; std::getline(file, text);) {
+    // The last one named is the one that crashed.
+    std::fprintf(stderr, "%s:%zu\n", name.c_str(), ++line);
+    run(from_hex(text));
+  }
+  return line;
 }
 
 }  // namespace
@@ -39,12 +53,7 @@ void replay(const fs::path& file) {
 int main(int count, char** names) {
   size_t replayed = 0;
   try {
-    for (int i = 1; i < count; ++i) {
-      for (const fs::path& file : files_of(names[i])) {
-        replay(file);
-        ++replayed;
-      }
-    }
+    for (int i = 1; i < count; ++i) replayed += replay(names[i]);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return EXIT_FAILURE;
