@@ -68,7 +68,7 @@ class Replanner:
                 raise
 
     def budgets(
-        self, device_memory: int | str, host_memory: int | str, held: tuple[int, int]
+        self, device_memory: int | str, host_memory: int | str, held: tuple[int, int] = (0, 0)
     ) -> Budgets:
         """`held`: device and host bytes that are taken now and can be used again."""
         request, activations = self._request, self._activation_bytes
@@ -90,9 +90,14 @@ class Replanner:
             return planned
         if preload is not None:
             preload.stop()
-        files = files_of(planned.source)
-        self._rates = gather(request.module, files, request.device, request.config, self._sizes)
+        self.measure(planned)
         return self._plan(budgets, before)
+
+    def measure(self, planned: ModulePlan) -> None:
+        """Find what the machine gives, if it is not known yet; `plan` does where it can matter."""
+        if self._rates is None:
+            request, files = self._request, files_of(planned.source)
+            self._rates = gather(request.module, files, request.device, request.config, self._sizes)
 
     def _plan(self, budgets: Budgets, before: Session | None) -> ModulePlan:
         rates_of = None if self._rates is None else self._rates.for_units
@@ -129,17 +134,18 @@ class Replanner:
 
     def show(self, planned: ModulePlan, budgets: Budgets) -> PlanSummary:
         """The plan as users see it."""
-        predicted = self.predict(planned, budgets)
+        known = self._rates is not None and streams(planned.plan)
+        predicted = self.predict(planned, budgets) if known else None
         plan = PlanSummary(planned.plan, planned.units, planned.source, predicted)
         plan.activation_bytes = self._activation_bytes
         plan.warnings[:0] = planned.warnings
         return plan
 
-    def predict(self, planned: ModulePlan, budgets: Budgets) -> Prediction | None:
-        """None where nothing streams or nothing was measured."""
-        if self._rates is None or not streams(planned.plan):
-            return None
-        return predict(planned, self._planner, budgets, self._rates)
+    def predict(self, planned: ModulePlan, budgets: Budgets, gains: bool = True) -> Prediction:
+        """What a pass should take; `gains`: and what more memory would bring. Only once the machine
+        was measured."""
+        assert self._rates is not None
+        return predict(planned, self._planner, budgets, self._rates, gains)
 
     def expect(self, sizes: Sizes) -> None:
         """From now on, predict for forwards of this size."""

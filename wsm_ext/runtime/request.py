@@ -49,7 +49,12 @@ class StreamRequest:
 def resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() and _engine.built_with_cuda else "cpu"
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not a device: use 'cuda', 'cuda:N' or 'cpu'") from (
+            error
+        )
     if resolved.type == "cpu":
         return torch.device("cpu")
     if resolved.type != "cuda":
