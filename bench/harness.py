@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import wsm_ext
-from wsm_ext.commands.bench import LinkProbe
+from wsm_ext.commands.ceilings import LinkProbe
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from wsm_ext import _engine, pretrained
-from wsm_ext.commands import actions, cli, demo
+from wsm_ext.commands import cli, demo, plan
 from wsm_ext.hf.synthetic import make_llama_checkpoint
 from wsm_ext.planning import measure
 
@@ -44,13 +44,21 @@ def test_help_and_version(arguments, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["prefil"], ["prefill"], ["prefill", "m", "--reader", "mmap"], ["generate", "m"]],
+    [["prefil"], ["prefill"], ["prefill", "m", "--reader", "mmap"], ["generate", "m"]],
 )
 def test_a_wrong_command_line_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
     assert "usage: wsm" in capsys.readouterr().err
+
+
+def test_without_a_command_it_prints_the_help(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "usage: wsm" in printed
+    for command in ("plan", "prefill", "generate", "bench", "verify", "demo"):
+        assert re.search(rf"^ +{command} +\w", printed, re.MULTILINE)
 
 
 def test_it_runs_as_a_module():
@@ -345,7 +353,7 @@ def test_plan_warns_and_refuses_as_streaming_does(folder, tmp_path, measured, mo
 
 def test_plan_is_plain_where_the_terminal_is(folder, tmp_path, measured, monkeypatch):
     plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(actions, "Console", lambda: Console(file=plain, width=80))
+    monkeypatch.setattr(plan, "Console", lambda: Console(file=plain, width=80))
     plan_of(folder, tmp_path)
     plain.flush()
     assert b"####" in plain.buffer.getvalue()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from wsm_ext.commands import bench, cli
+from wsm_ext.commands import bench, ceilings, cli
 from wsm_ext.hf.synthetic import make_llama_checkpoint
 
 MODEL = {"layers": 6, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 2, "vocab": 512}
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "CELL_SECONDS", 0.02)
+    monkeypatch.setattr(ceilings, "CELL_SECONDS", 0.02)
 
 
 def run(folder: Path, out: Path, *words: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_the_limit_is_the_slowest_part() -> None:
 def test_the_disk_is_measured_on_files_of_any_size(tmp_path: Path, size: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * size)
-    cell = bench.measure_disk([path])
+    cell = ceilings.measure_disk([path])
     assert cell.bytes_per_s > 0
 
 
@@ -108,10 +108,10 @@ def test_a_file_that_refuses_direct_reads_is_read_all_the_same(
         return really_open(name, flags, *rest)
 
     monkeypatch.setattr(os, "open", refuse)
-    cell = bench.measure_disk([path])
+    cell = ceilings.measure_disk([path])
     assert not cell.direct
     assert cell.bytes_per_s > 0
 
 
 def test_the_link_is_measured() -> None:
-    assert bench.measure_link(CPU) > 1e6
+    assert ceilings.measure_link(CPU) > 1e6

@@ -8,12 +8,13 @@ of its slowest part; how close a pass comes is that least over its time.
 
 from __future__ import annotations
 
-import mmap
+import argparse
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,141 +24,61 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..modules.units import find_units
 from ..planning.budgets import host_available
-from ..planning.device_memory import in_huge_pages
+from ..runtime.request import resolve_device
 from ..sizes import format_bytes
+from . import report
+from .ceilings import GB, MIB, measure_disk, measure_link
+from .loading import folder_of, load
+from .options import Commands, count, device_options, streaming_options
 from .report import synchronize
 
-MIB = 1 << 20
-GB = 1e9
 STAGING_BYTES = 256 * MIB
-# Block bytes and readers at once: the cells that have won on drives so far.
-DISK_CELLS = ((256 << 10, 16), (MIB, 8), (MIB, 16), (4 * MIB, 8))
-CELL_SECONDS = 0.4
 LAYER_CALLS = 12
 
 Step = Callable[[str], None]
 
 
-class LinkProbe:
-    """Copies of 16 MiB out of pinned memory, back to back: the most that the link can do.
-
-    On a GPU they are enqueued behind a kernel that holds the stream, and timed by events. On the
-    host device the link is a copy from memory to memory.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        chunk_bytes: int = 16 * MIB,
-        total_bytes: int = 512 * MIB,
-    ) -> None:
-        self.device, self.chunk_bytes = device, chunk_bytes
-        cuda = device.type == "cuda"
-        self.source = (
-            torch.empty(total_bytes, dtype=torch.uint8, pin_memory=True)
-            if cuda
-            else in_huge_pages(total_bytes)
-        )
-        pattern = torch.arange(min(total_bytes, 1 << 30) // 4, dtype=torch.int32).view(torch.uint8)
-        for part in self.source.split(pattern.numel()):
-            part.copy_(pattern[: part.numel()])
-        self.target = (
-            torch.empty(2 * chunk_bytes, dtype=torch.uint8, device=device)
-            if cuda
-            else in_huge_pages(2 * chunk_bytes)
-        )
-        self._sample()  # warm-up
-
-    def _copy_all(self) -> None:
-        chunk = self.chunk_bytes
-        for i, begin in enumerate(range(0, self.source.numel(), chunk)):
-            place = (i % 2) * chunk
-            self.target[place : place + chunk].copy_(
-                self.source[begin : begin + chunk], non_blocking=True
-            )
-
-    def _sample(self) -> float:
-        """GB/s of one run over the source."""
-        if self.device.type != "cuda":
-            begin_s = time.perf_counter()
-            self._copy_all()
-            return self.source.numel() / (time.perf_counter() - begin_s) / GB
-        with torch.cuda.device(self.device):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            torch.cuda._sleep(20_000_000)  # about 10 ms: all copies are enqueued by then
-            begin.record()
-            self._copy_all()
-            end.record()
-            torch.cuda.synchronize()
-            return float(self.source.numel() / (begin.elapsed_time(end) * 1e-3) / GB)
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        parents=[streaming_options(), device_options()],
+        help="measure this machine's links, and how close passes come to them",
+        description="Measure the link to the device and the disk under the model's files, then "
+        "passes of the streamed model: by the budgets given, from RAM, and from a cold disk. Says "
+        "which link limits each, and how close it comes.",
+    )
+    parser.add_argument("--batch", type=count, default=1, metavar="B", help="sequences (1)")
+    parser.add_argument("--tokens", type=count, default=128, metavar="T", help="of each (128)")
+    parser.add_argument("--passes", type=count, default=3, metavar="N", help="of each run (3)")
+    parser.set_defaults(run=run)
 
 
-def measure_link(device: torch.device) -> float:
-    """Bytes/s from pinned memory to the device, the median of a few samples."""
-    total = (512 if device.type == "cuda" else 128) * MIB
-    probe = LinkProbe(device, total_bytes=total)
-    return statistics.median(probe._sample() for _ in range(5)) * GB
+def run(options: argparse.Namespace) -> int:
+    device = resolve_device(options.device)
+    folder = folder_of(options)
+    options.revision = None  # the folder is that revision
 
+    @contextmanager
+    def open_model(**replaced: Any) -> Iterator[Any]:
+        with load(options, folder, device, **replaced) as (model, _):
+            yield model
 
-@dataclass(frozen=True)
-class DiskCell:
-    """One way to read the files: `threads` blocks of `block_bytes` at once."""
-
-    block_bytes: int
-    threads: int
-    direct: bool
-    bytes_per_s: float
-
-
-def measure_disk(paths: Sequence[Path]) -> DiskCell:
-    """The best of a few ways to read the files, past the page cache where they allow that."""
-    largest = max(paths, key=lambda path: path.stat().st_size)
-    with _Reads(largest) as reads:
-        cells = [reads.measure(block, threads) for block, threads in DISK_CELLS]
-    return max(cells, key=lambda cell: cell.bytes_per_s)
-
-
-class _Reads:
-    """A file open for direct reads, else for buffered ones."""
-
-    def __init__(self, path: Path) -> None:
-        self.bytes = path.stat().st_size
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-            os.preadv(self.fd, [mmap.mmap(-1, mmap.PAGESIZE)], 0)
-            self.direct = True
-        except OSError:
-            self.fd = os.open(path, os.O_RDONLY)
-            self.direct = False
-
-    def __enter__(self) -> _Reads:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
-
-    def measure(self, block_bytes: int, threads: int) -> DiskCell:
-        """Every thread reads blocks of its own stretch, from its begin again at its end."""
-        block = min(block_bytes, max(mmap.PAGESIZE, self.bytes // mmap.PAGESIZE * mmap.PAGESIZE))
-        blocks = max(1, self.bytes // block)
-        used = min(threads, blocks)
-        deadline = time.perf_counter() + CELL_SECONDS
-
-        def read(thread: int) -> int:
-            buffer = mmap.mmap(-1, block)  # aligned to pages
-            first, count = blocks * thread // used, max(1, blocks // used)
-            done = index = 0
-            while time.perf_counter() < deadline:
-                done += os.preadv(self.fd, [buffer], (first + index % count) * block)
-                index += 1
-            return done
-
-        begin = time.perf_counter()
-        with ThreadPoolExecutor(used) as pool:
-            total = sum(pool.map(read, range(used)))
-        return DiskCell(block, used, self.direct, total / (time.perf_counter() - begin))
+    result = run_bench(
+        folder,
+        device=device,
+        open_model=open_model,
+        batch=options.batch,
+        tokens=options.tokens,
+        passes=options.passes,
+        step=lambda what: print(f"measuring {what}", file=sys.stderr, flush=True),
+    )
+    print_bench(Console(), result)
+    if options.json:
+        content = report.setting(options.command_line, device)
+        report.write_json(options.json, {**content, "model": options.model, "bench": result})
+    return 0
 
 
 @dataclass
@@ -209,7 +130,7 @@ def run_bench(
                 model(input_ids=ids, use_cache=False, logits_to_keep=1)
         synchronize(device)
 
-    def run(name: str, model: Any, cold: bool) -> Run:
+    def passes_of(name: str, model: Any, cold: bool) -> Run:
         forwards(model, 1)  # fills the cache
         if cold:
             _drop(shards)
@@ -224,7 +145,7 @@ def run_bench(
     step("passes by your budgets")
     with open_model() as model:
         plan = model.plan
-        runs.append(run("your budgets", model, cold=False))
+        runs.append(passes_of("your budgets", model, cold=False))
     arena = 2 * (max(unit.bytes for unit in plan.units) + MIB // 16)
     alone = {"arena_bytes": arena, "home_bytes": 0}
     staging = min(STAGING_BYTES, max(plan.model_bytes // 4, 2 * MIB)) // MIB
@@ -234,13 +155,13 @@ def run_bench(
     step("passes from a cold disk")
     config = {**alone, "cpu_cache_cap_layers": 0, "staging_mb": staging}
     with open_model(device_memory=device_bytes, host_memory=staging * MIB, config=config) as model:
-        runs.append(run("from disk", model, cold=True))
+        runs.append(passes_of("from disk", model, cold=True))
         step("one layer again and again")
         compute_s = layer_seconds(model, lambda: forwards(model, 1), device)
     if whole <= host_available():
         step("passes from RAM")
         with open_model(device_memory=device_bytes, host_memory=whole, config=alone) as model:
-            runs.append(run("from RAM", model, cold=False))
+            runs.append(passes_of("from RAM", model, cold=False))
     else:
         skipped["from RAM"] = f"{format_bytes(whole)} of host memory are not free"
     return {
@@ -262,7 +183,7 @@ def layer_seconds(model: Any, forward: Callable[[], None], device: torch.device)
     A unit that is called again and again stays in its place, so only computing is left. 0 where
     there is no stack of layers, or its layers would not stay.
     """
-    layers = [unit for unit in model._session.planned.units if unit.layer is not None]
+    layers = [unit for unit in find_units(model.module, "layer") if unit.layer is not None]
     if not layers:
         return 0.0
     stack = [unit for unit in layers if unit.stack == layers[-1].stack]

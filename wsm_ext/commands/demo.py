@@ -4,6 +4,7 @@ the resident one.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import tempfile
@@ -19,8 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..hf.synthetic import PRESETS, make_llama_checkpoint
+from ..runtime.request import resolve_device
 from ..sizes import format_bytes
 from . import report
+from .options import Commands, device_options
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,29 @@ SIZES = {
         host_memory="1MiB",
     ),
 }
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        parents=[device_options()],
+        help="stream a small synthetic model and check its bits",
+        description="Make a small Llama, stream it under budgets far smaller than it, and compare "
+        "logits and tokens bit for bit with the resident model. The exit status is 1 if they "
+        "differ.",
+    )
+    parser.add_argument("--keep", metavar="FOLDER", help="make the checkpoint there, and keep it")
+    parser.add_argument("--size", choices=sorted(SIZES), default="small", help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    device = resolve_device(options.device)
+    content = run_demo(Console(), device=device, keep=options.keep, size=SIZES[options.size])
+    content["command"] = options.command_line
+    if options.json:
+        report.write_json(options.json, content)
+    return 0 if content["bit_equal"] else 1
 
 
 @dataclass

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,23 +19,15 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-
-def units(options: argparse.Namespace) -> Any:
-    """As `stream` takes them."""
-    named = options.units not in ("auto", "layer", "group", "leaf")
-    return options.units.split(",") if named else options.units
+from ..hf.hub import resolve_folder
+from .options import settings_of, units_of
 
 
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Those that were given."""
-    given = {
-        "lookahead_units": options.lookahead,
-        "reader": options.reader,
-        "direct": options.direct,
-        "measure": False if options.no_measure else None,
-        "verify": True if options.verify else None,
-    }
-    return {key: value for key, value in given.items() if value is not None}
+def folder_of(options: argparse.Namespace) -> Path:
+    """The folder of the model, here or in the hub's cache; may download it."""
+    return resolve_folder(
+        options.model, revision=options.revision, local_files_only=options.local_files_only
+    )
 
 
 @contextmanager
@@ -44,7 +37,7 @@ def load(
     """The model as the options say; `replaced`: budgets, and settings added to theirs."""
     from ..pretrained import from_pretrained
 
-    config = settings(options) | replaced.pop("config", {})
+    config = settings_of(options) | replaced.pop("config", {})
     budgets = {"device_memory": options.device_memory, "host_memory": options.host_memory}
     begin = time.perf_counter()
     with progress_bar("loading resident weights") as progress:
@@ -53,7 +46,7 @@ def load(
             dtype=options.dtype,
             device=device,
             **{**budgets, **replaced},
-            units=units(options),
+            units=units_of(options),
             config={key: value for key, value in config.items() if value is not None},
             revision=options.revision,
             local_files_only=options.local_files_only,

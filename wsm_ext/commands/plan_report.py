@@ -1,192 +1,21 @@
-"""`wsm plan`: the plan of a model that is not loaded, as a table and as plain data; and predicted
-against achieved, for models that ran."""
+"""What `wsm plan` prints; and predicted against achieved, for models that ran."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
-from ..checkpoints.checkpoint import Checkpoint
-from ..config import Config
-from ..hf.default_workload import default_workload
-from ..modules import sources
 from ..planning.plan import PlanSummary
-from ..planning.planner import Budgets, Planner
-from ..planning.predict import (
-    LIMITS,
-    Achieved,
-    Prediction,
-    comparison,
-    files_of,
-    measuring_matters,
-    predict,
-)
-from ..planning.rates import Rate, Sizes, gather
-from ..runtime.buffers import Buffers
-from ..runtime.trial import activation_bytes
+from ..planning.predict import LIMITS, Achieved, Prediction, comparison
+from ..planning.rates import Rate
 from ..sizes import format_bytes
-from .report import PLAN_KEYS
+from .preview import Preview
 
 _BAR_WIDTH = 26
-
-
-@dataclass(frozen=True)
-class Value:
-    """A budget or a setting. `source`: "argument", "variable", "measured", "default", "planner"."""
-
-    value: Any
-    source: str
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What would be done for a model and a workload. `decode` is the pass for one further token."""
-
-    device: torch.device
-    workload: Sizes
-    values: dict[str, Value]
-    plan: PlanSummary
-    prefill: Prediction
-    decode: Prediction
-
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        """None where nothing streams and computing is not known."""
-        return _per_second(self.workload[0] * self.workload[1], self.prefill)
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """The same."""
-        return _per_second(self.workload[0], self.decode)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        rates = self.prefill.rates
-        return {
-            "device": str(self.device),
-            "workload": {"batch": self.workload[0], "tokens": self.workload[1]},
-            "values": {name: asdict(value) for name, value in self.values.items()},
-            "plan": {key: getattr(self.plan, key) for key in PLAN_KEYS},
-            "rates": {
-                "disk": rates.disk.as_dict(),
-                "h2d": {**rates.h2d.as_dict(), "copy_overhead_s": rates.copy_overhead_s},
-                "compute": _compute_dict(self.prefill),
-                "decode_compute": _compute_dict(self.decode),
-            },
-            "prefill": self.prefill.as_dict() | {"tokens_per_s": self.prefill_tokens_per_second},
-            "decode": self.decode.as_dict() | {"tokens_per_s": self.decode_tokens_per_second},
-        }
-
-
-def _per_second(tokens: int, prediction: Prediction) -> float | None:
-    return tokens / prediction.seconds if prediction.seconds > 0 else None
-
-
-def _compute_dict(prediction: Prediction) -> dict[str, Any]:
-    rates = prediction.rates
-    measured = {} if rates.compute is None else asdict(rates.compute)
-    return {**measured, "source": rates.compute_source, "note": rates.compute_note}
-
-
-def preview(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    *,
-    device: torch.device,
-    device_memory: int | str,
-    host_memory: int | str,
-    units: str | Sequence[str],
-    config: Config | Mapping[str, Any] | None,
-    workload: Sizes,
-) -> Preview:
-    """The plan that `stream` would make with these arguments, and the pass that it should give.
-
-    Measures whatever the size of the model, unless settings say not to; nothing is loaded.
-    Raises as `stream` does.
-    """
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    resolved = Config.resolve(config)
-    sources.check_surplus(module, checkpoint)
-    planner = Planner(module, checkpoint, units, resolved)
-    planner.check()
-    room = _room_for_activations(module, checkpoint, planner, device, device_memory)
-    budgets = Budgets(device, device_memory, host_memory, resolved, room)
-    planned = planner.plan(budgets)
-    rates = gather(module, files_of(planned.source), device, resolved, workload)
-    if measuring_matters(planned.plan, resolved):
-        planned = planner.plan(budgets, rates.for_units)
-    prefill = predict(planned, planner, budgets, rates)
-    decode_rates = rates
-    if rates.compute is not None:
-        decode_rates = rates.at(module, device, (workload[0], 1))
-    decode = predict(planned, planner, budgets, decode_rates, gains=False)
-    plan = PlanSummary(planned.plan, planned.units, planned.source, prefill)
-    plan.warnings[:0] = planned.warnings
-    values = _values(budgets, resolved, planned.mode, units, plan)
-    return Preview(device, workload, values, plan, prefill, decode)
-
-
-def _room_for_activations(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    planner: Planner,
-    device: torch.device,
-    device_memory: int | str,
-) -> int | None:
-    """What `from_pretrained` leaves free on a GPU when the budget is "auto"."""
-    if device.type != "cuda" or device_memory != "auto":
-        return None
-    buffers = Buffers(module, checkpoint, device)
-    try:
-        return activation_bytes(module, planner.plan_least(), device, default_workload(module))
-    except (ValueError, torch.OutOfMemoryError):
-        return None
-    finally:
-        buffers.restore()
-
-
-def _values(
-    budgets: Budgets,
-    config: Config,
-    mode: str | Sequence[str],
-    units: str | Sequence[str],
-    plan: PlanSummary,
-) -> dict[str, Value]:
-    """Budgets and what was decided within them; other settings where they were given."""
-
-    def source(name: str) -> str:
-        return "planner" if config.sources[name] == "default" else config.sources[name]
-
-    values = {
-        "device memory": Value(
-            plan.device_budget_bytes, "argument" if budgets.explicit_device else "measured"
-        ),
-        "host memory": Value(
-            plan.host_budget_bytes, "argument" if budgets.explicit_host else "measured"
-        ),
-        "units": Value(
-            mode if isinstance(mode, str) else ", ".join(mode),
-            "planner" if units == "auto" else "argument",
-        ),
-        "lookahead_units": Value(plan.lookahead_units, source("lookahead_units")),
-        "staging_mb": Value(plan.staging_bytes / (1 << 20), source("staging_mb")),
-        "chunk_mb": Value(plan.chunk_bytes / (1 << 20), source("chunk_mb")),
-    }
-    for name, origin in config.sources.items():
-        if name not in values and origin != "default":
-            values[name] = Value(getattr(config, name), origin)
-    return values
-
-
-# -- printing --------------------------------------------------------------------------------------
 
 
 def print_preview(console: Console, name: str, shown: Preview) -> None:

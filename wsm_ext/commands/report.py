@@ -169,23 +169,6 @@ def rss_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def resolve_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name; without a name a GPU where there is one, else the CPU."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(
-            f'device {name!r}: not a device; take "cuda", "cuda:1" or "cpu"'
-        ) from error
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f'device {name!r} is not supported; take "cuda", "cuda:1" or "cpu"')
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'device {name!r}: torch sees no GPU here; take "cpu"')
-    return device
-
-
 def document(
     command: Sequence[str], device: torch.device, model: Any, /, **results: Any
 ) -> dict[str, Any]:

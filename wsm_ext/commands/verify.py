@@ -1,15 +1,63 @@
-"""What `wsm verify` prints."""
+"""`wsm verify`: hashes a model's tensors, and later compares them with the hashes."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from rich.console import Console
+from rich.progress import TimeRemainingColumn
 
-from ..checkpoints.verify import Verified
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.verify import Verified, verify
 from ..sizes import format_bytes
+from . import report
+from .loading import folder_of, progress_bar
+from .options import Commands, output_options
 
 _MOST_SHOWN = 20
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "verify",
+        parents=[output_options()],
+        help="hash a model's tensors, and compare them with the hashes later",
+        description="Read every tensor of a checkpoint once and hash it. The first time, the "
+        "hashes are written to a file beside the model. After that they are compared with it: the "
+        "exit status is 1 if a tensor differs, is missing, is new, or has another dtype or shape. "
+        "`--verify` of the other commands checks by that file what they load.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model's folder, a safetensors file, or an id on the hub"
+    )
+    parser.add_argument(
+        "--sidecar", type=Path, metavar="FILE", help="the file of hashes, where not beside MODEL"
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="write the hashes anew, of MODEL as it is now"
+    )
+    parser.add_argument("--revision", metavar="REV", help="the hub revision")
+    parser.add_argument("--local-files-only", action="store_true", help="ask the hub's cache only")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    path = Path(options.model).expanduser()
+    if options.revision is not None or not path.exists():
+        path = folder_of(options)
+    with progress_bar("hashing", TimeRemainingColumn()) as progress:
+        checkpoint = Checkpoint.open(path)
+        result = verify(checkpoint, options.sidecar, update=options.update, progress=progress)
+    print_verified(Console(), result)
+    if options.json:
+        content = report.setting(options.command_line, torch.device("cpu"))
+        report.write_json(
+            options.json, {**content, "model": options.model, "verify": result.as_dict()}
+        )
+    return 0 if result.equal else 1
 
 
 def print_verified(console: Console, result: Verified) -> None:
