@@ -124,7 +124,7 @@ def run_bench(
 
     def forwards(model: Any, count: int) -> None:
         vocab = model.config.get_text_config().vocab_size
-        ids = torch.randint(0, vocab, (batch, tokens)).to(device)
+        ids = torch.randint(0, vocab, (batch, tokens), device=device)
         with torch.inference_mode():
             for _ in range(count):
                 model(input_ids=ids, use_cache=False, logits_to_keep=1)

@@ -38,11 +38,12 @@ class LinkProbe:
         self.device, self.chunk_bytes = device, chunk_bytes
         cuda = device.type == "cuda"
         self.source = (
-            torch.empty(total_bytes, dtype=torch.uint8, pin_memory=True)
+            torch.empty(total_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             if cuda
             else in_huge_pages(total_bytes)
         )
-        pattern = torch.arange(min(total_bytes, 1 << 30) // 4, dtype=torch.int32).view(torch.uint8)
+        count = min(total_bytes, 1 << 30) // 4
+        pattern = torch.arange(count, dtype=torch.int32, device="cpu").view(torch.uint8)
         for part in self.source.split(pattern.numel()):
             part.copy_(pattern[: part.numel()])
         self.target = (

@@ -187,7 +187,7 @@ def _resident(folder: Path, device: torch.device, size: Size) -> _Outcome:
 def _run(model: Any, device: torch.device, size: Size) -> _Outcome:
     generator = torch.Generator().manual_seed(1)
     shape = (1, size.tokens)
-    ids = torch.randint(0, size.shape["vocab"], shape, generator=generator).to(device)
+    ids = torch.randint(0, size.shape["vocab"], shape, generator=generator, device="cpu").to(device)
     logits = model(input_ids=ids, use_cache=False).logits
     report.synchronize(device)
     begin = time.perf_counter()

@@ -124,7 +124,7 @@ def run_prefills(
             f"batch ({batch}), tokens ({tokens}) and repeat ({repeat}) must all be at least 1"
         )
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocab, (batch, tokens), generator=generator).to(device)
+    ids = torch.randint(0, vocab, (batch, tokens), generator=generator, device="cpu").to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     passes = []

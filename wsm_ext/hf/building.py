@@ -223,11 +223,12 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def build_model(config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
     build = _builder(config, auto_class)
-    with _parameters_on_meta(), no_init_weights():
-        model = build(config, dtype=dtype)
-    # As from_pretrained does, outside of the model's dtype. The parameters are marked as
-    # initialised, so this touches buffers alone.
-    model.initialize_weights()
+    with torch.device("cpu"):  # buffers lie there, whatever default device the caller has set
+        with _parameters_on_meta(), no_init_weights():
+            model = build(config, dtype=dtype)
+        # As from_pretrained does, outside of the model's dtype. The parameters are marked as
+        # initialised, so this touches buffers alone.
+        model.initialize_weights()
     return model
 
 

@@ -209,7 +209,8 @@ def _compute(model: PreTrainedModel, names: list[str]) -> dict[str, torch.Tensor
         value = nn.Parameter(torch.zeros_like(absent, device="cpu"), requires_grad=False)
         owner._parameters[key] = value
         try:
-            model._init_weights(owner)
+            with torch.device("cpu"):
+                model._init_weights(owner)
         finally:
             owner._parameters[key] = absent
         values[name] = value.detach().contiguous()

@@ -83,7 +83,7 @@ def make_llama_checkpoint(
 
     generator = torch.Generator().manual_seed(seed)
     largest = max(weight.count for weight in weights)
-    pool = torch.rand(min(_POOL_SIZE, largest), generator=generator).mul_(2).sub_(1)
+    pool = torch.rand(min(_POOL_SIZE, largest), generator=generator, device="cpu").mul_(2).sub_(1)
     scaled: dict[tuple[float, float], torch.Tensor] = {}
     index: dict[str, str] = {}
     start = 0
@@ -150,7 +150,7 @@ def _split(weights: list[_Weight], groups: int) -> Iterator[list[_Weight]]:
 
 
 def _draw(pool: torch.Tensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:
-    flat = torch.empty(math.prod(shape), dtype=pool.dtype)
+    flat = torch.empty(math.prod(shape), dtype=pool.dtype, device=pool.device)
     done = 0
     while done < flat.numel():
         count = min(pool.numel() - start, flat.numel() - done)

@@ -14,6 +14,7 @@ from torch import nn
 from .. import _engine
 from ..checkpoints.arrival import Arrival, Part
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, TensorImage
+from .raw_memory import address_of, empty_in_ram
 from .units import Slot, Unit
 
 _MOST_NAMED = 10
@@ -25,7 +26,9 @@ class RamParameter:
     """A parameter that the module holds in RAM, and its bytes, one after another.
 
     The bytes are those of the parameter itself, or a copy where it is not contiguous. They are let
-    go when all of them are on the device or in the host cache, and put back at the end.
+    go when all of them are on the device or in the host cache, and put back at the end. `shared`:
+    other elements, its own or another parameter's, lie in the same bytes. Then they stay, since
+    what is put back would lie apart.
     """
 
     name: str
@@ -33,21 +36,33 @@ class RamParameter:
     data: torch.Tensor | None
     size: torch.Size
     stride: tuple[int, ...]
+    shared: bool = False
 
     @staticmethod
     def of(name: str, parameter: torch.Tensor) -> RamParameter:
         data = parameter.detach()
-        return RamParameter(name, parameter, data.contiguous(), data.size(), data.stride())
+        plain = data.resolve_conj().resolve_neg().contiguous()
+        return RamParameter(name, parameter, plain, data.size(), data.stride())
+
+    def span(self) -> tuple[int, int]:
+        """Where the parameter's own bytes begin and end."""
+        last = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        begin = self.parameter.data_ptr()
+        return begin, begin + (last + 1) * self.parameter.element_size()
 
     def let_go(self) -> None:
+        if self.shared:
+            return
         self.data = None
         with torch.inference_mode(False):
-            self.parameter.data = torch.empty(0, dtype=self.parameter.dtype)
+            self.parameter.data = empty_in_ram([0], self.parameter.dtype)
 
     def put_back(self, fetch: Callable[[str], torch.Tensor]) -> None:
         if self.data is None:
             with torch.inference_mode(False):
-                found = torch.empty_strided(self.size, self.stride, dtype=self.parameter.dtype)
+                found = torch.empty_strided(
+                    self.size, self.stride, dtype=self.parameter.dtype, device="cpu"
+                )
                 self.parameter.data = found.copy_(fetch(self.name))
 
 
@@ -122,7 +137,12 @@ def _not_plain(name: str, parameter: torch.Tensor) -> str | None:
     """Why the parameter cannot be streamed, if it is not just its bytes."""
     kind = type(parameter)
     if kind in (nn.Parameter, torch.Tensor):
-        return None
+        if parameter.layout == torch.strided and not parameter.is_quantized:
+            return None
+        return (
+            f"parameter {name!r} is {parameter.layout}, {parameter.dtype}: only dense tensors that"
+            " are not quantised can be streamed"
+        )
     return (
         f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}: only plain tensors can be"
         " streamed. If it is quantised (torchao, bitsandbytes), stream the module as it was before"
@@ -229,7 +249,20 @@ def from_module(units: Iterable[Unit]) -> Source:
                 index[id(parameter)] = len(source.tensors)
                 _add_memory(source, slot.name, parameter)
             source.index_of[slot.name] = index[id(parameter)]
+    _mark_shared(list(source.ram_parameters.values()))
     return source
+
+
+def _mark_shared(parameters: list[RamParameter]) -> None:
+    spans = sorted((*held.span(), number) for number, held in enumerate(parameters))
+    before, end = 0, 0  # of those until now, the one that ends last
+    for begin, its_end, number in spans:
+        held = parameters[number]
+        held.shared |= its_end - begin < held.parameter.nbytes  # an expanded one
+        if begin < end:
+            held.shared = parameters[before].shared = True
+        if its_end > end:
+            before, end = number, its_end
 
 
 def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
@@ -246,7 +279,7 @@ def _add_shard(source: Source, name: str, data: torch.Tensor) -> int:
     """A contiguous tensor in RAM as a shard of its own; its index among the tensors."""
     shard = len(source.shards)
     source.shards.append((name, data.nbytes, 1, True))
-    source.memory.append(data.data_ptr())
+    source.memory.append(address_of(data, data.nbytes))
     source.tensors.append((name, data.nbytes, [(shard, 0, data.nbytes, 0)], 0))
     return len(source.tensors) - 1
 
@@ -274,7 +307,7 @@ def read_tensor(
 ) -> torch.Tensor:
     """One small tensor (a buffer), read into RAM; `check` is given the bytes of its image."""
     image = checkpoint.tensors[name]
-    tensor = torch.empty(image.shape, dtype=image.dtype)
+    tensor = empty_in_ram(image.shape, image.dtype)
     if tensor.numel() == 0:
         return tensor
     data = bytearray().join(_blocks(checkpoint, image))

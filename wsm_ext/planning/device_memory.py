@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import _engine
+from ..modules.raw_memory import address_of, without_modes
 from ..modules.sources import Source
 
 _HUGE_PAGE = 2 << 20
@@ -22,18 +23,19 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
 
     Raises torch.OutOfMemoryError.
     """
-    with torch.inference_mode(False):
-        if device.type != "cpu":
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if device.type == "cpu":
         return in_huge_pages(nbytes)
+    with without_modes():
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
+@without_modes()
 def in_huge_pages(nbytes: int) -> torch.Tensor:
     """RAM in huge pages, where the kernel has them: it is written to for the first time three times
     as fast, and read with fewer misses of the TLB. Only whole ones are asked for, so that no more
     becomes resident than was counted."""
     if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     try:
         memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
@@ -91,15 +93,14 @@ class DeviceMemory:
         return memory
 
     def clear(self, device: torch.device) -> None:
-        self.arena = torch.empty(0, dtype=torch.uint8)
+        self.arena = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.homes, self.loaded, self.contents = [], [], []
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def addresses(self) -> tuple[int, list[tuple[int, bool]]]:
+    def addresses(self, device: torch.device) -> tuple[int, list[tuple[int, bool]]]:
         """Of the arena, and of each home block with whether it is loaded."""
-        blocks = zip(self.homes, self.loaded, strict=True)
-        return (
-            self.arena.data_ptr() if self.arena.numel() else 0,
-            [(block.data_ptr(), loaded) for block, loaded in blocks],
+        arena, *homes = (
+            address_of(block, block.nbytes, device.type) for block in (self.arena, *self.homes)
         )
+        return arena, list(zip(homes, self.loaded, strict=True))

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..modules import sources
+from ..modules.raw_memory import without_modes
 from .integrity import Checker
 
 
@@ -21,6 +22,7 @@ class Buffers:
     IntegrityError.
     """
 
+    @without_modes()
     def __init__(
         self,
         module: nn.Module,

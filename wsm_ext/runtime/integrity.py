@@ -365,6 +365,6 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 def _pinned(nbytes: int) -> torch.Tensor:
     with torch.inference_mode(False):
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError:  # refused: pageable memory will do
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

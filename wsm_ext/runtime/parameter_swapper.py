@@ -20,6 +20,7 @@ from .. import _engine
 from ..checkpoints.arrival import Arrival
 from ..modules.dynamo import between_graphs, break_graph, never_compiled
 from ..modules.placeholder import StreamedParameter
+from ..modules.raw_memory import address_of, empty_in_ram, without_modes
 from ..modules.sources import Source, live, unit_tensors
 from ..modules.tensor_tree import map_tensors, tensors_in
 from ..modules.units import Unit
@@ -97,6 +98,7 @@ class ParameterSwapper:
             self.undo()
             raise
 
+    @without_modes()
     def fetch(self, name: str) -> torch.Tensor:
         """A copy of the parameter's bytes on the device.
 
@@ -107,10 +109,11 @@ class ParameterSwapper:
         resident, parameter = self._placed[name][2:]
         return parameter.detach().clone() if resident else self.fetch_host(name).to(self._device)
 
+    @without_modes()
     def fetch_host(self, name: str) -> torch.Tensor:
         """The same in RAM; takes no memory of the device."""
         unit, tensor, resident, parameter = self._placed[name]
-        copy = torch.empty(parameter.shape, dtype=parameter.dtype)
+        copy = empty_in_ram(parameter.shape, parameter.dtype)
         if resident:
             return copy.copy_(parameter.detach())
         self._fetch(unit, tensor, self._made.get(name), copy)
@@ -121,8 +124,8 @@ class ParameterSwapper:
         if arrival is None:
             arrived = target.reshape(-1).view(torch.uint8)
         else:
-            arrived = torch.empty(arrival.nbytes, dtype=torch.uint8)
-        self._engine.fetch(unit, tensor, arrived.data_ptr())
+            arrived = empty_in_ram([arrival.nbytes])
+        self._engine.fetch(unit, tensor, address_of(arrived, arrived.nbytes))
         if self._checker is not None:
             image, where = self._checks[unit, tensor]
             image.check(arrived, where)
@@ -187,7 +190,7 @@ class ParameterSwapper:
             if arrival is not None:
                 self._made[slot.name] = arrival
                 if tensor not in made and resident:
-                    whole = torch.empty(found.shape, dtype=found.dtype)
+                    whole = empty_in_ram(found.shape, found.dtype)
                     self._fetch(index, tensor, arrival, whole)
                     placed.copy_(whole)
                     if self._checker is not None:

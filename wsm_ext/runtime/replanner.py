@@ -8,6 +8,7 @@ import torch
 
 from .. import _engine
 from ..hf.default_workload import DefaultWorkload
+from ..modules.raw_memory import without_modes
 from ..planning.device_memory import DeviceMemory
 from ..planning.plan import PlanSummary
 from ..planning.planner import Budgets, ModulePlan, Planner, streams
@@ -31,6 +32,7 @@ class Replanner:
     (CheckpointError) where the checkpoint does not fit the module.
     """
 
+    @without_modes()
     def __init__(
         self, request: StreamRequest, units: str | Sequence[str], workload: Workload | None
     ) -> None:
@@ -76,6 +78,7 @@ class Replanner:
             request.device, device_memory, host_memory, request.config, activations, held
         )
 
+    @without_modes()
     def plan(
         self,
         budgets: Budgets,

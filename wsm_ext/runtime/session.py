@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .. import _engine
+from ..modules.raw_memory import without_modes
 from ..modules.units import Unit
 from ..planning.device_memory import DeviceMemory
 from ..planning.planner import ModulePlan
@@ -28,6 +29,7 @@ class Session:
     Where the constructor fails, the engine is closed and the module is as it was.
     """
 
+    @without_modes()
     def __init__(
         self,
         request: StreamRequest,
@@ -44,7 +46,7 @@ class Session:
         self._device = request.device
         self.current_stream = stream_getter(request.device)
         plan, source = planned.plan, planned.source
-        arena, homes = memory.addresses()
+        arena, homes = memory.addresses(request.device)
         images = [] if request.checker is None else request.checker.images_of(source)
         self.engine: _engine.Engine = _engine.Engine(
             plan,
@@ -103,6 +105,7 @@ class Session:
         in between."""
         return None if self.in_ram else self.engine.kept_cache()
 
+    @without_modes()
     def restore_ram_parameters(self) -> None:
         """Put back what the module held in RAM: every tensor that can be, even when one cannot."""
         failed: list[str] = []

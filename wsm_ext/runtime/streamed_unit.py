@@ -91,13 +91,13 @@ class StreamedUnit:
         """The module gets its own parameters back: leave it alone from now on."""
         self.swaps, self._arriving, self._check = [], [], None
         with torch.inference_mode(False):  # in the middle of a forward it is still given back
-            self._memory = torch.empty(0)
+            self._memory = torch.empty(0, device="cpu")
 
 
 def _version_setter() -> Callable[[torch.Tensor, int], None]:
     setter: Any = torch._C._autograd._unsafe_set_version_counter
     try:
-        setter((torch.empty(0),), (0,))
+        setter((torch.empty(0, device="cpu"),), (0,))
     except TypeError:  # before torch 2.6: one tensor at a time
         return lambda tensor, version: setter(tensor, version)
     return lambda tensor, version: setter((tensor,), (version,))
