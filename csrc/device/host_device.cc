@@ -5,15 +5,14 @@
 // `completed_` has reached that. Ticket 0 is always done: never recorded, or recorded on the
 // calling thread.
 #include <chrono>
-#include <condition_variable>
 #include <cstring>
-#include <mutex>
 #include <thread>
 #include <vector>
 
 #include "device/device.h"
 #include "util/check.h"
 #include "util/copy_past_caches.h"
+#include "util/mutex.h"
 #include "util/threads.h"
 
 namespace wsm {
@@ -34,10 +33,8 @@ struct Mark {
 struct HostEvent final : Event {
   explicit HostEvent(bool is_timed) : timed(is_timed) {}
   const bool timed;
-  const std::shared_ptr<Mark> mark = std::make_shared<Mark>();  // guarded by the device's mutex
+  const std::shared_ptr<Mark> mark = std::make_shared<Mark>();  // see HostDevice::mark_of
 };
-
-const HostEvent& host(const Event& event) { return static_cast<const HostEvent&>(event); }
 
 void check_stream(StreamHandle stream) {
   check(stream == kCallingThread || stream == kCopyStream, "the host device has no stream ", stream,
@@ -50,7 +47,7 @@ class HostDevice final : public Device {
 
   ~HostDevice() override {
     {
-      std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       stop_ = true;
     }
     work_.notify_one();
@@ -80,8 +77,8 @@ class HostDevice final : public Device {
 
   void record(Event& event, StreamHandle stream) override {
     check_stream(stream);
-    const std::shared_ptr<Mark>& mark = host(event).mark;
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
+    const std::shared_ptr<Mark>& mark = mark_of(event);
     mark->recorded = true;
     if (stream == kCallingThread) {
       mark->ticket = 0;
@@ -95,23 +92,23 @@ class HostDevice final : public Device {
     check_stream(stream);
     // The copy stream need not wait: an event that is not done yet lies before it in the same FIFO.
     if (stream == kCopyStream) return;
-    std::unique_lock lock(mutex_);
-    wait_for(lock, host(event).mark->ticket);
+    const MutexLock lock(mutex_);
+    wait_for(mark_of(event)->ticket);
   }
 
   bool done(const Event& event) override {
-    std::lock_guard lock(mutex_);
-    return host(event).mark->ticket <= completed_;
+    const MutexLock lock(mutex_);
+    return mark_of(event)->ticket <= completed_;
   }
 
   double elapsed_seconds(const Event& begin, const Event& end) override {
-    std::lock_guard lock(mutex_);
-    return std::chrono::duration<double>(time_of(host(end)) - time_of(host(begin))).count();
+    const MutexLock lock(mutex_);
+    return std::chrono::duration<double>(time_of(end) - time_of(begin)).count();
   }
 
   void drain() override {
-    std::unique_lock lock(mutex_);
-    wait_for(lock, enqueued_);
+    const MutexLock lock(mutex_);
+    wait_for(enqueued_);
   }
 
  private:
@@ -127,50 +124,57 @@ class HostDevice final : public Device {
   };
 
   void enqueue(Item item) {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     enqueue_locked(std::move(item));
   }
 
-  uint64_t enqueue_locked(Item item) {
+  uint64_t enqueue_locked(Item item) REQUIRES(mutex_) {
     pending_.push_back(std::move(item));
     work_.notify_one();
     return ++enqueued_;
   }
 
-  void wait_for(std::unique_lock<std::mutex>& lock, uint64_t ticket) {
-    progress_.wait(lock, [&] { return completed_ >= ticket; });
+  // The copy thread writes into it: it is read and written under the mutex.
+  const std::shared_ptr<Mark>& mark_of(const Event& event) const REQUIRES(mutex_) {
+    return static_cast<const HostEvent&>(event).mark;
   }
 
-  Clock::time_point time_of(const HostEvent& event) const {
-    check(event.timed, "elapsed_seconds needs events that were made with timed=true");
-    check(event.mark->recorded && event.mark->ticket <= completed_,
+  // By value: while this waits, the event may be recorded again.
+  void wait_for(uint64_t ticket) REQUIRES(mutex_) {
+    while (completed_ < ticket) progress_.wait(mutex_);
+  }
+
+  Clock::time_point time_of(const Event& event) const REQUIRES(mutex_) {
+    check(static_cast<const HostEvent&>(event).timed,
+          "elapsed_seconds needs events that were made with timed=true");
+    const Mark& mark = *mark_of(event);
+    check(mark.recorded && mark.ticket <= completed_,
           "elapsed_seconds needs events that were recorded and are done");
-    return event.mark->time;
+    return mark.time;
   }
 
   void run() {
     // The vectors change places and keep their capacity: once grown, nothing is allocated.
     std::vector<Item> batch;
-    std::unique_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     while (true) {
-      work_.wait(lock, [this] { return stop_ || !pending_.empty(); });
+      while (!stop_ && pending_.empty()) work_.wait(mutex_);
       if (pending_.empty()) return;
       batch.swap(pending_);
-      for (Item& item : batch) execute(item, lock);
+      for (Item& item : batch) execute(item);
       batch.clear();
     }
   }
 
   // Moves the bytes without the lock.
-  void execute(Item& item, std::unique_lock<std::mutex>& lock) {
+  void execute(Item& item) REQUIRES(mutex_) {
     if (item.bytes > 0) {
-      lock.unlock();
+      const MutexUnlock unlocked(mutex_);
       if (item.kind == Kind::kCopy) {
         copy_past_caches(item.target, item.source, item.bytes);
       } else {
         std::memset(item.target, item.value, item.bytes);
       }
-      lock.lock();
     }
     ++completed_;
     Mark* const mark = item.mark.get();
@@ -178,13 +182,13 @@ class HostDevice final : public Device {
     progress_.notify_all();
   }
 
-  std::mutex mutex_;
-  std::condition_variable work_;      // there are items, or `stop_`
-  std::condition_variable progress_;  // `completed_` has moved
-  std::vector<Item> pending_;
-  uint64_t enqueued_ = 0;   // ticket of the newest item
-  uint64_t completed_ = 0;  // ticket of the last item executed; at most `enqueued_`
-  bool stop_ = false;
+  Mutex mutex_;
+  CondVar work_;      // there are items, or `stop_`
+  CondVar progress_;  // `completed_` has moved
+  std::vector<Item> pending_ GUARDED_BY(mutex_);
+  uint64_t enqueued_ GUARDED_BY(mutex_) = 0;   // ticket of the newest item
+  uint64_t completed_ GUARDED_BY(mutex_) = 0;  // of the last item executed; at most `enqueued_`
+  bool stop_ GUARDED_BY(mutex_) = false;
   std::thread thread_;  // last: it uses all of the above
 };
 

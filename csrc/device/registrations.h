@@ -10,27 +10,27 @@
 #include <cstdint>
 #include <iterator>
 #include <map>
-#include <mutex>
-#include <shared_mutex>
+
+#include "util/mutex.h"
 
 namespace wsm {
 
 class Registrations {
  public:
   void add(const void* data, uint64_t bytes) {
-    std::unique_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     ends_[address(data)] = address(data) + bytes;
   }
 
   void remove(const void* data) {
-    std::unique_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     ends_.erase(address(data));
   }
 
   // How many of the `bytes` from `data` on lie in one registration, or in none at all.
   uint64_t uniform_bytes(const void* data, uint64_t bytes) const {
     const uintptr_t begin = address(data);
-    std::shared_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     const auto next = ends_.upper_bound(begin);  // the first that begins behind `data`
     if (next != ends_.begin()) {
       const uintptr_t end = std::prev(next)->second;
@@ -42,8 +42,8 @@ class Registrations {
  private:
   static uintptr_t address(const void* data) { return reinterpret_cast<uintptr_t>(data); }
 
-  mutable std::shared_mutex mutex_;
-  std::map<uintptr_t, uintptr_t> ends_;  // by begin; they do not overlap
+  mutable Mutex mutex_;
+  std::map<uintptr_t, uintptr_t> ends_ GUARDED_BY(mutex_);  // by begin; they do not overlap
 };
 
 }  // namespace wsm

@@ -79,7 +79,7 @@ void Conductor::start() {
 bool Conductor::stop() {
   if (thread_.joinable()) {
     {
-      std::lock_guard lock(board_.mutex);
+      const MutexLock lock(board_.mutex);
       board_.stop = true;
       ++board_.version;
     }
@@ -115,7 +115,7 @@ void Conductor::run() {
     }
   } catch (const std::exception& error) {
     // In one step: a waiter that saw the error alone would clear it, as one that passes.
-    std::lock_guard lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     board_.error = KeptError::of<Error>(error.what());  // before one that would pass
     board_.stop = true;
     board_.changed.notify_all();
@@ -149,7 +149,7 @@ bool Conductor::step() {
 
 void Conductor::look() {
   {
-    std::lock_guard lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     if (board_.version == seen_version_) return;
     seen_version_ = board_.version;
     stop_ = board_.stop;
@@ -171,7 +171,7 @@ void Conductor::look() {
 // Any thread: there may be more to do.
 void Conductor::note_change() {
   {
-    std::lock_guard lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     ++board_.version;
   }
   wake();
@@ -180,7 +180,7 @@ void Conductor::note_change() {
 void Conductor::sleep() {
   waker_.announce();
   {
-    std::lock_guard lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     if (board_.version != seen_version_) {
       waker_.cancel();
       return;
@@ -202,7 +202,7 @@ void Conductor::sleep() {
 }
 
 Stall Conductor::cause_of_demand() const {
-  if (board_.units[demand_].phase == Phase::kAbsent) return Stall::kArena;
+  if (board_.phase_of(demand_) == Phase::kAbsent) return Stall::kArena;
   const UnitWork& work = work_[demand_];
   const bool unread = work.first_unread < chunks_of(demand_).second;
   // The disk is idle: all slots are held by copies that wait for places in the arena.
@@ -222,7 +222,7 @@ void Conductor::account_stall(bool moved) {
     board_.counters.stall_ns[static_cast<int>(stall_cause_.load())] += static_cast<uint64_t>(ns);
   }
   stall_mark_ = now;
-  stalled_ = demand_ != kNone && board_.units[demand_].phase != Phase::kReady && !paused_;
+  stalled_ = demand_ != kNone && board_.phase_of(demand_) != Phase::kReady && !paused_;
   if (!stalled_) return;
   stall_cause_ = cause_of_demand();
   if (moved || !was_stalled) last_move_ = now;
@@ -254,15 +254,21 @@ std::string Conductor::describe_demand() const {
 }
 
 void Conductor::keep_error(KeptError error) {
-  std::lock_guard lock(board_.mutex);
+  const MutexLock lock(board_.mutex);
   if (!board_.error) board_.error = std::move(error);
   ++board_.version;
   board_.changed.notify_all();
 }
 
 const std::byte* Conductor::cached(uint32_t chunk) const {
+  const MutexLock lock(board_.mutex);
   const bool there = plan_.chunks[chunk].home == Home::kHost && cache_->filled(chunk);
   return there ? cache_->place(plan_.chunks[chunk]) : nullptr;
+}
+
+KeptCache Conductor::kept_cache() const {
+  const MutexLock lock(board_.mutex);
+  return cache_->kept(plan_);
 }
 
 }  // namespace wsm

@@ -79,9 +79,10 @@ class Conductor {
   // What was read ahead: taken now, and at the start, when it was most.
   uint64_t ahead_bytes() const { return ahead_bytes_; }
   uint64_t most_ahead_bytes() const { return most_ahead_bytes_; }
-  // Caller holds the board's mutex: the host bytes of a chunk, where it lies in the cache; else
-  // null.
-  const std::byte* cached(uint32_t chunk) const;
+  // Any thread: the host bytes of a chunk, where it lies in the cache; else null.
+  const std::byte* cached(uint32_t chunk) const EXCLUDES(board_.mutex);
+  // Any thread: what the host cache holds.
+  KeptCache kept_cache() const EXCLUDES(board_.mutex);
   // The first streamed chunk of a unit and how many; the resident load is the unit after the last.
   std::pair<uint32_t, uint32_t> chunks_of(uint32_t unit) const;
   bool overlap(uint32_t a, uint32_t b) const;
@@ -106,6 +107,7 @@ class Conductor {
     uint32_t first_unread = 0;    // every chunk before it needs no read
     uint32_t read_end = 0;        // no chunk from it on was read for it
     bool from_disk = false;       // some bytes of the present load came from the disk
+    bool demanded = false;        // the present load was started by an acquire
   };
   enum class ReadRoute : uint8_t { kDirect, kBuffered, kAhead };
   struct Flight {  // a read under way
@@ -124,10 +126,10 @@ class Conductor {
   bool copy();
   bool copy_unit(uint32_t unit, size_t ahead, bool demanded);
   bool begin_load(uint32_t unit, size_t ahead, bool demanded);
-  bool may_evict(uint32_t other, size_t ahead, bool demanded) const;
+  bool may_evict(uint32_t other, size_t ahead, bool demanded) const REQUIRES(board_.mutex);
   void finish_load(uint32_t unit);
-  void evict(uint32_t unit, std::vector<UnitState*>& evicted);
-  void wait_released(UnitState& state);
+  void evict(uint32_t unit) REQUIRES(board_.mutex);
+  void wait_for_evicted();
   void poison_released();
   void drop_discarded();
   void enqueue(uint32_t chunk);
@@ -190,6 +192,7 @@ class Conductor {
   std::vector<uint32_t> window_;      // a copy of the board's
   std::vector<uint64_t> in_window_;   // by unit: the version in which it was last in the window
   std::vector<uint32_t> position_;    // by unit: where in it, then
+  // In this step. Nobody else touches what they released until they are loaded again.
   std::vector<UnitState*> evicted_;
   std::array<ReadCompletion, 64> completions_;
   uint64_t seen_version_ = UINT64_MAX;

@@ -20,22 +20,21 @@ constexpr uint32_t kMostCopying = 256;
 
 bool Conductor::copy() {
   bool moved = false;
-  if (demand_ != kNone && board_.units[demand_].phase != Phase::kReady) {
+  if (demand_ != kNone && board_.phase_of(demand_) != Phase::kReady) {
     moved |= copy_unit(demand_, 0, true);
-    if (board_.units[demand_].phase != Phase::kReady) return moved;
+    if (board_.phase_of(demand_) != Phase::kReady) return moved;
   }
   const size_t reach = std::min<size_t>(plan_.lookahead_units, window_.size());
   for (size_t ahead = 0; ahead < reach; ++ahead) {
-    if (board_.units[window_[ahead]].phase == Phase::kReady) continue;
+    if (board_.phase_of(window_[ahead]) == Phase::kReady) continue;
     moved |= copy_unit(window_[ahead], ahead, false);
-    if (board_.units[window_[ahead]].phase != Phase::kReady) break;
+    if (board_.phase_of(window_[ahead]) != Phase::kReady) break;
   }
   return moved;
 }
 
 bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
-  if (board_.units[unit].phase == Phase::kAbsent && !begin_load(unit, ahead, demanded))
-    return false;
+  if (board_.phase_of(unit) == Phase::kAbsent && !begin_load(unit, ahead, demanded)) return false;
   uint32_t moved = 0;
   uint64_t bytes = 0;
   UnitWork& work = work_[unit];
@@ -70,26 +69,25 @@ bool Conductor::copy_unit(uint32_t unit, size_t ahead, bool demanded) {
 
 // Takes the unit's place from those that lie in it. The copy stream then waits for their forwards.
 bool Conductor::begin_load(uint32_t unit, size_t ahead, bool demanded) {
-  evicted_.clear();
   {
-    std::lock_guard lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     for (const uint32_t other : present_) {
       if (overlap(unit, other) && !may_evict(other, ahead, demanded)) return false;
     }
     for (size_t i = present_.size(); i-- > 0;) {
-      if (overlap(unit, present_[i])) evict(present_[i], evicted_);
+      if (overlap(unit, present_[i])) evict(present_[i]);
     }
     UnitState& state = board_.units[unit];
     state.phase = Phase::kLoading;
     state.used = false;
-    state.demanded = demanded;
   }
-  for (UnitState* state : evicted_) wait_released(*state);
+  work_[unit].demanded = demanded;
+  wait_for_evicted();
   present_.push_back(unit);
   return true;
 }
 
-// Caller holds the board's mutex. A demand takes the place of all that nobody holds; a prefetch
+// A demand takes the place of all that nobody holds; a prefetch
 // leaves what is needed before it, and what a demand has just brought.
 bool Conductor::may_evict(uint32_t other, size_t ahead, bool demanded) const {
   if (board_.units[other].acquired > 0) return false;
@@ -98,32 +96,36 @@ bool Conductor::may_evict(uint32_t other, size_t ahead, bool demanded) const {
   return other != board_.demand && std::find(window_.begin(), end, other) == end;
 }
 
-// Caller holds the board's mutex, and then makes the copy stream wait for what was released.
-void Conductor::evict(uint32_t unit, std::vector<UnitState*>& evicted) {
+// The caller calls `wait_for_evicted` then, without the mutex.
+void Conductor::evict(uint32_t unit) {
   board_.units[unit].phase = Phase::kAbsent;
-  evicted.push_back(&board_.units[unit]);
+  evicted_.push_back(&board_.units[unit]);
   present_.erase(std::find(present_.begin(), present_.end(), unit));
   const auto [first, count] = chunks_of(unit);
   for (uint32_t c = first; c < first + count; ++c) chunks_[c].copied = false;
   work_[unit] = {.left = count};
 }
 
-void Conductor::wait_released(UnitState& state) {
-  for (size_t i = 0; i < state.released_count; ++i) {
-    device_.wait(device_.copy_stream(), *state.released[i].second);
+// Makes the copy stream wait for all that the evicted units were used for.
+void Conductor::wait_for_evicted() {
+  for (UnitState* state : evicted_) {
+    for (size_t i = 0; i < state->released_count; ++i) {
+      device_.wait(device_.copy_stream(), *state->released[i].second);
+    }
+    state->released_count = 0;
   }
-  state.released_count = 0;
+  evicted_.clear();
 }
 
 // Before any copy of this step: what is loaded from now on comes from the disk again.
 void Conductor::drop_discarded() {
-  evicted_.clear();
   {
-    std::lock_guard lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     std::erase_if(board_.discarded, [this](uint32_t unit) {
+      board_.mutex.assert_held();
       UnitState& state = board_.units[unit];
       if (state.acquired > 0) return false;
-      if (state.phase != Phase::kAbsent) evict(unit, evicted_);
+      if (state.phase != Phase::kAbsent) evict(unit);
       const auto [first, count] = chunks_of(unit);
       for (uint32_t c = first; c < first + count; ++c) cache_->forget(c);
       work_[unit].first_unread = 0;
@@ -132,24 +134,23 @@ void Conductor::drop_discarded() {
     });
     discarded_ = !board_.discarded.empty();
   }
-  for (UnitState* state : evicted_) wait_released(*state);
+  wait_for_evicted();
 }
 
 void Conductor::poison_released() {
-  evicted_.clear();
   std::vector<uint32_t> idle;
   {
-    std::lock_guard lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     for (const uint32_t unit : present_) {
       const UnitState& state = board_.units[unit];
       const bool over = state.phase == Phase::kReady && state.used && state.acquired == 0;
       if (over && !is_resident_load(unit)) idle.push_back(unit);
     }
-    for (const uint32_t unit : idle) evict(unit, evicted_);
+    for (const uint32_t unit : idle) evict(unit);
   }
-  for (size_t i = 0; i < idle.size(); ++i) {
-    wait_released(*evicted_[i]);
-    const UnitPlan& place = plan_.units[idle[i]];
+  wait_for_evicted();
+  for (const uint32_t unit : idle) {
+    const UnitPlan& place = plan_.units[unit];
     device_.fill(arena_ + place.place_offset, 0xFF, place.place_bytes);
   }
 }
@@ -180,17 +181,16 @@ void Conductor::enqueue(uint32_t index) {
 }
 
 void Conductor::finish_load(uint32_t unit) {
-  UnitState& state = board_.units[unit];
-  device_.record(*state.ready, device_.copy_stream());
+  device_.record(*board_.ready[unit], device_.copy_stream());
   ++board_.counters.loads;
-  const bool demanded = state.demanded;
+  const bool demanded = work_[unit].demanded;
   if (demanded) ++board_.counters.demand_loads;
   if (options_.verbose && !is_resident_load(unit)) {
     log_load(spec_.units[unit].label, demanded, work_[unit].from_disk);
   }
   {
-    std::lock_guard lock(board_.mutex);
-    state.phase = Phase::kReady;
+    const MutexLock lock(board_.mutex);
+    board_.units[unit].phase = Phase::kReady;
   }
   board_.changed.notify_all();
 }

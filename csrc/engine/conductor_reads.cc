@@ -52,18 +52,18 @@ void Conductor::complete(const ReadCompletion& done, const Reader& reader) {
     return;
   }
   chunks_[flight.chunk].phase = ChunkPhase::kIdle;
-  std::lock_guard lock(board_.mutex);
+  const MutexLock lock(board_.mutex);
   cache_->mark_filled(flight.chunk);
 }
 
 bool Conductor::read() {
   bool moved = false;
   bool blocked = false;
-  if (demand_ != kNone && board_.units[demand_].phase != Phase::kReady) {
+  if (demand_ != kNone && board_.phase_of(demand_) != Phase::kReady) {
     moved |= read_unit(demand_, true, &blocked);
   }
   for (size_t i = 0; i < window_.size() && !blocked; ++i) {
-    if (board_.units[window_[i]].phase == Phase::kReady) continue;
+    if (board_.phase_of(window_[i]) == Phase::kReady) continue;
     moved |= read_unit(window_[i], false, &blocked);
   }
   return moved;

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "engine/log.h"
+#include "util/abandon.h"
 
 namespace wsm {
 
@@ -30,15 +31,6 @@ bool same_shards(const std::vector<ShardSpec>& a, const std::vector<ShardSpec>& 
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto& x, const auto& y) {
     return x.path == y.path && x.bytes == y.bytes;
   });
-}
-
-// Kept for the life of the process, and reachable: no leak checker need mind.
-template <typename T>
-void abandon(std::unique_ptr<T>& owned) {
-  static auto* const kept = new std::vector<std::unique_ptr<T>>;
-  static std::mutex mutex;
-  std::lock_guard lock(mutex);
-  kept->push_back(std::move(owned));
 }
 
 }  // namespace
@@ -67,7 +59,7 @@ Engine::Engine(ModelSpec spec, Plan plan, Handoff handoff, std::byte* arena,
   if (!choice_without_effect_.empty()) log_once(choice_without_effect_);
   board_.units.resize(plan_.units.size() + 1);
   for (UnitState& state : board_.units) {
-    state.ready = device_->make_event();
+    board_.ready.push_back(device_->make_event());
     state.released.emplace_back(0, device_->make_event());
   }
   probes_ = std::make_unique<StallProbes>(*device_, board_.counters, kProbePairs);
@@ -158,7 +150,7 @@ void Engine::check_usable() const {
   check<Error>(!closed_, "this streamed model is closed");
 }
 
-// Caller holds the board's mutex. An error that ended the conductor stays for every later call.
+// An error that ended the conductor stays for every later call.
 void Engine::throw_kept_error() {
   if (!board_.error) return;
   const KeptError error = *board_.error;
@@ -172,11 +164,12 @@ void Engine::load_resident(StreamHandle stream, const Interrupt& interrupt) {
   check_usable();
   const auto unit = static_cast<uint32_t>(plan_.units.size());
   if (conductor_->chunks_of(unit).second == 0) return;
-  std::unique_lock lock(board_.mutex);
-  throw_kept_error();
-  wait_ready(lock, unit, interrupt);
-  lock.unlock();
-  device_->wait(stream, *board_.units[unit].ready);
+  {
+    const MutexLock lock(board_.mutex);
+    throw_kept_error();
+    wait_ready(unit, interrupt);
+  }
+  device_->wait(stream, *board_.ready[unit]);
   device_->drain();  // whichever stream uses them first
 }
 
@@ -184,7 +177,7 @@ void Engine::begin_pass(StreamHandle stream) {
   check_usable();
   for (const auto& shard : shards_) shard->check_unchanged();
   {
-    std::lock_guard lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     for (const uint32_t unit : board_.held) {
       record_released(board_.units[unit], stream);
       board_.units[unit].acquired = 0;
@@ -193,7 +186,7 @@ void Engine::begin_pass(StreamHandle stream) {
     board_.held.clear();
   }
   conductor_->wake();
-  std::lock_guard lock(reports_mutex_);
+  const MutexLock lock(reports_mutex_);
   sum_ended_passes();
   probes_->begin_pass(passes_);
   PassRecord& record = record_of(passes_++);
@@ -206,7 +199,7 @@ void Engine::begin_pass(StreamHandle stream) {
 void Engine::end_pass(StreamHandle stream) {
   if (closed_) return;  // in the middle of the pass
   {
-    std::lock_guard lock(reports_mutex_);
+    const MutexLock lock(reports_mutex_);
     check(passes_ended_ < passes_, "no pass was begun");
     passes_ended_ = passes_;
     PassRecord& record = record_of(passes_ - 1);
@@ -215,7 +208,7 @@ void Engine::end_pass(StreamHandle stream) {
     record.counts = board_.counters.read().since(record.counts);
     record.ended = true;
   }
-  std::lock_guard lock(board_.mutex);
+  const MutexLock lock(board_.mutex);
   board_.sequence.end_pass();
   ++board_.passes_over;
   ++board_.version;
@@ -226,12 +219,12 @@ bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
   check_usable();
   check(unit < plan_.units.size(), "there is no unit ", unit);
   check(plan_.units[unit].place_bytes > 0, "unit '", spec_.units[unit].name, "' does not stream");
-  UnitState& state = board_.units[unit];
   const auto begin = Clock::now();
   bool waited = false, loaded = false, first = false;
   {
-    std::unique_lock lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     throw_kept_error();
+    UnitState& state = board_.units[unit];
     for (const uint32_t other : board_.held) {
       check<Error>(other == unit || !conductor_->overlap(unit, other), "unit '",
                    spec_.units[unit].name, "' cannot be loaded inside the forward of unit '",
@@ -242,7 +235,7 @@ bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
     if (state.acquired == 0 && !board_.sequence.use(unit)) ++board_.counters.misses;
     waited = state.phase != Phase::kReady || (state.discarded && state.acquired == 0);
     if (waited) {
-      wait_ready(lock, unit, interrupt);
+      wait_ready(unit, interrupt);
     } else {
       tell_conductor();
     }
@@ -251,9 +244,9 @@ bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
     loaded = !std::exchange(state.used, true);
   }
   {
-    std::lock_guard lock(reports_mutex_);
-    board_.trace.begin_wait(unit, *state.ready, stream);
-    probes_->wait(stream, *state.ready, passes_ - 1);
+    const MutexLock lock(reports_mutex_);
+    board_.trace.begin_wait(unit, *board_.ready[unit], stream);
+    probes_->wait(stream, *board_.ready[unit], passes_ - 1);
     board_.trace.end_wait(stream);
     if (first) board_.trace.begin_forward(unit, stream);
   }
@@ -264,13 +257,13 @@ bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
   return loaded;
 }
 
-// Posts the unit as the demand and waits until it is ready. The lock is released while waiting.
-void Engine::wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit,
-                        const Interrupt& interrupt) {
+// Posts the unit as the demand and waits until it is ready. The mutex is released while waiting.
+void Engine::wait_ready(uint32_t unit, const Interrupt& interrupt) {
   board_.demand = unit;
   ++board_.version;
   conductor_->wake();
   const auto withdraw = [&] {
+    board_.mutex.assert_held();
     board_.demand = kNone;
     ++board_.version;
     conductor_->wake();
@@ -278,17 +271,15 @@ void Engine::wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit,
   try {
     const UnitState& state = board_.units[unit];
     while (state.phase != Phase::kReady || state.discarded) {
-      board_.changed.wait_for(lock, kInterruptInterval);
+      board_.changed.wait_for(board_.mutex, kInterruptInterval);
       throw_kept_error();
       check<Error>(!board_.stop, "this streamed model was closed while unit '",
                    conductor_->name_of(unit), "' was awaited");
       if (!interrupt) continue;
-      lock.unlock();
+      const MutexUnlock unlocked(board_.mutex);
       interrupt();
-      lock.lock();
     }
   } catch (...) {
-    if (!lock.owns_lock()) lock.lock();
     withdraw();
     throw;
   }
@@ -303,7 +294,7 @@ void Engine::log_acquired(uint32_t unit, bool waited, double waited_ms) {
   std::vector<std::string> ahead;
   bool loading = false;
   {
-    std::lock_guard lock(board_.mutex);
+    const MutexLock lock(board_.mutex);
     const auto& upcoming = board_.sequence.upcoming();
     for (size_t i = 0; i < upcoming.size() && i < plan_.lookahead_units; ++i) {
       ahead.push_back(spec_.units[upcoming[i]].label);
@@ -316,8 +307,8 @@ void Engine::log_acquired(uint32_t unit, bool waited, double waited_ms) {
 void Engine::release(uint32_t unit, StreamHandle stream) {
   check(unit < plan_.units.size(), "there is no unit ", unit);
   if (closed_) return;
+  const MutexLock lock(board_.mutex);
   UnitState& state = board_.units[unit];
-  std::lock_guard lock(board_.mutex);
   if (state.acquired == 0) return;  // recovered by begin_pass since
   record_released(state, stream);
   if (--state.acquired == 0) {
@@ -327,7 +318,7 @@ void Engine::release(uint32_t unit, StreamHandle stream) {
   tell_conductor();
 }
 
-// Caller holds the board's mutex. Where all that is expected is there, the conductor may sleep on:
+// Where all that is expected is there, the conductor may sleep on:
 // to wake a thread costs more than all else that an acquire does.
 void Engine::tell_conductor() {
   ++board_.version;
@@ -337,14 +328,13 @@ void Engine::tell_conductor() {
 void Engine::discard(uint32_t unit) {
   check_usable();
   check(unit < plan_.units.size(), "there is no unit ", unit);
-  std::lock_guard lock(board_.mutex);
+  const MutexLock lock(board_.mutex);
   if (std::exchange(board_.units[unit].discarded, true)) return;
   board_.discarded.push_back(unit);
   ++board_.version;
   conductor_->wake();
 }
 
-// Caller holds the board's mutex.
 void Engine::record_released(UnitState& state, StreamHandle stream) {
   size_t i = 0;
   while (i < state.released_count && state.released[i].first != stream) ++i;
@@ -376,8 +366,7 @@ void Engine::close() {
 KeptCache Engine::kept_cache() const {
   check<Error>(::getpid() == process_ && conductor_, "this streamed model has no host cache here");
   for (const auto& shard : shards_) shard->check_unchanged();
-  std::lock_guard lock(board_.mutex);
-  return conductor_->cache().kept(plan_);
+  return conductor_->kept_cache();
 }
 
 Handoff Engine::hand_over() {
@@ -385,14 +374,19 @@ Handoff Engine::hand_over() {
   close();
   check<Error>(!abandoned_ && conductor_, "this streamed model has nothing to hand over");
   Handoff handoff{.shards = spec_.shards};
-  handoff.kept = conductor_->cache().kept(plan_);
+  handoff.kept = conductor_->kept_cache();
   handoff.cache = conductor_->take_cache();
   // Events, and all that has them, go before the device.
   conductor_.reset();
-  probes_.reset();
   board_.trace.take();
-  for (UnitState& state : board_.units) state = {};
-  for (PassRecord& record : records_) record = {};
+  board_.ready.clear();
+  {
+    const MutexLock reports(reports_mutex_);
+    const MutexLock lock(board_.mutex);
+    probes_.reset();
+    for (UnitState& state : board_.units) state = {};
+    for (PassRecord& record : records_) record = {};
+  }
   handoff.device = std::move(device_);
   handoff.files = std::move(shards_);
   return handoff;
@@ -405,8 +399,8 @@ void Engine::abandon_buffers() {
   auto trace = std::make_unique<std::shared_ptr<Trace::Recording>>(board_.trace.take());
   abandon(trace);
   for (auto& shard : shards_) abandon(shard);
+  for (auto& event : board_.ready) abandon(event);
   for (UnitState& state : board_.units) {
-    abandon(state.ready);
     for (auto& [stream, event] : state.released) abandon(event);
   }
   for (PassRecord& record : records_) {

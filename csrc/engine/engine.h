@@ -36,6 +36,7 @@
 #include "engine/unit_board.h"
 #include "plan/model_spec.h"
 #include "plan/plan.h"
+#include "util/mutex.h"
 
 namespace wsm {
 
@@ -142,9 +143,11 @@ class Engine {
     Counts counts;       // at the begin; after the end, of the pass
     bool ended = false;  // a pass that failed may never have been
   };
-  PassRecord& record_of(uint64_t pass) { return records_[pass % records_.size()]; }
-  PassReport report_of(uint64_t pass);
-  void sum_ended_passes();
+  PassRecord& record_of(uint64_t pass) REQUIRES(reports_mutex_) {
+    return records_[pass % records_.size()];
+  }
+  PassReport report_of(uint64_t pass) REQUIRES(reports_mutex_);
+  void sum_ended_passes() REQUIRES(reports_mutex_);
 
   void open_shards(const std::vector<const void*>& memory);
   void check_same_files(const Handoff& handoff) const;
@@ -152,12 +155,13 @@ class Engine {
   void tell_refused_files() const;
   std::string choice_without_effect() const;
   void check_usable() const;
-  void throw_kept_error();
-  void wait_ready(std::unique_lock<std::mutex>& lock, uint32_t unit, const Interrupt& interrupt);
+  void throw_kept_error() REQUIRES(board_.mutex);
+  void wait_ready(uint32_t unit, const Interrupt& interrupt) REQUIRES(board_.mutex);
   void log_acquired(uint32_t unit, bool waited, double waited_ms);
-  void tell_conductor();
-  void record_released(UnitState& state, StreamHandle stream);
-  void abandon_buffers();
+  void tell_conductor() REQUIRES(board_.mutex);
+  void record_released(UnitState& state, StreamHandle stream) REQUIRES(board_.mutex);
+  // Nobody else is here any more, and in a forked child the locks may be held for good.
+  void abandon_buffers() NO_THREAD_SAFETY_ANALYSIS;
 
   ModelSpec spec_;
   Plan plan_;
@@ -167,15 +171,16 @@ class Engine {
   mutable UnitBoard board_;
   std::vector<std::unique_ptr<Shard>> shards_;
   std::string choice_without_effect_;
-  std::unique_ptr<StallProbes> probes_;
   std::unique_ptr<Conductor> conductor_;
-  // What passes and reports share; taken before the board's mutex where both are.
-  mutable std::mutex reports_mutex_;
-  std::array<PassRecord, 4> records_;  // of the last passes: the host may run ahead of the device
-  uint64_t passes_ = 0;                // begun
-  uint64_t passes_ended_ = 0;
-  PassSums steady_;
-  uint64_t next_to_sum_ = 1;
+  // What passes and reports share.
+  mutable Mutex reports_mutex_ ACQUIRED_BEFORE(board_.mutex);
+  std::unique_ptr<StallProbes> probes_ GUARDED_BY(reports_mutex_);
+  // Of the last passes: the host may run ahead of the device.
+  std::array<PassRecord, 4> records_ GUARDED_BY(reports_mutex_);
+  uint64_t passes_ GUARDED_BY(reports_mutex_) = 0;  // begun
+  uint64_t passes_ended_ GUARDED_BY(reports_mutex_) = 0;
+  PassSums steady_ GUARDED_BY(reports_mutex_);
+  uint64_t next_to_sum_ GUARDED_BY(reports_mutex_) = 1;
   pid_t process_ = 0;
   std::atomic<bool> closed_{false};
   bool abandoned_ = false;  // the destructor must leave the buffers to the process

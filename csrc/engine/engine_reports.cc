@@ -16,18 +16,18 @@ constexpr uint32_t kMostTraceRecords = 1 << 24;
 }  // namespace
 
 uint64_t Engine::passes() const {
-  std::lock_guard lock(reports_mutex_);
+  const MutexLock lock(reports_mutex_);
   return passes_ended_;
 }
 
 Counts Engine::totals() {
-  std::lock_guard lock(reports_mutex_);
+  const MutexLock lock(reports_mutex_);
   if (!closed()) probes_->collect();
   return board_.counters.read();
 }
 
 PassReport Engine::last_pass(const Interrupt& interrupt) {
-  std::unique_lock lock(reports_mutex_);
+  const MutexLock lock(reports_mutex_);
   while (passes_ended_ > 0 && !closed()) {
     const uint64_t pass = passes_ended_ - 1;
     // Passes that were begun since, and never ended, have taken its record.
@@ -36,16 +36,14 @@ PassReport Engine::last_pass(const Interrupt& interrupt) {
       probes_->collect();
       return report_of(pass);
     }
-    lock.unlock();
+    const MutexUnlock unlocked(reports_mutex_);
     std::this_thread::sleep_for(std::chrono::microseconds(100));
     if (interrupt) interrupt();
-    lock.lock();
   }
   return {};
 }
 
-// The pass has ended on the device, and the probes were collected since. Caller holds
-// reports_mutex_.
+// The pass has ended on the device, and the probes were collected since.
 PassReport Engine::report_of(uint64_t pass) {
   const PassRecord& record = record_of(pass);
   PassReport report{device_->elapsed_seconds(*record.begin, *record.end), record.counts};
@@ -53,7 +51,7 @@ PassReport Engine::report_of(uint64_t pass) {
   return report;
 }
 
-// Asks the device, and never waits for it. Caller holds reports_mutex_.
+// Asks the device, and never waits for it.
 void Engine::sum_ended_passes() {
   probes_->collect();
   const uint64_t kept = records_.size();
@@ -69,7 +67,7 @@ void Engine::sum_ended_passes() {
 }
 
 PassSums Engine::steady_passes() {
-  std::lock_guard lock(reports_mutex_);
+  const MutexLock lock(reports_mutex_);
   if (!closed()) sum_ended_passes();
   return steady_;
 }
@@ -149,11 +147,7 @@ void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
     };
     const Copy* copies = plan_.copies.data() + chunk.first_copy;
     if (std::none_of(copies, copies + chunk.copy_count, overlaps)) continue;
-    const std::byte* cached = nullptr;
-    {
-      std::lock_guard lock(board_.mutex);
-      cached = conductor_->cached(c);
-    }
+    const std::byte* const cached = conductor_->cached(c);
     for (uint32_t i = chunk.first_copy; i < chunk.first_copy + chunk.copy_count; ++i) {
       const Copy& copy = plan_.copies[i];
       const uint64_t from = std::max(begin, copy.target_offset);

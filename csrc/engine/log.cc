@@ -3,15 +3,20 @@
 #include <unistd.h>
 
 #include <cstdio>
-#include <mutex>
 #include <set>
 #include <string_view>
 
 #include "util/check.h"
+#include "util/mutex.h"
 
 namespace wsm {
 
 namespace {
+
+struct LoggedOnce {
+  Mutex mutex;
+  std::set<std::string> texts GUARDED_BY(mutex);
+};
 
 void write_line(const std::string& text) {
   const std::string line = "[WSM] " + text + "\n";
@@ -51,10 +56,9 @@ void log_wait(const std::string& label, double milliseconds, const char* cause) 
 void log_warning(const std::string& text) { write_line(text); }
 
 void log_once(const std::string& text) {
-  static auto* const said = new std::set<std::string>;
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  if (said->insert(text).second) write_line(text);
+  static auto* const logged = new LoggedOnce;  // never freed: threads log until the process ends
+  const MutexLock lock(logged->mutex);
+  if (logged->texts.insert(text).second) write_line(text);
 }
 
 void log_direct_refused(const std::string& path, size_t others, const std::string& why) {

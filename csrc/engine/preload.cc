@@ -7,13 +7,12 @@
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
-#include <mutex>
 #include <utility>
 
 #include "engine/log.h"
 #include "memory/mapped_memory.h"
 #include "util/align.h"
+#include "util/mutex.h"
 #include "util/threads.h"
 
 namespace wsm {
@@ -22,6 +21,13 @@ namespace {
 constexpr uint64_t kSpanBytes = 4 * kMiB;  // whole huge pages: each is given back by itself
 constexpr uint32_t kInFlight = 8;
 constexpr int kPollMs = 10;
+
+using Clock = std::chrono::steady_clock;
+
+Clock::time_point deadline_after(double seconds) {
+  return Clock::now() +
+         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+}
 
 }  // namespace
 
@@ -52,10 +58,10 @@ struct Preload::Reading {
 
   std::atomic<uint64_t> held_bytes{0};
   std::atomic<uint64_t> ended_reads{0};
-  std::mutex mutex;
-  std::condition_variable changed;
-  bool stopping = false;  // guarded by mutex
-  bool over = false;      // guarded by mutex
+  Mutex mutex;
+  CondVar changed;
+  bool stopping GUARDED_BY(mutex) = false;
+  bool over GUARDED_BY(mutex) = false;
 
   void run();
 
@@ -66,7 +72,7 @@ struct Preload::Reading {
   bool submit_next();
   bool reap();
   bool asked_to_stop() {
-    const std::lock_guard lock(mutex);
+    const MutexLock lock(mutex);
     return stopping;
   }
 
@@ -88,7 +94,7 @@ void Preload::Reading::run() {
     if (!reap()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   for (File& file : files) file.shard->close();
-  const std::lock_guard lock(mutex);
+  const MutexLock lock(mutex);
   over = true;
   changed.notify_all();
 }
@@ -204,14 +210,18 @@ void Preload::stop() {
   if (!thread_.joinable()) return;
   bool over = false;
   {
-    std::unique_lock lock(reading_->mutex);
-    reading_->stopping = true;
-    uint64_t ended = 0;
-    do {
-      ended = reading_->ended_reads;
-      over = reading_->changed.wait_for(lock, std::chrono::duration<double>(timeout_s_),
-                                        [this] { return reading_->over; });
-    } while (!over && reading_->ended_reads != ended);
+    Reading& reading = *reading_;
+    const MutexLock lock(reading.mutex);
+    reading.stopping = true;
+    uint64_t ended = reading.ended_reads;
+    auto deadline = deadline_after(timeout_s_);
+    while (!reading.over) {
+      if (reading.changed.wait_until(reading.mutex, deadline)) continue;
+      if (reading.ended_reads == ended) break;
+      ended = reading.ended_reads;
+      deadline = deadline_after(timeout_s_);
+    }
+    over = reading.over;
   }
   if (over) {
     thread_.join();

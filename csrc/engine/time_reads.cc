@@ -6,11 +6,11 @@
 #include <array>
 #include <chrono>
 #include <memory>
-#include <mutex>
 #include <utility>
 
 #include "device/device.h"
 #include "memory/pinned_buffer.h"
+#include "util/abandon.h"
 #include "util/check.h"
 
 namespace wsm {
@@ -161,11 +161,7 @@ std::vector<std::vector<double>> time_reads(const std::vector<std::string>& path
   try {
     return timer->run(seconds, rounds, most_seconds);
   } catch (const TimeoutError&) {
-    // Its end would wait for the drive. What is still read into is kept for good, and reachable.
-    static auto* const kept = new std::vector<std::unique_ptr<Timer>>;
-    static std::mutex mutex;
-    const std::lock_guard lock(mutex);
-    kept->push_back(std::move(timer));
+    abandon(timer);  // its end would wait for the drive, which may still write into its memory
     throw;
   }
 }

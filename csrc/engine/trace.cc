@@ -32,7 +32,7 @@ void wait_for(Device& device, const Event& event, const Trace::Interrupt& interr
 
 }  // namespace
 
-// All but `start` and `stop` use it under the trace's mutex.
+// `start` and `stop` have one to themselves. All else reaches it by `recording_`, under the mutex.
 struct Trace::Recording {
   struct Entry {
     TraceRecord record;
@@ -196,15 +196,16 @@ Timeline Trace::Recording::timeline(const Interrupt& interrupt) {
 void Trace::start(Device& device, StreamHandle stream, uint32_t units, uint32_t most_records,
                   const Interrupt& interrupt) {
   const auto check_off = [this] {
+    mutex_.assert_held();
     check<Error>(recording_ == nullptr, "a trace is being taken already: stop it first");
   };
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     check_off();
   }
   auto recording = std::make_shared<Recording>(device, units, most_records);
   recording->set_clock(stream, interrupt);
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   check_off();
   recording_ = std::move(recording);
   on_ = true;
@@ -213,7 +214,7 @@ void Trace::start(Device& device, StreamHandle stream, uint32_t units, uint32_t 
 Timeline Trace::stop(const Interrupt& interrupt) {
   std::shared_ptr<Recording> recording;
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     check<Error>(recording_ != nullptr, "no trace is being taken");
     on_ = false;
     recording = std::move(recording_);
@@ -230,7 +231,7 @@ std::shared_ptr<Trace::Recording> Trace::take() noexcept {
 
 void Trace::read(const TraceRecord& record, Clock::time_point issued) {
   const Clock::time_point now = Clock::now();
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!recording_) return;
   const uint32_t index = recording_->add(record);
   if (index == kNone) return;
@@ -242,20 +243,20 @@ void Trace::read(const TraceRecord& record, Clock::time_point issued) {
 }
 
 void Trace::open_copies(uint32_t unit) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!recording_) return;
   recording_->copies = recording_->open(TraceKind::kCopy, unit, recording_->device.copy_stream());
 }
 
 void Trace::close_copies(uint64_t bytes) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!recording_) return;
   recording_->close(recording_->copies, recording_->device.copy_stream(), bytes);
 }
 
 // What is there already is not waited for.
 void Trace::open_wait(uint32_t unit, const Event& ready, StreamHandle stream) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!recording_) return;
   recording_->wait = kNone;
   if (recording_->device.done(ready)) return;
@@ -263,34 +264,34 @@ void Trace::open_wait(uint32_t unit, const Event& ready, StreamHandle stream) {
 }
 
 void Trace::close_wait(StreamHandle stream) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (recording_) recording_->close(recording_->wait, stream);
 }
 
 // A forward that never ended, of a pass that was aborted, is forgotten here.
 void Trace::open_forward(uint32_t unit, StreamHandle stream) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (!recording_) return;
   recording_->forwards[unit] = recording_->open(TraceKind::kForward, unit, stream);
 }
 
 void Trace::close_forward(uint32_t unit, StreamHandle stream) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (recording_) recording_->close(recording_->forwards[unit], stream);
 }
 
 void Trace::open_pass(StreamHandle stream) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (recording_) recording_->pass = recording_->open(TraceKind::kPass, kNone, stream);
 }
 
 void Trace::close_pass(StreamHandle stream) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (recording_) recording_->close(recording_->pass, stream);
 }
 
 void Trace::change_host_wait(uint32_t unit, Stall cause, Clock::time_point now) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (recording_) recording_->wait_on_host(unit, cause, recording_->since_origin(now));
 }
 

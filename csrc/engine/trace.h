@@ -25,12 +25,12 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "device/device.h"
 #include "engine/counters.h"
 #include "plan/plan.h"
+#include "util/mutex.h"
 
 namespace wsm {
 
@@ -84,7 +84,7 @@ class Trace {
   // Throws Error where none is.
   Timeline stop(const Interrupt& interrupt);
   // Ends it, unread, and without locks: for a forked child, where others may hold them for good.
-  std::shared_ptr<Recording> take() noexcept;
+  std::shared_ptr<Recording> take() noexcept NO_THREAD_SAFETY_ANALYSIS;
 
   bool on() const { return on_.load(std::memory_order_relaxed); }
 
@@ -134,8 +134,8 @@ class Trace {
   void change_host_wait(uint32_t unit, Stall cause, Clock::time_point now);
 
   std::atomic<bool> on_{false};
-  std::mutex mutex_;
-  std::shared_ptr<Recording> recording_;  // null: off. Guarded by mutex_
+  Mutex mutex_;
+  std::shared_ptr<Recording> recording_ GUARDED_BY(mutex_);  // null: off
 };
 
 }  // namespace wsm

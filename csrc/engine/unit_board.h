@@ -11,15 +11,12 @@
 //   copy stream:     wait(released of those evicted) | copies | record ready
 //   compute stream:  wait(ready) | forward | record released
 //
-// Only the conductor changes `phase`, so it may read it without the mutex. A demand evicts all that
-// nobody holds; a prefetch leaves what is expected before it.
+// A demand evicts all that nobody holds; a prefetch leaves what is expected before it.
 #pragma once
 
 #include <algorithm>
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -31,6 +28,7 @@
 #include "engine/trace.h"
 #include "plan/plan.h"
 #include "util/check.h"
+#include "util/mutex.h"
 
 namespace wsm {
 
@@ -40,9 +38,7 @@ struct UnitState {
   Phase phase = Phase::kAbsent;
   uint32_t acquired = 0;   // holders now
   bool used = false;       // acquired since it was loaded
-  bool demanded = false;   // this load was started by an acquire
   bool discarded = false;  // nobody uses these bytes again: see Engine::discard
-  std::unique_ptr<Event> ready;
   // One event for each stream that released the unit since it was loaded.
   std::vector<std::pair<StreamHandle, std::unique_ptr<Event>>> released;
   size_t released_count = 0;  // of these, recorded since the load
@@ -64,26 +60,37 @@ struct UnitBoard {
   UnitBoard(std::vector<uint64_t> unit_bytes, uint64_t reach_bytes, uint32_t reach_units)
       : sequence(std::move(unit_bytes), reach_bytes, reach_units) {}
 
-  std::mutex mutex;
-  std::condition_variable changed;  // a unit is ready, or an error was kept
-  std::vector<UnitState> units;     // the plan's units, then the resident load
-  std::vector<uint32_t> held;       // units with acquired > 0, in order of their first acquire
-  std::vector<uint32_t> discarded;  // units to be dropped as soon as nobody holds them
-  Sequence sequence;
-  uint64_t version = 0;            // moves with every change that the conductor should look at
-  uint32_t demand = kNone;         // the unit that an acquire waits for
-  std::optional<KeptError> error;  // kept for the next acquire
-  bool stop = false;
-  uint64_t passes_over = 0;
+  Mutex mutex;
+  CondVar changed;  // a unit is ready, or an error was kept
 
+  // The plan's units, then the resident load. Their number is fixed at the start.
+  std::vector<UnitState> units GUARDED_BY(mutex);
+  // Units with acquired > 0, in order of their first acquire.
+  std::vector<uint32_t> held GUARDED_BY(mutex);
+  // Units to be dropped as soon as nobody holds them.
+  std::vector<uint32_t> discarded GUARDED_BY(mutex);
+  Sequence sequence GUARDED_BY(mutex);
+  // Moves with every change that the conductor should look at.
+  uint64_t version GUARDED_BY(mutex) = 0;
+  uint32_t demand GUARDED_BY(mutex) = kNone;         // the unit that an acquire waits for
+  std::optional<KeptError> error GUARDED_BY(mutex);  // kept for the next acquire
+  bool stop GUARDED_BY(mutex) = false;
+  uint64_t passes_over GUARDED_BY(mutex) = 0;
+
+  // By unit. Made at the start; recorded by the conductor before it says that the unit is ready.
+  std::vector<std::unique_ptr<Event>> ready;
   Counters counters;
   Trace trace;
 
+  // For the conductor, which needs no lock for what it alone changes.
+  Phase phase_of(uint32_t unit) const NO_THREAD_SAFETY_ANALYSIS { return units[unit].phase; }
+
   // Whether anything that is expected is not there yet: what lies farthest ahead is looked at
   // first, as it is the likeliest.
-  bool wants_more() const {
+  bool wants_more() const REQUIRES(mutex) {
     const auto& upcoming = sequence.upcoming();
     return !discarded.empty() || std::any_of(upcoming.rbegin(), upcoming.rend(), [&](uint32_t u) {
+      mutex.assert_held();
       return units[u].phase != Phase::kReady;
     });
   }

@@ -31,7 +31,7 @@ HostCache::~HostCache() { stop(); }
 
 void HostCache::stop() {
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     stop_ = true;
   }
   asked_.notify_one();
@@ -85,7 +85,7 @@ bool HostCache::ready(const Chunk& chunk) {
   const Piece& piece = piece_at(chunk.cache_offset);
   const bool ready = piece.begin + piece.memory->prepared_bytes() >= end;
   if (prepared_bytes() < mapped_bytes()) {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     check<Error>(ready || failure_.empty(), "the host cache has no more memory ready: ", failure_);
     if (end + kAheadBytes <= wanted_bytes_) return ready;
     wanted_bytes_ = end + kAheadBytes;
@@ -103,18 +103,17 @@ bool HostCache::prepare_next() {
 
 void HostCache::prepare() {
   try {
-    std::unique_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     while (true) {
-      asked_.wait(lock, [&] { return stop_ || prepared_bytes() < wanted_bytes_; });
+      while (!stop_ && prepared_bytes() >= wanted_bytes_) asked_.wait(mutex_);
       if (stop_) return;
-      lock.unlock();
+      const MutexUnlock unlocked(mutex_);
       if (!prepare_next()) return;
       prepared_();
-      lock.lock();
     }
   } catch (const std::exception& error) {
     {
-      std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       failure_ = error.what();
     }
     prepared_();  // who waits for a place asks again, and is told

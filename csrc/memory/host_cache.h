@@ -16,11 +16,9 @@
 // thrown by `ready`, for places that it has not come to.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -29,6 +27,7 @@
 #include "memory/pinned_buffer.h"
 #include "plan/kept_cache.h"
 #include "plan/plan.h"
+#include "util/mutex.h"
 
 namespace wsm {
 
@@ -72,11 +71,11 @@ class HostCache {
   std::vector<Piece> pieces_;  // ascending
   std::function<void()> prepared_;
   std::vector<bool> filled_;  // by index into Plan::chunks
-  std::mutex mutex_;
-  std::condition_variable asked_;
-  uint64_t wanted_bytes_ = 0;  // of the cache, from its start; guarded by mutex_
-  bool stop_ = false;          // guarded by mutex_
-  std::string failure_;        // what ended the thread; guarded by mutex_
+  Mutex mutex_;
+  CondVar asked_;
+  uint64_t wanted_bytes_ GUARDED_BY(mutex_) = 0;  // of the cache, from its start
+  bool stop_ GUARDED_BY(mutex_) = false;
+  std::string failure_ GUARDED_BY(mutex_);  // what ended the thread
   std::thread thread_;
 };
 

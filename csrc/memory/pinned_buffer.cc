@@ -110,7 +110,7 @@ void PinnedBuffer::truncate(uint64_t bytes) {
 }
 
 std::vector<std::string> PinnedBuffer::warnings() const {
-  std::lock_guard lock(warnings_mutex_);
+  const MutexLock lock(warnings_mutex_);
   return warnings_;
 }
 
@@ -170,7 +170,7 @@ void PinnedBuffer::register_until(uint64_t end) {
 void PinnedBuffer::warn() {
   const std::string asked =
       concat("page-locking ", mib_text(refused_), " at once was refused (", why_, ")");
-  std::lock_guard lock(warnings_mutex_);
+  const MutexLock lock(warnings_mutex_);
   if (pinned_ == mapped_bytes()) {
     warnings_.push_back(concat(asked, "; smaller pieces were taken, all ", mib_text(mapped_bytes()),
                                " are page-locked"));

@@ -13,7 +13,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -21,6 +20,7 @@
 
 #include "device/device.h"
 #include "memory/mapped_memory.h"
+#include "util/mutex.h"
 
 namespace wsm {
 
@@ -77,8 +77,8 @@ class PinnedBuffer {
   uint64_t refused_ = 0;
   bool exhausted_ = false;  // the least piece was refused: the rest stays pageable
   std::string why_;
-  mutable std::mutex warnings_mutex_;
-  std::vector<std::string> warnings_;
+  mutable Mutex warnings_mutex_;
+  std::vector<std::string> warnings_ GUARDED_BY(warnings_mutex_);
 };
 
 }  // namespace wsm

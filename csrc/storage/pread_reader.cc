@@ -1,7 +1,5 @@
 // A fixed pool of threads that pread, or memcpy from memory shards. Serves every kind of request;
 // the way of choice for what is in memory already, where one thread's copying is the limit.
-#include <condition_variable>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -9,6 +7,7 @@
 #include "storage/reader.h"
 #include "storage/request_queue.h"
 #include "util/event_fd.h"
+#include "util/mutex.h"
 #include "util/threads.h"
 
 namespace wsm {
@@ -33,7 +32,7 @@ class PreadReader final : public Reader {
 
   bool submit(const ReadRequest& request) override {
     {
-      const std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       if (!queue_.add(request)) return false;
       if (queue_.any_done()) done_.raise();  // refused, or of no bytes: done at once
     }
@@ -47,16 +46,19 @@ class PreadReader final : public Reader {
 
   size_t poll(std::span<ReadCompletion> completions) override {
     done_.clear();
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     const size_t count = queue_.take(completions);
     if (queue_.any_done()) done_.raise();
     return count;
   }
 
   int ready_fd() const override { return done_.fd(); }
-  uint32_t capacity() const override { return queue_.capacity(); }
+  uint32_t capacity() const override {
+    const MutexLock lock(mutex_);
+    return queue_.capacity();
+  }
   bool full() override {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     return queue_.full();
   }
   const char* name() const override { return "pread"; }
@@ -64,27 +66,26 @@ class PreadReader final : public Reader {
  private:
   void work() {
     BlockRead block;
-    std::unique_lock lock(mutex_);
+    const MutexLock lock(mutex_);
     for (;;) {
-      block_waits_.wait(lock, [&] { return stopping_ || queue_.any_waiting(); });
+      while (!stopping_ && !queue_.any_waiting()) block_waits_.wait(mutex_);
       if (stopping_) return;
       queue_.next(&block);
-      lock.unlock();
-      block.start();
-      while (!block.advance(read_now(block))) {
+      {
+        const MutexUnlock unlocked(mutex_);
+        block.start();
+        while (!block.advance(read_now(block))) {
+        }
       }
-      lock.lock();
       if (!queue_.finish(block)) continue;
-      // Outside of the lock: the one who is woken wants it at once.
-      lock.unlock();
+      const MutexUnlock unlocked(mutex_);  // who is woken wants the mutex at once
       done_.raise();
-      lock.lock();
     }
   }
 
   void stop() {
     {
-      const std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       stopping_ = true;
     }
     block_waits_.notify_all();
@@ -93,10 +94,10 @@ class PreadReader final : public Reader {
 
   const uint32_t block_bytes_;
   EventFd done_;
-  std::mutex mutex_;
-  std::condition_variable block_waits_;
-  RequestQueue queue_;     // guarded by mutex_
-  bool stopping_ = false;  // guarded by mutex_
+  mutable Mutex mutex_;
+  CondVar block_waits_;
+  RequestQueue queue_ GUARDED_BY(mutex_);
+  bool stopping_ GUARDED_BY(mutex_) = false;
   std::vector<std::thread> threads_;
 };
 

@@ -160,7 +160,7 @@ std::string Shard::try_direct() {
 
 bool Shard::refuse_direct(const std::string& why) {
   if (mode_ == DirectMode::kOn) return false;
-  const std::lock_guard lock(reason_mutex_);
+  const MutexLock lock(reason_mutex_);
   if (!direct()) return true;
   reason_ = why;
   direct_refused_.store(true, std::memory_order_release);
@@ -169,12 +169,12 @@ bool Shard::refuse_direct(const std::string& why) {
 }
 
 void Shard::set_reason(std::string reason) {
-  const std::lock_guard lock(reason_mutex_);
+  const MutexLock lock(reason_mutex_);
   reason_ = std::move(reason);
 }
 
 std::string Shard::mode_reason() const {
-  const std::lock_guard lock(reason_mutex_);
+  const MutexLock lock(reason_mutex_);
   return reason_;
 }
 

@@ -13,10 +13,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 
 #include "storage/page_cache.h"
+#include "util/mutex.h"
 #include "util/unique_fd.h"
 
 namespace wsm {
@@ -89,8 +89,8 @@ class Shard {
   DirectMode mode_ = DirectMode::kAuto;
   std::atomic<bool> direct_refused_{false};
   bool in_memory_ = true;
-  mutable std::mutex reason_mutex_;
-  std::string reason_;  // guarded by reason_mutex_
+  mutable Mutex reason_mutex_;
+  std::string reason_ GUARDED_BY(reason_mutex_);
   dev_t device_ = 0;
   ino_t inode_ = 0;
   timespec mtime_{};
