@@ -8,6 +8,8 @@ import argparse
 import itertools
 import json
 import math
+import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from waits import LIMIT_S, wait_until
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -176,16 +179,16 @@ def test_half_cached_reads_the_other_half_and_is_judged_by_its_time(
     plan, run = results["plan"], results["runs"]["1x1"]
     assert all(results["conditions"].values())
     assert plan["disk_home_bytes"] / plan["model_bytes"] == pytest.approx(0.5, abs=0.06)
-    pass_s = run["seconds_per_pass"]["median"]
-    least_s = run["bytes_per_pass"] / 2e9
-    assert results["figure"] == pytest.approx(pass_s / least_s, rel=0.2)
+    # The time of a pass over that of its bytes at the disk's 2 GB/s.
+    over = [one["seconds"] / (one["disk_bytes"] / 2e9) for one in run["runs"]]
+    assert results["figure"] == pytest.approx(statistics.median(over))
     assert run["ratio_large"] == pytest.approx(2 * run["ratio"])
 
 
 def test_a_process_is_timed_until_it_says_the_word() -> None:
     said: list[str] = []
     command = [sys.executable, "-c", "print('output after all')"]
-    assert 0 < disk.seconds_until("output", command, said) < 60
+    assert disk.seconds_until("output", command, said) > 0
     assert said == ["after all"]
     with pytest.raises(RuntimeError, match="boom"):
         disk.seconds_until("output", [sys.executable, "-c", "raise SystemExit('boom')"])
@@ -233,33 +236,47 @@ def test_a_peer_that_takes_too_long_or_fails_says_so(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"device": "cpu", "shapes": [(1, 1)], "passes": 1}
     late = peers.run_peer("resident", tmp_path, limit_s=0.01, **settings)
     assert late["failed"] == "not done after 0.01 s"
-    broken = peers.run_peer("resident", tmp_path / "none", limit_s=120, **settings)
+    broken = peers.run_peer("resident", tmp_path / "none", limit_s=LIMIT_S, **settings)
     assert "none" in broken["failed"]
     assert "Traceback" in "".join(broken["said"])
     assert str(tmp_path) not in json.dumps(broken)
 
 
-ENDINGS = {
-    "time.sleep(60)": "not done after 2 s",
-    "raise SystemExit('out of memory')": "out of memory",
-    "os.kill(os.getpid(), 9)": "status -9",
-}
+class StartsSlowly(subprocess.Popen):  # type: ignore[type-arg]
+    """Its time limit counts from when it has done its first shape."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        assert isinstance(self.args, list)
+        out = Path(self.args[self.args.index("--json") + 1])
+        if timeout is not None:
+            wait_until(lambda: out.exists() or self.poll() is not None, "the first shape")
+        return super().wait(timeout)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    ("ending", "limit_s", "why"),
+    [
+        ("time.sleep(600)", 0.1, "not done after 0.1 s"),
+        ("raise SystemExit('out of memory')", LIMIT_S, "out of memory"),
+        ("os.kill(os.getpid(), 9)", LIMIT_S, "status -9"),
+    ],
+)
 def test_a_peer_that_is_cut_off_keeps_the_shapes_it_has_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, limit_s: float, why: str
 ) -> None:
     script = tmp_path / "child.py"
     head = "import json, os, pathlib, subprocess, sys, time"
-    out = "pathlib.Path(sys.argv[sys.argv.index('--json') + 1])"
-    write = f"{out}.write_text(json.dumps({{'runs': {{'1x1': 5}}}}))"
-    script.write_text("\n".join([head, write, "subprocess.Popen(['sleep', '600'])", ending]))
+    out = "out = pathlib.Path(sys.argv[sys.argv.index('--json') + 1])"
+    write = "out.with_suffix('.part').write_text(json.dumps({'runs': {'1x1': 5}}))"
+    show = "out.with_suffix('.part').rename(out)"
+    left = "subprocess.Popen(['sleep', '600'])"
+    script.write_text("\n".join([head, out, write, show, left, ending]))
     monkeypatch.setattr(peers, "__file__", str(script))
-    settings: dict[str, Any] = {"device": "cpu", "shapes": [(1, 1)], "passes": 1, "limit_s": 2}
-    got = peers.run_peer("resident", tmp_path, **settings)
+    monkeypatch.setattr(peers.subprocess, "Popen", StartsSlowly)
+    settings: dict[str, Any] = {"device": "cpu", "shapes": [(1, 1)], "passes": 1}
+    got = peers.run_peer("resident", tmp_path, limit_s=limit_s, **settings)
     assert got["runs"] == {"1x1": 5}
-    assert got["cut"] == ENDINGS[ending]
+    assert got["cut"] == why
 
 
 def test_a_disk_peer_reads_files_that_are_cold(odd_model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waits import LIMIT_S
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -17,7 +18,6 @@ from wsm_ext.hf.synthetic import make_llama_checkpoint
 SHAPE = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 4, "vocab": 4000}
 LAYERS = 68  # of 5.9 MB: 400 MB
 SHARDS = 5
-LIMIT_S = 60
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from waits import LIMIT_S
 
 from wsm_ext.commands.monitor import Monitor
 
@@ -32,7 +33,7 @@ def test_it_samples_while_the_work_runs():
         return {"power_w": 1.0}
 
     with Monitor(CPU, interval_s=0.001, gpu=gpu) as monitor:
-        assert many.wait(timeout=60)
+        assert many.wait(LIMIT_S)
     assert not monitor._thread.is_alive()
 
 

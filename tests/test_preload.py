@@ -4,11 +4,11 @@ within the budget, and nothing depends on it."""
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ import pytest
 import torch
 from surroundings import NotHereError, drop
 from transformers import AutoModelForCausalLM
+from waits import wait_until
 
 from wsm_ext import _engine, pretrained
 from wsm_ext.checkpoints import checkpoint
@@ -28,6 +29,7 @@ from wsm_ext.planning.budgets import preload_room
 from wsm_ext.pretrained import from_pretrained
 
 MIB = 1 << 20
+SPAN = 4 * MIB  # that is read at once
 SHAPE = {"layers": 4, "hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 4, "vocab": 512}
 IDS = torch.arange(1, 11)[None]
 
@@ -61,23 +63,38 @@ def cold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def reads_directly(file: Path) -> bool:
+    page = mmap.mmap(-1, _engine.direct_alignment(str(file)))
+    try:
+        opened = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return False
+    try:
+        return os.preadv(opened, [page], 0) > 0
+    except OSError:
+        return False
+    finally:
+        os.close(opened)
+
+
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Each one that was begun, and what it held when the model was built."""
-    found: list[Any] = []
+def started(cold: Path, monkeypatch: pytest.MonkeyPatch) -> list[_engine.Preload]:
+    """The one that was begun; the model is built when all of the files has been read."""
+    found: list[_engine.Preload] = []
     begin, prepare = pretrained._preload, building.prepare
+    files = sorted(cold.glob("*.safetensors"))
+    if not all(map(reads_directly, files)):
+        pytest.skip("no direct reads here")
+    spans_bytes = sum(-(-file.stat().st_size // SPAN) * SPAN for file in files)
 
     def begun(*given: Any) -> Any:
-        found.append(begin(*given))
-        return found[-1]
+        preload = begin(*given)
+        assert preload is not None
+        found.append(preload)
+        return preload
 
     def prepared(*given: Any, **named: Any) -> Any:
-        deadline = time.monotonic() + 20
-        before = -1
-        while found[-1] and found[-1].held_bytes > before and time.monotonic() < deadline:
-            before = found[-1].held_bytes
-            time.sleep(0.05)
-        found.append(found[-1].held_bytes if found[-1] else None)
+        wait_until(lambda: found[0].held_bytes == spans_bytes, "the reading of all files")
         return prepare(*given, **named)
 
     monkeypatch.setattr(pretrained, "_preload", begun)
@@ -101,7 +118,7 @@ def logits(model: Any) -> torch.Tensor:
     ids=["stays", "cached", "full", "little"],
 )
 def test_bits_are_right_whatever_was_read(
-    expected: torch.Tensor, cold: Path, started: list[Any], budgets: dict[str, str]
+    expected: torch.Tensor, cold: Path, started: list[_engine.Preload], budgets: dict[str, str]
 ) -> None:
     with from_pretrained(cold, device="cpu", **budgets) as model:
         memory = model.stats()["memory"]
@@ -110,19 +127,14 @@ def test_bits_are_right_whatever_was_read(
             assert torch.equal(logits(model), expected)
         if model.plan.disk_home_bytes == 0:
             assert model.stats()["totals"]["disk_bytes"] == model.plan.model_bytes
-    ahead, held = started
-    direct = next(iter(model.stats()["readers"].values()), {"why": ""})["why"]
-    if "O_DIRECT" not in direct and held == 0:
-        pytest.skip("no direct reads here")
-    assert held > 0
-    assert ahead.held_bytes == 0
+    assert started[0].held_bytes == 0
 
 
 @pytest.mark.parametrize(
     "wrong", [{"dtype": "float99"}, {"device_memory": "1KiB"}, {"auto_class": "NoSuchModel"}]
 )
 def test_a_failure_keeps_nothing_of_what_was_read(
-    cold: Path, started: list[Any], wrong: dict[str, str]
+    cold: Path, started: list[_engine.Preload], wrong: dict[str, str]
 ) -> None:
     with pytest.raises(ValueError) as failed:
         from_pretrained(cold, device="cpu", **wrong)

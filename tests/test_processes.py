@@ -13,6 +13,7 @@ import functools
 import gc
 import mmap
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -26,12 +27,12 @@ import pytest
 import torch
 from nets import Net, make_net, on_meta, save, tokens
 from torch import nn
+from waits import LIMIT_S, engine_threads, is_inside, wait_for_engines_to_end, wait_until
 
 import wsm_ext as wsm
 
 MIB = 1 << 20
 LAYERS = 6
-LIMIT_S = 60
 # All layers come from the disk in every pass, through an arena of a few of them.
 STREAMED: dict[str, Any] = {
     "device": "cpu",
@@ -72,17 +73,15 @@ def folder(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_a_process(scenario: Callable[[Path], None], folder: Path) -> str:
     """Runs it in an interpreter of its own, which must end well and in time. What it logged."""
+    limit_s = LIMIT_S + int(os.environ.get("WSM_TEST_CYCLES", "0"))
     code = (
-        "import sys, pathlib, test_processes as t\n"
+        "import faulthandler, sys, pathlib, test_processes as t\n"
+        f"faulthandler.dump_traceback_later({limit_s}, exit=True)\n"
         f"t.{scenario.__name__}(pathlib.Path(sys.argv[1]))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S + int(os.environ.get("WSM_TEST_CYCLES", "0")),
+        [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True
     )
     if done.returncode == NOT_PERMITTED:
         pytest.skip("this process may not use userfaultfd")
@@ -232,17 +231,29 @@ def interrupted_while_waiting(_: Path) -> None:
 
     def press_ctrl_c() -> None:
         pages.wait_for_reader()
+        wait_until(lambda: is_inside(threading.main_thread(), "streamed_unit.py"), "the wait")
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=press_ctrl_c).start()
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        result(streamed)
+    threading.Thread(target=press_ctrl_c, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            result(streamed)
+    finally:
+        pages.bring_back()  # or nobody could close it
     assert stopped.traceback[-1].path.name == "streamed_unit.py"  # in the wait itself
-    pages.bring_back()
     for seed in (3, 4):
         assert torch.equal(result(streamed, seed), result(resident(), seed))
     streamed.close()
     assert torch.equal(result(net), expected)
+
+
+def until_it_is_missed(streamed: wsm.StreamedModule) -> str:
+    """The error of the read that never ends; a busy machine may take too long for others before."""
+    while True:
+        with pytest.raises(TimeoutError) as late:
+            result(streamed)
+        if "'layers.4'" in str(late.value):
+            return str(late.value)
 
 
 def a_read_that_never_ends(_: Path) -> None:
@@ -254,8 +265,7 @@ def a_read_that_never_ends(_: Path) -> None:
     streamed = wsm.stream(net, **options)
     pages.take_away()
     for _attempt in range(2):
-        with pytest.raises(TimeoutError, match=r"'layers\.4'.*read_timeout_s"):
-            result(streamed)
+        assert re.search(r"'layers\.4'.*read_timeout_s", until_it_is_missed(streamed))
     streamed.close()
     assert "forward" not in net.layers[4].__dict__
 
@@ -265,7 +275,7 @@ def a_read_that_never_ends_at_exit(_: Path) -> None:
     options = settings(lookahead_units=0, cpu_prefetch_distance=0, read_timeout_s=1)
     streamed = wsm.stream(net, **options)
     pages.take_away()
-    threading.Thread(target=result, args=[streamed], daemon=True).start()
+    threading.Thread(target=until_it_is_missed, args=[streamed], daemon=True).start()
     pages.wait_for_reader()
 
 
@@ -350,14 +360,14 @@ def test_an_exit_without_close(scenario: Callable[[Path], None], folder: Path) -
 # -- what is left behind ---------------------------------------------------------------------------
 
 
-def held() -> tuple[int, int, int]:
-    """Threads, descriptors and bytes of memory of this process."""
+def held() -> tuple[int, int]:
+    """Descriptors and bytes of memory of this process, when no engine is left: waits for that."""
     gc.collect()
+    wait_for_engines_to_end()
     # Blocks below 32 MiB stay with malloc when they are freed: they are no leak.
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    tasks, descriptors = (len(os.listdir(f"/proc/self/{name}")) for name in ("task", "fd"))
-    return tasks, descriptors, pages * mmap.PAGESIZE
+    return len(os.listdir("/proc/self/fd")), pages * mmap.PAGESIZE
 
 
 def open_and_drop_often(folder: Path) -> None:
@@ -388,11 +398,9 @@ def open_and_drop_often(folder: Path) -> None:
     for index in range(int(os.environ.get("WSM_TEST_CYCLES", "50"))):
         cycle(index)
     after = held()
-    # (A thread that has just been joined may still be seen.)
-    assert after[0] <= before[0], f"{before[0]} threads, then {after[0]}"
-    assert after[1] == before[1], f"{before[1]} descriptors, then {after[1]}"
+    assert after[0] == before[0], f"{before[0]} descriptors, then {after[0]}"
     # A cycle maps 8 MiB of host memory, so leaving it every third time takes more than this.
-    assert after[2] - before[2] < 100 * MIB, f"{(after[2] - before[2]) / MIB:.1f} MiB more"
+    assert after[1] - before[1] < 100 * MIB, f"{(after[1] - before[1]) / MIB:.1f} MiB more"
 
 
 def test_nothing_is_left_of_streams_that_were_closed_or_dropped(folder: Path) -> None:
@@ -406,11 +414,9 @@ def test_close_alone_gives_back_threads_and_descriptors(folder: Path) -> None:
     before = held()
     streamed = open_net(folder)
     result(streamed)
-    during = held()
+    assert engine_threads()
     streamed.close()
-    after = held()
-    assert during[0] > before[0]
-    assert after[:2] == before[:2]
+    assert held()[0] == before[0]
 
 
 # -- threads and errors ----------------------------------------------------------------------------
@@ -487,8 +493,7 @@ def test_close_ends_the_pass_of_another_thread(folder: Path) -> None:
     working.start()
     assert inside.wait(LIMIT_S)
     closing.start()
-    while not engine.closed:
-        assert closing.is_alive()
+    wait_until(lambda: engine.closed, "the close")
     go_on.set()
     for thread in (working, closing):
         thread.join(LIMIT_S)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from nets import Net, make_net, on_meta, save, tokens
+from waits import LIMIT_S, is_inside, wait_until
 
 import wsm_ext as wsm
 from wsm_ext.planning import device_memory
@@ -232,11 +233,18 @@ def test_not_inside_a_forward(net: Net, folder: Path) -> None:
 def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
     cpu = torch.device("cpu")
     with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
-        inside, go_on, order = threading.Event(), threading.Event(), []
+        inside, waiting, go_on = threading.Event(), threading.Event(), threading.Event()
+        order: list[str] = []
+        passes = streamed._session.swapper.passes
+        between = passes.between
+
+        def asked() -> Any:
+            waiting.set()
+            return between()
 
         def hook(*_: Any) -> None:
             inside.set()
-            assert go_on.wait(30)
+            assert go_on.wait(LIMIT_S)
             order.append("forward")
 
         def resize() -> None:
@@ -246,12 +254,14 @@ def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
         handle = streamed.module.layers[2].mlp.register_forward_hook(hook)
         passing = threading.Thread(target=lambda: streamed(tokens(1, 3)))
         passing.start()
-        assert inside.wait(30)
+        assert inside.wait(LIMIT_S)
         resizing = threading.Thread(target=resize)
+        passes.between = asked
         resizing.start()
+        assert waiting.wait(LIMIT_S)
         go_on.set()
-        passing.join(30)
-        resizing.join(30)
+        passing.join(LIMIT_S)
+        resizing.join(LIMIT_S)
         handle.remove()
         assert order == ["forward", "resize"]
         check(streamed, net, cpu)
@@ -267,7 +277,7 @@ def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
 
     def hook(*_: Any) -> None:
         inside.set()
-        assert go_on.wait(30)
+        assert go_on.wait(LIMIT_S)
 
     def asked() -> Any:
         waiting.set()
@@ -286,15 +296,14 @@ def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
     passes.between = asked
     threads = [threading.Thread(target=work) for work in (forward, resize, streamed.close)]
     threads[0].start()
-    assert inside.wait(30)
+    assert inside.wait(LIMIT_S)
     threads[1].start()
-    assert waiting.wait(30)
+    assert waiting.wait(LIMIT_S)
     threads[2].start()
-    while not engine.closed:
-        assert threads[2].is_alive()
+    wait_until(lambda: engine.closed, "the close")
     go_on.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(LIMIT_S)
         assert not thread.is_alive()
     assert len(raised) == 1
     assert all(parameter.is_meta for parameter in streamed.module.parameters())
@@ -314,7 +323,7 @@ def test_two_threads_close_at_once(net: Net, folder: Path) -> None:
     def held_once() -> None:
         if not held.is_set():
             held.set()
-            assert go_on.wait(30)
+            assert go_on.wait(LIMIT_S)
         give_back()
 
     def close() -> None:
@@ -326,12 +335,15 @@ def test_two_threads_close_at_once(net: Net, folder: Path) -> None:
     streamed._session.restore_ram_parameters = held_once
     threads = [threading.Thread(target=close) for _ in range(2)]
     threads[0].start()
-    assert held.wait(30)
+    assert held.wait(LIMIT_S)
     threads[1].start()
-    threads[1].join(0.2)  # it waits for the first, or is over
+    wait_until(
+        lambda: is_inside(threads[1], "stream.py") or not threads[1].is_alive(),
+        "the second close",
+    )
     go_on.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(LIMIT_S)
         assert not thread.is_alive()
     assert raised == []
     assert not hasattr(streamed.module, "_wsm_streamed")

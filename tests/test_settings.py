@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from nets import Net, make_net, on_meta, save, tokens
+from waits import wait_until
 
 import wsm_ext as wsm
 from wsm_ext import _engine
@@ -21,7 +21,6 @@ from wsm_ext.planning import planner
 MIB = 1 << 20
 # Nothing stays on the device, and the disk is read in small pieces.
 NO_HOMES = {"home_bytes": 0, "chunk_mb": 1.0}
-DEADLINE_S = 20.0
 
 # Of the plan, where these tests look for them.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -66,13 +65,6 @@ def run(streamed: wsm.StreamedModule, passes: int = 1) -> None:
     with torch.inference_mode():
         for _ in range(passes):
             streamed(tokens())
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen in {DEADLINE_S} s"
-        time.sleep(0.001)
 
 
 def totals(streamed: wsm.StreamedModule) -> dict[str, Any]:
@@ -209,10 +201,10 @@ def test_prefetched_units_are_in_flight_before_the_first_is_asked_for(
     ahead: int, open_net: Callable[..., Any]
 ) -> None:
     with open_net({"WSM_AGGRESSIVE_GPU_PREFETCH": str(ahead)}) as streamed:
-        wait_for(lambda: totals(streamed)["loads"] == ahead, "the prefetch")
+        wait_until(lambda: totals(streamed)["loads"] == ahead, "the prefetch")
         run(streamed)
         units = len(streamed.plan.units)
-        wait_for(
+        wait_until(
             lambda: totals(streamed)["loads"] == units + ahead, "the prefetch of the next pass"
         )
         assert totals(streamed)["demand_loads"] < units
@@ -355,10 +347,10 @@ def test_reads_run_as_far_ahead_as_the_distance(net: Net, open_net: Callable[...
             "WSM_CPU_CACHE_CAP_LAYERS": "0",
         }
         with open_net(variables) as streamed:
-            wait_for(lambda s=streamed, n=ahead: totals(s)["disk_bytes"] == n, "the read-ahead")
+            wait_until(lambda s=streamed, n=ahead: totals(s)["disk_bytes"] == n, "the read-ahead")
             run(streamed)
             total = streamed.plan.model_bytes + ahead
-            wait_for(lambda s=streamed, n=total: totals(s)["disk_bytes"] >= n, "the read-ahead")
+            wait_until(lambda s=streamed, n=total: totals(s)["disk_bytes"] >= n, "the read-ahead")
             streamed.close()  # ends the reads under way
             assert totals(streamed)["disk_bytes"] == total
 

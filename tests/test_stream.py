@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from nets import Net, make_net, on_meta, save, tokens
 from torch import nn
+from waits import LIMIT_S, wait_for_engines_to_end
 
 import wsm_ext as wsm
 
@@ -334,7 +333,7 @@ def test_two_threads_take_turns(net: Net, folder: Path, device: torch.device) ->
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(LIMIT_S)
         assert not any(thread.is_alive() for thread in threads)
         assert streamed.stats()["passes"] == 8
     assert not wrong
@@ -353,18 +352,13 @@ def test_two_models_at_once(net: Net, folder: Path, device: torch.device) -> Non
 
 
 def test_deletion_without_close(net: Net, folder: Path) -> None:
-    threads = len(os.listdir("/proc/self/task"))
     module = wsm.stream(on_meta(net), folder, device="cpu", **options("disk")).module
     check(module, net, torch.device("cpu"), passes=1)  # it keeps what it needs
     gone = weakref.ref(module)
     del module
     gc.collect()
     assert gone() is None
-    # A thread that was joined may still be listed for a moment.
-    deadline = time.monotonic() + 20
-    while len(os.listdir("/proc/self/task")) > threads and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(os.listdir("/proc/self/task")) <= threads
+    wait_for_engines_to_end()
 
 
 def test_a_stream_of_a_stream_is_an_error(net: Net, folder: Path) -> None:
@@ -475,9 +469,9 @@ def test_close_while_another_thread_is_in_a_pass(
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert started.wait(60)
+    assert started.wait(LIMIT_S)
     streamed.close()
-    thread.join(60)
+    thread.join(LIMIT_S)
     assert not thread.is_alive()
     assert failed
     for inner in module.modules():

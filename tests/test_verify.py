@@ -14,6 +14,7 @@ import pytest
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
+from waits import LIMIT_S
 
 from wsm_ext import _engine
 from wsm_ext.checkpoints import bulk_reads, hashes
@@ -386,20 +387,19 @@ def test_a_read_that_never_ends_is_a_timeout(folder: Path, monkeypatch: Any) -> 
     ended = threading.Event()
 
     def hang(*_: object) -> int:
-        ended.wait(30)
+        ended.wait(LIMIT_S)
         raise OSError(errno.EIO, "gone")
 
     monkeypatch.setattr(bulk_reads.os, "preadv", hang)
     checkpoint = Checkpoint.open(folder)
-    begun = threading.active_count()
+    others = set(threading.enumerate())
     pieces = [Piece(0, checkpoint.tensors["a"].extents[0].offset, 8)]
     with pytest.raises(TimeoutError, match="offset"):
         bulk_reads.read_all(checkpoint.shards, pieces, hashes._hash_piece, patience_s=0.2)
     ended.set()
-    for thread in threading.enumerate():
-        if thread.daemon and thread is not threading.current_thread():
-            thread.join(5)
-    assert threading.active_count() == begun
+    for thread in set(threading.enumerate()) - others:
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
 
 
 def test_real_tensors_come_back_from_the_files_hashed(folder: Path) -> None:
