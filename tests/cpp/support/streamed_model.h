@@ -55,6 +55,8 @@ class StreamedModel {
   // Each tensor of the unit whose image is on the device, and where.
   using Visit = std::function<void(const TensorSpec&, const std::byte* image)>;
   void visit_images(uint32_t unit, const Visit& visit) const;
+  // " name@offset" of the first wrong byte, or empty.
+  std::string compare(const TensorSpec& tensor, const std::byte* found) const;
   // The names of the unit's tensors whose bytes are not right now; empty when all are.
   std::string wrong_bytes(uint32_t unit) const;
   std::string wrong_fetch(uint32_t unit) const;
@@ -67,7 +69,6 @@ class StreamedModel {
  private:
   Engine& start(const Plan& plan, EngineOptions options, Handoff handoff,
                 const std::vector<bool>& loaded);
-  std::string compare(const TensorSpec& tensor, const std::byte* found) const;
 
   std::optional<TempFolder> folder_;
   uint64_t bytes_ = 0;
