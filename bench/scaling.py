@@ -73,14 +73,16 @@ def synthetic_plan(units: int, compared: bool, tensor_bytes: int = 4 * MIB) -> A
     `compared`: several plans are made, and the simulator chooses, as stream() does.
     """
     from wsm_ext import _engine
+    from wsm_ext._engine import Extent, ShardSpec, TensorSpec, UnitSpec
 
     count = units * TENSORS
     total = count * tensor_bytes
     tensors = [
-        (f"t{i}", tensor_bytes, [(0, i * tensor_bytes, tensor_bytes, 0)], 0) for i in range(count)
+        TensorSpec(f"t{i}", tensor_bytes, [Extent(0, i * tensor_bytes, tensor_bytes)])
+        for i in range(count)
     ]
     specs = [
-        (f"u{u}", f"layer={u}", list(range(u * TENSORS, (u + 1) * TENSORS)), False)
+        UnitSpec(f"u{u}", f"layer={u}", list(range(u * TENSORS, (u + 1) * TENSORS)))
         for u in range(units)
     ]
     limits = _engine.Limits()
@@ -89,9 +91,8 @@ def synthetic_plan(units: int, compared: bool, tensor_bytes: int = 4 * MIB) -> A
     rates = _engine.Rates()
     rates.compute_s = [TENSORS * tensor_bytes / rates.h2d_bytes_per_s / 2] * units
     chosen_by = rates if compared else None
-    return lambda: _engine.plan_model(
-        [("file", total, 4096, False)], tensors, specs, limits, chosen_by
-    )
+    model = _engine.ModelSpec([ShardSpec("file", total, 4096)], tensors, specs)
+    return lambda: _engine.plan_model(model, limits, chosen_by)
 
 
 def plan() -> dict[str, Any]:

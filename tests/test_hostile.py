@@ -8,6 +8,7 @@ import pytest
 from hostile import Hostile
 
 from wsm_ext import _engine
+from wsm_ext._engine import Extent, ModelSpec, ShardSpec, TensorSpec, UnitSpec
 from wsm_ext.checkpoints.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointError
 
 
@@ -49,35 +50,38 @@ def test_messages_quote_no_control_characters_and_no_long_names(tmp_path):
 
 # What is checked again in C++
 
-EXTENT = (0, 0, 4, 0)
+FOUR = ShardSpec("s", 4)
+NINE = ShardSpec("s", 9)
+EXTENT = Extent(0, 0, 4)
+TENSOR = TensorSpec("t", 4, [EXTENT])
+UNIT = UnitSpec("u", "u", [0])
 
 
 @pytest.mark.parametrize(
     ("shards", "tensors", "units", "why"),
     [
-        ([("s", 4, 3, False)], [], [], "alignment 3"),
-        ([("s", 2**63, 1, False)], [], [], "more than a file can have"),
-        ([("s", 3, 1, False)], [("t", 4, [EXTENT], 0)], [], "ends outside shard s"),
-        ([("s", 4, 1, False)], [("t", 3, [EXTENT], 0)], [], "ends outside the tensor"),
-        ([("s", 4, 1, False)], [("t", 4, [(1, 0, 4, 0)], 0)], [], "in shard 1"),
-        ([("s", 4, 1, False)], [("t", 4, [(0, 2**64 - 2, 4, 0)], 0)], [], "ends outside shard s"),
-        ([("s", 9, 1, False)], [("t", 4, [EXTENT, EXTENT], 0)], [], "two extents bring byte 0"),
-        ([("s", 9, 1, False)], [("t", 5, [EXTENT], 0)], [], "no extent brings byte 4"),
-        ([("s", 4, 1, False)], [("t", 4, [EXTENT], 0)], [("u", "u", [1], False)], "tensor 1"),
-        ([("s", 4, 1, False)], [("t", 4, [EXTENT], 0)], [("u", "u", [0, 0], False)], "in it twice"),
-        ([], [("t", 0, [], 9)], [("u", "u", [0], False)], "cannot be made of none"),
+        ([ShardSpec("s", 4, 3)], [], [], "alignment 3"),
+        ([ShardSpec("s", 2**63)], [], [], "more than a file can have"),
+        ([ShardSpec("s", 3)], [TENSOR], [], "ends outside shard s"),
+        ([FOUR], [TensorSpec("t", 3, [EXTENT])], [], "ends outside the tensor"),
+        ([FOUR], [TensorSpec("t", 4, [Extent(1, 0, 4)])], [], "in shard 1"),
+        ([FOUR], [TensorSpec("t", 4, [Extent(0, 2**64 - 2, 4)])], [], "ends outside shard s"),
+        ([NINE], [TensorSpec("t", 4, [EXTENT, EXTENT])], [], "two extents bring byte 0"),
+        ([NINE], [TensorSpec("t", 5, [EXTENT])], [], "no extent brings byte 4"),
+        ([FOUR], [TENSOR], [UnitSpec("u", "u", [1])], "tensor 1"),
+        ([FOUR], [TENSOR], [UnitSpec("u", "u", [0, 0])], "in it twice"),
+        ([], [TensorSpec("t", 0, [], 9)], [UNIT], "cannot be made of none"),
     ],
 )
 def test_the_engine_refuses_ranges_that_do_not_fit(shards, tensors, units, why):
     with pytest.raises(ValueError, match=why):
-        _engine.plan_model(shards, tensors, units, _engine.Limits())
+        _engine.plan_model(ModelSpec(shards, tensors, units), _engine.Limits())
 
 
 def planned() -> _engine.Plan:
     limits = _engine.Limits()
     limits.device_bytes = limits.host_bytes = 1 << 24
-    tensors = [("t", 4, [EXTENT], 0)]
-    return _engine.plan_model([("s", 4, 1, False)], tensors, [("u", "u", [0], False)], limits)
+    return _engine.plan_model(ModelSpec([FOUR], [TENSOR], [UNIT]), limits)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf, 1e-300])
@@ -115,4 +119,4 @@ def test_options_that_no_reader_can_work_with_are_refused(tmp_path, setting, val
     options = _engine.EngineOptions()
     setattr(options, setting, value)
     with pytest.raises(ValueError, match=setting):
-        _engine.time_reads([str(path)], [(0, 0, 10)], [options], 1.0)
+        _engine.time_reads([str(path)], [_engine.ReadSpan(0, 0, 10)], [options], 1.0)

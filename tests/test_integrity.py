@@ -222,7 +222,7 @@ class Poke:
         [self._unit] = [u for u in swapper._streamed.values() if u.name == name]
         self._engine = self._unit._engine
         self._arena = streamed._session.memory.arena
-        self._begin = swapper._planned.place(self._unit.index)[0] + at
+        self._begin = swapper._planned.place(self._unit.index).offset + at
         self._left = nth
         self._unit._engine = self
 

@@ -136,10 +136,10 @@ def test_all_spans_are_asked_for_with_the_settings_that_the_engine_gets(tmp_path
     spans, drive = measure.find_spans(files), Drive(monkeypatch, {})
     measure.measure_disk(spans, Config(direct="on", reader="pread", read_threads=3))
     ((paths, pieces, methods),) = drive.asked
-    assert [(paths[file], offset) for file, offset, _ in pieces] == [
+    assert [(paths[piece.file], piece.offset) for piece in pieces] == [
         (str(span.path), span.offset) for span in spans
     ]
-    assert {size for _, _, size in pieces} == {16 * MIB}
+    assert {piece.nbytes for piece in pieces} == {16 * MIB}
     assert drive.chunk_bytes == MIB
     for method in methods:
         assert (method.direct, method.reader) == (_engine.DirectMode.on, _engine.ReaderChoice.pread)

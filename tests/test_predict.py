@@ -163,9 +163,9 @@ def test_the_planner_uses_what_was_measured(stream, machine, monkeypatch):
     seen = []
     real = _engine.plan_model
 
-    def planned(shards, tensors, units, limits, known=None):
+    def planned(model, limits, known=None):
         seen.append(known)
-        return real(shards, tensors, units, limits, known)
+        return real(model, limits, known)
 
     monkeypatch.setattr(_engine, "plan_model", planned)
     with stream():

@@ -21,6 +21,7 @@ from wsm_ext.checkpoints import bulk_reads, hashes
 from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, assemble
 from wsm_ext.checkpoints.hashes import (
     SIDECAR,
+    ByteRun,
     Piece,
     Recorded,
     hash_pieces,
@@ -314,16 +315,19 @@ def test_any_stretch_is_read_whole_in_blocks(
     if refused:
         refuse_direct(monkeypatch, refused)
     spans = [(0, 0, 70_001), (1, 1, 1), (0, 4095, 2), (1, 8191, 61_810), (0, 70_000, 1)]
-    runs = (((0, 1), (5, 30_000), (40_000, 1)), ((61_000, 800),))
+    runs = (
+        (ByteRun(0, 1), ByteRun(5, 30_000), ByteRun(40_000, 1)),
+        (ByteRun(61_000, 800),),
+    )
     pieces = [Piece(*span, parts=runs if span[2] > 60_000 else ()) for span in spans]
     seen: list[int] = []
     found = hash_pieces(files, pieces, seen.append)
-    for piece, (digest, parts) in zip(pieces, found, strict=True):
+    for piece, got in zip(pieces, found, strict=True):
         whole = data[piece.offset : piece.offset + piece.nbytes]
-        assert digest == xxhash.xxh3_128(whole).hexdigest()
-        assert parts == [
-            xxhash.xxh3_128(b"".join(whole[o : o + n] for o, n in run)).hexdigest()
-            for run in piece.parts
+        assert got.digest == xxhash.xxh3_128(whole).hexdigest()
+        assert got.parts == [
+            xxhash.xxh3_128(b"".join(whole[run.offset : run.end] for run in part)).hexdigest()
+            for part in piece.parts
         ]
     assert seen[-1] == sum(piece.nbytes for piece in pieces)
 
@@ -348,7 +352,7 @@ def test_the_page_cache_is_left_as_it_was(
     pieces = [Piece(0, last, size - last)]
     found = hash_pieces([file], pieces)
     assert _engine.in_page_cache(fd, last, size - last) == cached
-    assert found[0][0] == xxhash.xxh3_128(file.read_bytes()[last:]).hexdigest()
+    assert found[0].digest == xxhash.xxh3_128(file.read_bytes()[last:]).hexdigest()
     os.close(fd)
 
 

@@ -42,6 +42,103 @@ class Simulated:
     limit: str
     stall_seconds: dict[str, float]
 
+class ShardSpec:
+    """A safetensors file, or a tensor that lies in RAM: then `path` is the parameter's name.
+
+    `alignment`: what direct reads of it need. `in_memory`: RAM, or a file of tmpfs.
+    """
+
+    def __init__(
+        self, path: str, nbytes: int, alignment: int = 1, in_memory: bool = False
+    ) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def alignment(self) -> int: ...
+    @property
+    def in_memory(self) -> bool: ...
+
+class Extent:
+    """Bytes of a shard, and where they lie in the tensor."""
+
+    def __init__(self, shard: int, offset: int, nbytes: int, tensor_offset: int = 0) -> None: ...
+    @property
+    def shard(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def tensor_offset(self) -> int: ...
+
+class TensorSpec:
+    """A tensor image: `extents` bring its `nbytes`, each once.
+
+    `placed_bytes`: the size of the parameter that is made of them on arrival; 0 if they are it.
+    """
+
+    def __init__(
+        self, name: str, nbytes: int, extents: Sequence[Extent], placed_bytes: int = 0
+    ) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def extents(self) -> list[Extent]: ...
+    @property
+    def placed_bytes(self) -> int: ...
+
+class UnitSpec:
+    """`tensors`: indices into those of the model. `label`: its name in log lines."""
+
+    def __init__(
+        self, name: str, label: str, tensors: Sequence[int], encloses_units: bool = False
+    ) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def tensors(self) -> list[int]: ...
+    @property
+    def encloses_units(self) -> bool: ...
+
+class ModelSpec:
+    """What a plan is made for. `units`: in the order of use that is assumed at first."""
+
+    def __init__(
+        self, shards: Sequence[ShardSpec], tensors: Sequence[TensorSpec], units: Sequence[UnitSpec]
+    ) -> None: ...
+    @property
+    def shards(self) -> list[ShardSpec]: ...
+    @property
+    def tensors(self) -> list[TensorSpec]: ...
+    @property
+    def units(self) -> list[UnitSpec]: ...
+
+class Place:
+    """A unit's range in the arena."""
+
+    offset: int
+    nbytes: int
+
+class TensorPlace:
+    """Where a unit finds a tensor: in a home block, or in the arena (`block` is None), where its
+    image lands at `image_offset`."""
+
+    block: int | None
+    offset: int
+    image_offset: int
+
+class HomeBlock:
+    """A piece of device memory for tensors that stay, in their order."""
+
+    nbytes: int
+    tensors: list[int]
+
 class Plan:
     arena_bytes: int
     homes_bytes: int
@@ -60,10 +157,10 @@ class Plan:
     disk_home_bytes: int
     warnings: list[str]
     def streamed_bytes(self, unit: int) -> int: ...
-    def place(self, unit: int) -> tuple[int, int]: ...
-    home_blocks: list[tuple[int, list[int]]]
+    def place(self, unit: int) -> Place: ...
+    home_blocks: list[HomeBlock]
     device_bytes: int
-    def tensor_places(self, unit: int) -> list[tuple[int | None, int, int]]: ...
+    def tensor_places(self, unit: int) -> list[TensorPlace]: ...
     def shards_on_disk(self) -> set[int]: ...
 
 class ReaderChoice(Enum):
@@ -117,6 +214,19 @@ class Timeline:
     length_ns: int
     clock_error_ns: int
 
+class HomeMemory:
+    """Where a home block lies, and whether its bytes are there already."""
+
+    def __init__(self, address: int, loaded: bool) -> None: ...
+
+class MemoryUse:
+    """Host cache, staging ring and what was read ahead, as mapped; of these, page-locked; and the
+    most that it ever was."""
+
+    host_bytes: int
+    host_pinned_bytes: int
+    host_peak_bytes: int
+
 class Engine:
     closed: bool
     passes: int
@@ -126,7 +236,7 @@ class Engine:
         planned: Plan,
         cuda_index: int,
         arena: int,
-        homes: Sequence[tuple[int, bool]],
+        homes: Sequence[HomeMemory],
         memory: Sequence[int],
         stream: int,
         options: EngineOptions,
@@ -147,16 +257,10 @@ class Engine:
     def steady_passes(self) -> dict[str, Any]: ...
     def start_trace(self, stream: int, most_records: int) -> None: ...
     def stop_trace(self) -> Timeline: ...
-    def memory(self) -> tuple[int, int, int]: ...
+    def memory(self) -> MemoryUse: ...
     def readers(self) -> dict[str, dict[str, Any]]: ...
 
-def plan_model(
-    shards: Sequence[tuple[str, int, int, bool]],
-    tensors: Sequence[tuple[str, int, list[tuple[int, int, int, int]], int]],
-    units: Sequence[tuple[str, str, list[int], bool]],
-    limits: Limits,
-    rates: Rates | None = None,
-) -> Plan: ...
+def plan_model(model: ModelSpec, limits: Limits, rates: Rates | None = None) -> Plan: ...
 def expected_pass_seconds(planned: Plan, rates: Rates) -> float: ...
 def simulate(
     planned: Plan, rates: Rates, order: Sequence[int] = (), policy: str = "fixed"
@@ -169,10 +273,22 @@ def read_range(path: str, offset: int, bytes: int) -> bytes: ...
 def time_copies(
     cuda_index: int, target: int, target_bytes: int, source_bytes: int, sizes: Sequence[int]
 ) -> list[float]: ...
+
+class ReadSpan:
+    """Bytes of a file, an index into the paths."""
+
+    def __init__(self, file: int, offset: int, nbytes: int) -> None: ...
+    @property
+    def file(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
 def time_reads(
     paths: Sequence[str],
-    spans: Sequence[tuple[int, int, int]],
-    ways: Sequence[EngineOptions],
+    spans: Sequence[ReadSpan],
+    methods: Sequence[EngineOptions],
     seconds: float,
     rounds: int = 1,
     most_seconds: float = 3600.0,

@@ -270,7 +270,7 @@ class StreamedModule(nn.Module):
             return dict(self._final_stats)
         engine, checker = session.engine, self._request.checker
         self._plan.update(engine.steady_passes())
-        host_bytes, pinned_bytes, host_peak_bytes = engine.memory()
+        memory = engine.memory()
         device_bytes = self._planned.device_bytes
         return {
             "passes": self._carried_passes + engine.passes,
@@ -278,9 +278,9 @@ class StreamedModule(nn.Module):
                 "device_bytes": device_bytes,
                 "device_peak_bytes": device_bytes,
                 "device_budget_bytes": self._planned.device_budget_bytes,
-                "host_bytes": host_bytes,
-                "host_pinned_bytes": pinned_bytes,
-                "host_peak_bytes": host_peak_bytes,
+                "host_bytes": memory.host_bytes,
+                "host_pinned_bytes": memory.host_pinned_bytes,
+                "host_peak_bytes": memory.host_peak_bytes,
                 "host_budget_bytes": self._planned.host_budget_bytes,
             },
             "last_pass": engine.last_pass(),
@@ -312,7 +312,7 @@ class StreamedModule(nn.Module):
             )
         names = Names(
             [unit.name for unit in self._plan.units],
-            [os.path.basename(shard[0]) for shard in session.planned.source.shards],
+            [os.path.basename(shard.path) for shard in session.planned.source.shards],
         )
         stream, device = session.current_stream(), str(self._request.device)
         if most_events is None:

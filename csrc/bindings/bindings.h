@@ -16,6 +16,7 @@ struct PlannedModel {
 
 // In this order: later ones take what earlier ones define as arguments.
 void bind_simulator(pybind11::module_& m);
+void bind_model(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);
 void bind_trace(pybind11::module_& m);
 void bind_readers(pybind11::module_& m);

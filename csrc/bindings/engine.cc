@@ -98,22 +98,15 @@ struct DeleteWithoutGil {
 };
 using EngineHolder = std::unique_ptr<Engine, DeleteWithoutGil>;
 
-// A home block as Python gives it: its address, and whether its bytes are there.
-using HomeTuple = std::pair<uintptr_t, bool>;
-
 // `before`: a closed or open engine of the same shards, whose device and cache are taken over.
 // `ahead`: what was read of them before there was a plan.
 EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t arena,
-                         const std::vector<HomeTuple>& blocks, const std::vector<uintptr_t>& memory,
+                         const std::vector<HomeMemory>& homes, const std::vector<uintptr_t>& memory,
                          StreamHandle stream, const EngineOptions& options, Engine* before,
                          std::shared_ptr<Preload> ahead) {
   py::gil_scoped_release nogil;
   std::vector<const void*> sources;
   for (const uintptr_t address : memory) sources.push_back(reinterpret_cast<const void*>(address));
-  std::vector<HomeMemory> homes;
-  for (const auto& [address, loaded] : blocks) {
-    homes.push_back({reinterpret_cast<std::byte*>(address), loaded});
-  }
   Handoff handoff;
   if (before) {
     handoff = before->hand_over();
@@ -122,8 +115,8 @@ EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t 
   }
   handoff.ahead = std::move(ahead);
   return EngineHolder(new Engine(planned.spec, planned.plan, std::move(handoff),
-                                 reinterpret_cast<std::byte*>(arena), std::move(homes),
-                                 std::move(sources), stream, options));
+                                 reinterpret_cast<std::byte*>(arena), homes, std::move(sources),
+                                 stream, options));
 }
 
 }  // namespace
@@ -139,6 +132,15 @@ void bind_engine(py::module_& m) {
       .def("stop", &Preload::stop, nogil)
       .def("give_up", &Preload::give_up, nogil)
       .def_property_readonly("held_bytes", &Preload::held_bytes);
+  py::class_<HomeMemory>(m, "HomeMemory")
+      .def(py::init([](uintptr_t address, bool loaded) {
+             return HomeMemory{reinterpret_cast<std::byte*>(address), loaded};
+           }),
+           py::arg("address"), py::arg("loaded"));
+  py::class_<MemoryUse>(m, "MemoryUse")
+      .def_readonly("host_bytes", &MemoryUse::host_bytes)
+      .def_readonly("host_pinned_bytes", &MemoryUse::host_pinned_bytes)
+      .def_readonly("host_peak_bytes", &MemoryUse::host_peak_bytes);
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
            py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"),
@@ -184,11 +186,7 @@ void bind_engine(py::module_& m) {
           py::arg("stream"), py::arg("most_records"), nogil)
       .def(
           "stop_trace", [](Engine& engine) { return engine.stop_trace(plain_interrupt()); }, nogil)
-      .def("memory",
-           [](const Engine& engine) {
-             const MemoryUse use = engine.memory();
-             return py::make_tuple(use.host_bytes, use.host_pinned_bytes, use.host_peak_bytes);
-           })
+      .def("memory", &Engine::memory)
       .def("readers", [](const Engine& engine) {
         py::dict readers;
         for (const ShardReport& shard : engine.shards())

@@ -42,6 +42,7 @@ PYBIND11_MODULE(_engine, m) {
   m.doc() = "The C++ engine of wsm_ext. Use the Python package; this module may change.";
   register_errors(m);
   bind_simulator(m);
+  bind_model(m);
   bind_plan(m);
   bind_trace(m);
   bind_readers(m);

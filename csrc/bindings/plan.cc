@@ -4,7 +4,6 @@
 #include <optional>
 #include <set>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,32 +18,59 @@ namespace py = pybind11;
 namespace wsm {
 namespace {
 
-using ShardTuple = std::tuple<std::string, uint64_t, uint32_t, bool>;
-using ExtentTuple = std::tuple<uint32_t, uint64_t, uint64_t, uint64_t>;
-using TensorTuple = std::tuple<std::string, uint64_t, std::vector<ExtentTuple>, uint64_t>;
-using UnitTuple = std::tuple<std::string, std::string, std::vector<uint32_t>, bool>;
-
-PlannedModel plan_model(const std::vector<ShardTuple>& shards,
-                        const std::vector<TensorTuple>& tensors,
-                        const std::vector<UnitTuple>& units, const Limits& limits,
+PlannedModel plan_model(const ModelSpec& spec, const Limits& limits,
                         const std::optional<Rates>& rates) {
   py::gil_scoped_release nogil;
-  PlannedModel planned;
-  for (const auto& [path, bytes, alignment, in_memory] : shards) {
-    planned.spec.shards.push_back({path, bytes, alignment, in_memory});
-  }
-  for (const auto& [name, bytes, extents, placed_bytes] : tensors) {
-    TensorSpec tensor{name, bytes, {}, placed_bytes};
-    for (const auto& [shard, offset, length, at] : extents) {
-      tensor.extents.push_back({shard, offset, length, at});
+  Plan plan = rates ? best_plan(spec, limits, *rates) : make_plan(spec, limits);
+  return {spec, std::move(plan)};
+}
+
+// A unit's range in the arena.
+struct Place {
+  uint64_t offset;
+  uint64_t bytes;
+};
+
+Place place_of(const PlannedModel& planned, uint32_t unit) {
+  const UnitPlan& plan = planned.plan.units.at(unit);
+  return {plan.place_offset, plan.place_bytes};
+}
+
+// Where a unit finds a tensor: in a home block, or in the arena, which has its image too.
+struct PlacedTensor {
+  std::optional<size_t> block;
+  uint64_t offset;
+  uint64_t image_offset;
+};
+
+std::vector<PlacedTensor> tensor_places(const PlannedModel& planned, uint32_t unit) {
+  const Plan& plan = planned.plan;
+  std::vector<PlacedTensor> places;
+  for (const TensorPlace& place : plan.units.at(unit).tensors) {
+    if (place.resident) {
+      const size_t block = plan.block_at(place.offset);
+      places.push_back({block, place.offset - plan.home_blocks[block].offset, 0});
+    } else {
+      places.push_back({std::nullopt, place.offset, place.image_offset});
     }
-    planned.spec.tensors.push_back(std::move(tensor));
   }
-  for (const auto& [name, label, members, exclusive] : units) {
-    planned.spec.units.push_back({name, label, members, exclusive});
+  return places;
+}
+
+// Shards of which some bytes have no home but their own place.
+std::set<uint32_t> shards_on_disk(const PlannedModel& planned) {
+  std::set<uint32_t> shards;
+  for (const Chunk& chunk : planned.plan.chunks) {
+    if (chunk.home == Home::kDisk) shards.insert(chunk.shard);
   }
-  planned.plan = rates ? best_plan(planned.spec, limits, *rates) : make_plan(planned.spec, limits);
-  return planned;
+  return shards;
+}
+
+// Device memory as the allocator takes it.
+uint64_t device_bytes(const PlannedModel& planned) {
+  uint64_t bytes = device_block_bytes(planned.plan.arena_bytes);
+  for (const HomeBlock& block : planned.plan.home_blocks) bytes += device_block_bytes(block.bytes);
+  return bytes;
 }
 
 }  // namespace
@@ -63,6 +89,17 @@ void bind_plan(py::module_& m) {
       .def_readwrite("lookahead_units", &Limits::lookahead_units)
       .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes)
       .def_readwrite("kept_cache", &Limits::kept_cache);
+
+  py::class_<Place>(m, "Place")
+      .def_readonly("offset", &Place::offset)
+      .def_readonly("nbytes", &Place::bytes);
+  py::class_<PlacedTensor>(m, "TensorPlace")
+      .def_readonly("block", &PlacedTensor::block)
+      .def_readonly("offset", &PlacedTensor::offset)
+      .def_readonly("image_offset", &PlacedTensor::image_offset);
+  py::class_<HomeBlock>(m, "HomeBlock")
+      .def_readonly("nbytes", &HomeBlock::bytes)
+      .def_readonly("tensors", &HomeBlock::tensors);
 
   py::class_<PlannedModel> planned(m, "Plan");
   const auto value = [&planned](const char* name, auto Plan::* field) {
@@ -89,55 +126,14 @@ void bind_plan(py::module_& m) {
                              [](const PlannedModel& p) { return p.plan.chunks.size(); })
       .def("streamed_bytes", [](const PlannedModel& p,
                                 uint32_t unit) { return p.plan.units.at(unit).streamed_bytes; })
-      .def("place",
-           [](const PlannedModel& p, uint32_t unit) {
-             const UnitPlan& u = p.plan.units.at(unit);
-             return py::make_tuple(u.place_offset, u.place_bytes);
-           })
-      // Shards of which some bytes have no home but their own place.
-      .def("shards_on_disk",
-           [](const PlannedModel& p) {
-             std::set<uint32_t> shards;
-             for (const Chunk& chunk : p.plan.chunks) {
-               if (chunk.home == Home::kDisk) shards.insert(chunk.shard);
-             }
-             return shards;
-           })
-      // (bytes, tensors) of each block of the homes.
+      .def("place", &place_of, py::arg("unit"))
+      .def("tensor_places", &tensor_places, py::arg("unit"))
+      .def("shards_on_disk", &shards_on_disk)
       .def_property_readonly("home_blocks",
-                             [](const PlannedModel& p) {
-                               py::list blocks;
-                               for (const HomeBlock& block : p.plan.home_blocks) {
-                                 blocks.append(py::make_tuple(block.bytes, block.tensors));
-                               }
-                               return blocks;
-                             })
-      // Device memory as the allocator takes it.
-      .def_property_readonly("device_bytes",
-                             [](const PlannedModel& p) {
-                               uint64_t bytes = device_block_bytes(p.plan.arena_bytes);
-                               for (const HomeBlock& block : p.plan.home_blocks) {
-                                 bytes += device_block_bytes(block.bytes);
-                               }
-                               return bytes;
-                             })
-      // (home block, offset in it, offset of the image) of each of the unit's tensors; the arena is
-      // None, and has the images.
-      .def("tensor_places", [](const PlannedModel& p, uint32_t unit) {
-        py::list places;
-        for (const TensorPlace& place : p.plan.units.at(unit).tensors) {
-          if (place.resident) {
-            const size_t block = p.plan.block_at(place.offset);
-            places.append(py::make_tuple(block, place.offset - p.plan.home_blocks[block].offset,
-                                         uint64_t{0}));
-          } else {
-            places.append(py::make_tuple(py::none(), place.offset, place.image_offset));
-          }
-        }
-        return places;
-      });
-  m.def("plan_model", &plan_model, py::arg("shards"), py::arg("tensors"), py::arg("units"),
-        py::arg("limits"), py::arg("rates") = py::none());
+                             [](const PlannedModel& p) { return p.plan.home_blocks; })
+      .def_property_readonly("device_bytes", &device_bytes);
+  m.def("plan_model", &plan_model, py::arg("model"), py::arg("limits"),
+        py::arg("rates") = py::none());
   m.def("device_block_bytes", &device_block_bytes, py::arg("bytes"));
 }
 

@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -67,19 +66,16 @@ void bind_readers(py::module_& m) {
         return found;
       },
       py::arg("path"), py::arg("offset"), py::arg("bytes"));
-  m.def(
-      "time_reads",
-      [](const std::vector<std::string>& paths,
-         const std::vector<std::tuple<uint32_t, uint64_t, uint32_t>>& pieces,
-         const std::vector<EngineOptions>& ways, double seconds, uint32_t rounds,
-         double most_seconds, uint64_t chunk_bytes) {
-        std::vector<ReadSpan> spans;
-        for (const auto& [file, offset, bytes] : pieces) spans.push_back({file, offset, bytes});
-        return time_reads(paths, spans, ways, seconds, rounds, most_seconds, chunk_bytes);
-      },
-      py::arg("paths"), py::arg("spans"), py::arg("ways"), py::arg("seconds"),
-      py::arg("rounds") = 1, py::arg("most_seconds") = 3600.0,
-      py::arg("chunk_bytes") = usual_chunk_bytes(false), py::call_guard<py::gil_scoped_release>());
+  py::class_<ReadSpan>(m, "ReadSpan")
+      .def(py::init<uint32_t, uint64_t, uint32_t>(), py::arg("file"), py::arg("offset"),
+           py::arg("nbytes"))
+      .def_readonly("file", &ReadSpan::file)
+      .def_readonly("offset", &ReadSpan::offset)
+      .def_readonly("nbytes", &ReadSpan::bytes);
+  m.def("time_reads", &time_reads, py::arg("paths"), py::arg("spans"), py::arg("methods"),
+        py::arg("seconds"), py::arg("rounds") = 1, py::arg("most_seconds") = 3600.0,
+        py::arg("chunk_bytes") = usual_chunk_bytes(false),
+        py::call_guard<py::gil_scoped_release>());
   m.def("usual_chunk_bytes", &usual_chunk_bytes, py::arg("in_memory"));
 }
 

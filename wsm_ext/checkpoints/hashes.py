@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,28 +63,49 @@ def new_hash() -> Any:
 # Hashing
 
 
+class ByteRun(NamedTuple):
+    """Bytes of a tensor, one after another."""
+
+    offset: int  # in the tensor
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+Part = tuple[ByteRun, ...]  # ascending
+
+
 @dataclass(frozen=True)
 class Piece:
-    """A tensor's bytes in a shard, and parts of them that get hashes of their own: each a sequence
-    of (offset in the tensor, bytes), ascending."""
+    """A tensor's bytes in a shard, and parts of them that get hashes of their own."""
 
     shard: int
     offset: int
     nbytes: int
-    parts: tuple[tuple[tuple[int, int], ...], ...] = ()
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class PieceHash:
+    """Of all of a piece, and of its parts, in hexadecimal."""
+
+    digest: str
+    parts: list[str]
 
 
 def hash_pieces(
     files: Sequence[Path],
     pieces: Sequence[Piece],
     progress: Callable[[int], None] | None = None,
-) -> list[tuple[str, list[str]]]:
-    """Of each piece the hash, and those of its parts. Raises as `read_all` does."""
+) -> list[PieceHash]:
+    """Of each piece, in their order. Raises as `read_all` does."""
     new_hash()
     return read_all(files, pieces, _hash_piece, progress)
 
 
-def _hash_piece(piece: Piece, blocks: Blocks) -> tuple[str, list[str]]:
+def _hash_piece(piece: Piece, blocks: Blocks) -> PieceHash:
     whole = new_hash()
     parts = [new_hash() for _ in piece.parts]
     begin = 0
@@ -92,12 +113,12 @@ def _hash_piece(piece: Piece, blocks: Blocks) -> tuple[str, list[str]]:
         whole.update(block)
         end = begin + len(block)
         for part, runs in zip(parts, piece.parts, strict=True):
-            for offset, nbytes in runs:
-                first, last = max(begin, offset), min(end, offset + nbytes)
+            for run in runs:
+                first, last = max(begin, run.offset), min(end, run.end)
                 if first < last:
                     part.update(block[first - begin : last - begin])
         begin = end
-    return whole.hexdigest(), [part.hexdigest() for part in parts]
+    return PieceHash(whole.hexdigest(), [part.hexdigest() for part in parts])
 
 
 def hash_tensors(
@@ -118,7 +139,7 @@ def hash_tensors(
     nothing = new_hash().hexdigest()
     return {
         image.name: Recorded(
-            image.dtype, tuple(image.shape), next(hashed)[0] if image.extents else nothing
+            image.dtype, tuple(image.shape), next(hashed).digest if image.extents else nothing
         )
         for image in images
     }

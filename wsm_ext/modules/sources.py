@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import _engine
+from .._engine import Extent, ShardSpec, TensorSpec
 from ..checkpoints.arrival import Arrival, Part
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, TensorImage
 from .raw_memory import address_of, empty_in_ram
@@ -70,13 +71,9 @@ class RamParameter:
 class Source:
     """Shards and tensor images for `_engine.plan_model`, and which slot has which image."""
 
-    # Path, bytes, alignment, and whether they lie in memory.
-    shards: list[tuple[str, int, int, bool]] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)  # address, or 0 for a file
-    # name, bytes that arrive, extents, bytes of what is made of them (0: they are the parameter)
-    tensors: list[tuple[str, int, list[tuple[int, int, int, int]], int]] = field(
-        default_factory=list
-    )
+    shards: list[ShardSpec] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)  # by shard: its address, or 0 for a file
+    tensors: list[TensorSpec] = field(default_factory=list)
     index_of: dict[str, int] = field(default_factory=dict)  # slot name -> index into tensors
     arrivals: dict[int, Arrival] = field(default_factory=dict)  # by index into tensors
     kept: list[torch.Tensor] = field(default_factory=list)  # what `memory` points to besides
@@ -183,22 +180,28 @@ def _source_of_images(checkpoint: Checkpoint, images: dict[str, TensorImage]) ->
     source = Source()
     for path in checkpoint.shards:
         name = str(path)
-        facts = _engine.direct_alignment(name), _engine.lies_in_memory(name)
-        source.shards.append((name, path.stat().st_size, *facts))
+        alignment, in_memory = _engine.direct_alignment(name), _engine.lies_in_memory(name)
+        source.shards.append(ShardSpec(name, path.stat().st_size, alignment, in_memory))
         source.memory.append(0)
     seen: dict[TensorImage, int] = {}
     for slot_name, image in images.items():
         key = replace(image, name="")
         if key not in seen:
             index = seen[key] = len(source.tensors)
-            extents = [(e.shard, e.offset, e.nbytes, e.tensor_offset) for e in image.extents]
             placed_bytes = 0
             if image.arrival is not None:
                 source.arrivals[index] = image.arrival
                 placed_bytes = image.nbytes
-            source.tensors.append((slot_name, image.arriving_bytes, extents, placed_bytes))
+            source.tensors.append(
+                TensorSpec(slot_name, image.arriving_bytes, extents_of(image), placed_bytes)
+            )
         source.index_of[slot_name] = seen[key]
     return source
+
+
+def extents_of(image: TensorImage) -> list[Extent]:
+    """As the engine takes them."""
+    return [Extent(e.shard, e.offset, e.nbytes, e.tensor_offset) for e in image.extents]
 
 
 def _same_bytes(checkpoint: Checkpoint, a: str, b: str) -> bool:
@@ -278,9 +281,9 @@ def _add_memory(source: Source, name: str, parameter: torch.Tensor) -> None:
 def _add_shard(source: Source, name: str, data: torch.Tensor) -> int:
     """A contiguous tensor in RAM as a shard of its own; its index among the tensors."""
     shard = len(source.shards)
-    source.shards.append((name, data.nbytes, 1, True))
+    source.shards.append(ShardSpec(name, data.nbytes, in_memory=True))
     source.memory.append(address_of(data, data.nbytes))
-    source.tensors.append((name, data.nbytes, [(shard, 0, data.nbytes, 0)], 0))
+    source.tensors.append(TensorSpec(name, data.nbytes, [Extent(shard, 0, data.nbytes)]))
     return len(source.tensors) - 1
 
 
@@ -317,8 +320,3 @@ def read_tensor(
     arrival = image.arrival or Arrival((Part(0, image.dtype, image.shape),))
     arrival.write(arrived, tensor)
     return tensor
-
-
-def unit_tensors(unit: Unit, source: Source) -> list[int]:
-    """The unit's tensors, each once, in the order of its slots."""
-    return list(dict.fromkeys(source.index_of[slot.name] for slot in unit.slots))

@@ -74,20 +74,19 @@ class DeviceMemory:
         if before is not None:
             stay = dict(zip(before.contents, before.homes, strict=True))
             before.clear(device)
-        wanted = [
-            tuple(source.tensors[tensor][:2] for tensor in tensors)
-            for _, tensors in plan.home_blocks
-        ]
+        wanted = [_contents_of(block, source) for block in plan.home_blocks]
         stay = {contents: block for contents, block in stay.items() if contents in wanted}
         # On a CPU both come out of one memory: what the engine will map is held free meanwhile.
         host_bytes = plan.cache_bytes + plan.staging_bytes + 2 * _HUGE_PAGE
         kept_free = in_huge_pages(host_bytes) if device.type == "cpu" else None
         memory = DeviceMemory(allocate(plan.arena_bytes, device))
-        for (nbytes, _), contents in zip(plan.home_blocks, wanted, strict=True):
+        for planned, contents in zip(plan.home_blocks, wanted, strict=True):
             block = stay.get(contents)
-            fits = block is not None and block.numel() >= nbytes
-            memory.homes.append(block if block is not None and fits else allocate(nbytes, device))
-            memory.loaded.append(fits)
+            loaded = block is not None and block.numel() >= planned.nbytes
+            if block is None or not loaded:
+                block = allocate(planned.nbytes, device)
+            memory.homes.append(block)
+            memory.loaded.append(loaded)
             memory.contents.append(contents)
         del kept_free
         return memory
@@ -98,9 +97,17 @@ class DeviceMemory:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def addresses(self, device: torch.device) -> tuple[int, list[tuple[int, bool]]]:
-        """Of the arena, and of each home block with whether it is loaded."""
-        arena, *homes = (
-            address_of(block, block.nbytes, device.type) for block in (self.arena, *self.homes)
-        )
-        return arena, list(zip(homes, self.loaded, strict=True))
+    def arena_address(self, device: torch.device) -> int:
+        return address_of(self.arena, self.arena.nbytes, device.type)
+
+    def home_memory(self, device: torch.device) -> list[_engine.HomeMemory]:
+        """The home blocks as the engine takes them."""
+        return [
+            _engine.HomeMemory(address_of(block, block.nbytes, device.type), loaded)
+            for block, loaded in zip(self.homes, self.loaded, strict=True)
+        ]
+
+
+def _contents_of(block: _engine.HomeBlock, source: Source) -> _Contents:
+    tensors = [source.tensors[index] for index in block.tensors]
+    return tuple((tensor.name, tensor.nbytes) for tensor in tensors)

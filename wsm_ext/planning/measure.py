@@ -206,7 +206,7 @@ def _sample_reads(
     spans: Sequence[Span], methods: Sequence[_engine.EngineOptions], chunk: int
 ) -> list[list[float]]:
     paths = list(dict.fromkeys(span.path for span in spans))
-    pieces = [(paths.index(span.path), span.offset, _SPAN_BYTES) for span in spans]
+    pieces = [_engine.ReadSpan(paths.index(span.path), span.offset, _SPAN_BYTES) for span in spans]
     rounds = 1 if len(methods) == 1 else _ROUNDS
     seconds = _READ_SECONDS if len(methods) == 1 else _SAMPLE_SECONDS
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import _engine
 from ..modules.sources import Source
+from ..modules.spec import unit_bytes
 from ..modules.units import Unit
 from ..sizes import format_bytes
 from .predict import Achieved, Prediction, comparison, difference
@@ -71,7 +72,7 @@ class PlanSummary:
             UnitPlan(
                 unit.name,
                 unit.label,
-                sum(source.tensors[source.index_of[slot.name]][1] for slot in unit.slots),
+                unit_bytes(unit, source),
                 planned.streamed_bytes(index),
             )
             for index, unit in enumerate(units)

@@ -13,7 +13,8 @@ from .. import _engine
 from ..checkpoints.checkpoint import Checkpoint
 from ..config import Config
 from ..modules import sources
-from ..modules.sources import Source, unit_tensors
+from ..modules.sources import Source
+from ..modules.spec import model_spec, unit_place_bytes
 from ..modules.units import Unit, find_units
 from ..sizes import format_bytes, parse_bytes
 from .budgets import CPU_DEVICE_SHARE, device_available, host_available
@@ -171,7 +172,7 @@ class Planner:
         limits.device_bytes = limits.host_bytes = 1 << 60
         limits.home_bytes = limits.cache_bytes = 0
         limits.lookahead_units = 0
-        plan = _engine.plan_model(source.shards, source.tensors, _unit_specs(units, source), limits)
+        plan = _engine.plan_model(model_spec(units, source), limits)
         return ModulePlan(units, source, plan, self._modes[index], [])
 
     def _units(self, index: int) -> tuple[list[Unit], Source]:
@@ -199,9 +200,7 @@ class Planner:
         if kept_cache is not None:
             limits.kept_cache = kept_cache
         try:
-            plan = _engine.plan_model(
-                source.shards, source.tensors, _unit_specs(units, source), limits, rates
-            )
+            plan = _engine.plan_model(model_spec(units, source), limits, rates)
         except ValueError as error:
             raise ValueError(_in_terms_of_arguments(str(error))) from None
         return ModulePlan(units, source, plan, self._modes[index], self._unheeded + warned)
@@ -209,10 +208,7 @@ class Planner:
     def _limits(
         self, units: list[Unit], source: Source, budgets: Budgets
     ) -> tuple[_engine.Limits, list[str]]:
-        members = [unit_tensors(unit, source) for unit in units]
-        # As on the way through the arena: what arrives, and what is made of it.
-        taken = [arriving + made for _, arriving, _, made in source.tensors]
-        sizes = [sum(taken[tensor] for tensor in tensors) for tensors in members]
+        sizes = [unit_place_bytes(unit, source) for unit in units]
         layers: dict[tuple[str | None, int], int] = {}
         for unit, size in zip(units, sizes, strict=True):
             if unit.layer is not None:
@@ -234,12 +230,6 @@ class Planner:
 def streams(plan: _engine.Plan) -> bool:
     """Whether anything passes through the arena."""
     return plan.host_home_bytes + plan.disk_home_bytes > 0
-
-
-def _unit_specs(units: list[Unit], source: Source) -> list[tuple[str, str, list[int], bool]]:
-    return [
-        (unit.name, unit.label, unit_tensors(unit, source), unit.encloses_units) for unit in units
-    ]
 
 
 def _in_terms_of_arguments(message: str) -> str:

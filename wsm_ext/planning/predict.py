@@ -97,7 +97,7 @@ def measuring_matters(plan: _engine.Plan, config: Config) -> bool:
 def files_of(source: Source) -> list[Path]:
     """What is read; nothing where the weights lie in RAM."""
     shards = zip(source.shards, source.memory, strict=True)
-    return [Path(path) for (path, *_), address in shards if address == 0]
+    return [Path(shard.path) for shard, address in shards if address == 0]
 
 
 # -- what it took ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import nn
 from .. import _engine
 from ..config import Config
 from ..modules.sources import Source
+from ..modules.spec import unit_bytes
 from ..modules.units import Unit
 from ..sizes import format_bytes
 from . import measure
@@ -89,9 +90,7 @@ class Rates:
 
 def _by_unit(compute: Compute, units: Sequence[Unit], source: Source) -> list[float]:
     """A layer's seconds go to its units by their bytes; what no unit has, to the first."""
-    sizes = [
-        sum(source.tensors[source.index_of[slot.name]][1] for slot in unit.slots) for unit in units
-    ]
+    sizes = [unit_bytes(unit, source) for unit in units]
     layers: dict[tuple[str | None, int], int] = {}
     for unit, size in zip(units, sizes, strict=True):
         if unit.layer is not None:

@@ -17,19 +17,25 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from .. import _engine
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, TensorImage
-from ..checkpoints.hashes import Piece, Recorded, hash_pieces, new_hash, read_sidecar, sidecar_of
-from ..modules.sources import Source
+from ..checkpoints.hashes import (
+    ByteRun,
+    Part,
+    Piece,
+    Recorded,
+    hash_pieces,
+    new_hash,
+    read_sidecar,
+    sidecar_of,
+)
+from ..modules.sources import Source, extents_of
 
 _BLOCK_BYTES = 8 << 20
-
-# shard, offset in it, bytes, offset in the image
-Extents = Sequence[tuple[int, int, int, int]]
 
 
 class IntegrityError(OSError):
@@ -50,27 +56,37 @@ class _Stored:
         return self.offset + self.nbytes
 
 
+class _Run(NamedTuple):
+    """Bytes of a tensor that lie in an image one after another."""
+
+    inner: ByteRun
+    image_offset: int
+
+
 @dataclass
 class _Part:
-    """Bytes of one tensor in an image: (offset in the tensor, bytes, offset in the image),
-    ascending and apart. `expected` is their hash."""
+    """Bytes of one tensor in an image: its runs, ascending and apart. `expected` is their hash."""
 
     tensor: _Stored
-    runs: list[tuple[int, int, int]]
+    runs: list[_Run]
     expected: str = ""
 
     @property
-    def inner(self) -> tuple[tuple[int, int], ...]:
-        return tuple((begin, nbytes) for begin, nbytes, _ in self.runs)
+    def nbytes(self) -> int:
+        return sum(run.inner.nbytes for run in self.runs)
+
+    @property
+    def inner(self) -> Part:
+        return tuple(run.inner for run in self.runs)
 
     @property
     def whole(self) -> bool:
-        at = 0
-        for begin, nbytes, _ in self.runs:
-            if begin != at:
+        end = 0
+        for run in self.inner:
+            if run.offset != end:
                 return False
-            at += nbytes
-        return at == self.tensor.nbytes
+            end = run.end
+        return end == self.tensor.nbytes
 
 
 @dataclass
@@ -177,7 +193,7 @@ class Checker:
             self._begins.append([tensor.offset for tensor in stored])
             self._images.update(zip(stored, (i for i in shard if i.extents), strict=True))
             self._recorded.update((tensor, recorded.get(tensor.name)) for tensor in stored)
-        self._known: dict[tuple[_Stored, tuple[tuple[int, int], ...]], str] = {}  # of parts
+        self._known: dict[tuple[_Stored, Part], str] = {}
         self._bounce: torch.Tensor | None = None
 
     # -- what is expected --------------------------------------------------------------------------
@@ -187,40 +203,38 @@ class Checker:
         parts alone, and then raises as reading does, or IntegrityError."""
         ram = {tensor.data_ptr(): tensor for tensor in source.kept}
         parts: list[list[_Part]] = []
-        for name, nbytes, extents, _ in source.tensors:
-            computed = ram.get(source.memory[extents[0][0]]) if extents else None
+        for tensor in source.tensors:
+            extents = tensor.extents
+            computed = ram.get(source.memory[extents[0].shard]) if extents else None
             if computed is None:
                 parts.append(self._parts_of(extents))
             else:  # no file has it: what was computed is what should arrive
-                stored = _Stored(name, -1, 0, nbytes)
-                runs = [(0, nbytes, 0)]
-                expected = self.hash_of(computed.reshape(-1).view(torch.uint8), runs)
-                parts.append([_Part(stored, runs, expected)])
-        self._learn([part for some in parts for part in some])
+                part = _all_of(_Stored(tensor.name, -1, 0, tensor.nbytes))
+                part.expected = self.hash_of(computed.reshape(-1).view(torch.uint8), part.runs)
+                parts.append([part])
+        self._learn([part for image in parts for part in image])
         return [
-            Image(self, some, nbytes)
-            for some, (_, nbytes, _, _) in zip(parts, source.tensors, strict=True)
+            Image(self, image, tensor.nbytes)
+            for image, tensor in zip(parts, source.tensors, strict=True)
         ]
 
     def image_of(self, image: TensorImage) -> Image:
-        parts = self._parts_of(
-            [(e.shard, e.offset, e.nbytes, e.tensor_offset) for e in image.extents]
-        )
+        parts = self._parts_of(extents_of(image))
         self._learn(parts)
         return Image(self, parts, image.arriving_bytes)
 
-    def _parts_of(self, extents: Extents) -> list[_Part]:
+    def _parts_of(self, extents: Iterable[_engine.Extent]) -> list[_Part]:
         """The extents by tensor. Bytes that an image has twice are in two parts."""
-        pieces: dict[_Stored, list[tuple[int, int, int]]] = {}
+        runs_of: dict[_Stored, list[_Run]] = {}
         for extent in extents:
             for tensor, run in self._cut(extent):
-                pieces.setdefault(tensor, []).append(run)
+                runs_of.setdefault(tensor, []).append(run)
         parts: list[_Part] = []
-        for tensor, runs in pieces.items():
+        for tensor, runs in runs_of.items():
             open_parts: list[_Part] = []
             for run in sorted(runs):
                 for part in open_parts:
-                    if _end(part.runs[-1]) <= run[0]:
+                    if part.runs[-1].inner.end <= run.inner.offset:
                         part.runs.append(run)
                         break
                 else:
@@ -228,11 +242,10 @@ class Checker:
             parts += open_parts
         return parts
 
-    def _cut(
-        self, extent: tuple[int, int, int, int]
-    ) -> Iterable[tuple[_Stored, tuple[int, int, int]]]:
-        shard, begin, nbytes, at = extent
-        end = begin + nbytes
+    def _cut(self, extent: _engine.Extent) -> Iterable[tuple[_Stored, _Run]]:
+        """The extent's runs of bytes, and the tensor that each belongs to."""
+        shard, begin, at = extent.shard, extent.offset, extent.tensor_offset
+        end = begin + extent.nbytes
         while begin < end:
             index = bisect_right(self._begins[shard], begin) - 1
             tensor = self._tensors[shard][index] if index >= 0 else None
@@ -242,13 +255,13 @@ class Checker:
                     " of the file, so there is no hash of them"
                 )
             length = min(end, tensor.end) - begin
-            yield tensor, (begin - tensor.offset, length, at)
+            yield tensor, _Run(ByteRun(begin - tensor.offset, length), at)
             begin += length
             at += length
 
     def _learn(self, parts: Iterable[_Part]) -> None:
         """Finds what each part's hash should be."""
-        unknown: dict[_Stored, dict[tuple[tuple[int, int], ...], None]] = {}
+        unknown: dict[_Stored, dict[Part, None]] = {}
         for part in parts:
             if part.expected:
                 continue
@@ -276,7 +289,7 @@ class Checker:
             " checkpoint. `wsm verify` compares the two, and with --update records anew"
         )
 
-    def _read(self, unknown: dict[_Stored, dict[tuple[tuple[int, int], ...], None]]) -> None:
+    def _read(self, unknown: dict[_Stored, dict[Part, None]]) -> None:
         pieces = [
             Piece(tensor.shard, tensor.offset, tensor.nbytes, tuple(parts))
             for tensor, parts in unknown.items()
@@ -284,20 +297,22 @@ class Checker:
         if not pieces:
             return
         hashed = hash_pieces(self._files, pieces)
-        for (tensor, parts), (digest, digests) in zip(unknown.items(), hashed, strict=True):
-            whole = _Part(tensor, [(0, tensor.nbytes, 0)], self._recorded_of(tensor).digest)
-            if digest != whole.expected:
-                self.refuse(whole, digest, "the file, before anything was loaded")
-            for inner, found in zip(parts, digests, strict=True):
-                self._known[tensor, inner] = found
+        for (tensor, parts), hashes in zip(unknown.items(), hashed, strict=True):
+            whole = _all_of(tensor)
+            whole.expected = self._recorded_of(tensor).digest
+            if hashes.digest != whole.expected:
+                self.refuse(whole, hashes.digest, "the file, before anything was loaded")
+            for part, digest in zip(parts, hashes.parts, strict=True):
+                self._known[tensor, part] = digest
 
     # -- what is found -----------------------------------------------------------------------------
 
-    def hash_of(self, memory: torch.Tensor, runs: Iterable[tuple[int, int, int]]) -> str:
+    def hash_of(self, memory: torch.Tensor, runs: Iterable[_Run]) -> str:
         hasher = new_hash()
-        for _, nbytes, at in runs:
-            for begin in range(at, at + nbytes, _BLOCK_BYTES):
-                hasher.update(self._host(memory[begin : min(begin + _BLOCK_BYTES, at + nbytes)]))
+        for run in runs:
+            end = run.image_offset + run.inner.nbytes
+            for begin in range(run.image_offset, end, _BLOCK_BYTES):
+                hasher.update(self._host(memory[begin : min(begin + _BLOCK_BYTES, end)]))
         digest: str = hasher.hexdigest()
         return digest
 
@@ -326,9 +341,9 @@ class Checker:
         else:
             source = f"{self._files[tensor.shard]}, offset {tensor.offset}, {tensor.nbytes} bytes"
             advice = self._advice(tensor)
-        some = "" if part.whole else f" in {sum(n for _, n, _ in part.runs)} of its bytes"
+        share = "" if part.whole else f" in {part.nbytes} of its bytes"
         raise IntegrityError(
-            f"tensor {tensor.name!r} is not as it was recorded{some}: its hash is {found}, not"
+            f"tensor {tensor.name!r} is not as it was recorded{share}: its hash is {found}, not"
             f" {part.expected} ({where}; {source}). {advice}"
         )
 
@@ -336,10 +351,10 @@ class Checker:
         """Where the fault is, by another look at the file."""
         try:
             piece = Piece(tensor.shard, tensor.offset, tensor.nbytes)
-            [(now, _)] = hash_pieces(self._files, [piece])
+            [now] = hash_pieces(self._files, [piece])
         except (OSError, TimeoutError) as error:
             return f"The file cannot be read now: {error}"
-        if now == self._recorded_of(tensor).digest:
+        if now.digest == self._recorded_of(tensor).digest:
             return _DAMAGED
         return (
             f"The file does not have the bytes that {self._sidecar} records: copy or download it"
@@ -354,8 +369,8 @@ _DAMAGED = (
 )
 
 
-def _end(run: tuple[int, int, int]) -> int:
-    return run[0] + run[1]
+def _all_of(tensor: _Stored) -> _Part:
+    return _Part(tensor, [_Run(ByteRun(0, tensor.nbytes), 0)])
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ from ..checkpoints.arrival import Arrival
 from ..modules.dynamo import between_graphs, break_graph, never_compiled
 from ..modules.placeholder import StreamedParameter
 from ..modules.raw_memory import address_of, empty_in_ram, without_modes
-from ..modules.sources import Source, live, unit_tensors
+from ..modules.sources import Source, live
+from ..modules.spec import unit_tensors
 from ..modules.tensor_tree import map_tensors, tensors_in
 from ..modules.units import Unit
 from ..planning.device_memory import DeviceMemory
@@ -152,15 +153,16 @@ class ParameterSwapper:
         streamed: list[tuple[Image, torch.Tensor]] = []
         places = self._planned.tensor_places(index)
         for tensor, member in enumerate(unit_tensors(unit, source)):
-            block, offset, image_offset = places[tensor]
+            place = places[tensor]
             image = self._images[member]
             self._checks[index, tensor] = image, where
             with torch.inference_mode(False):
-                if block is None:
-                    arrived = memory.arena[image_offset : image_offset + image.nbytes]
-                    streamed.append((image, arrived))
-                elif member not in source.arrivals and not memory.loaded[block]:
-                    image.check_once(memory.homes[block][offset : offset + image.nbytes], where)
+                if place.block is None:
+                    end = place.image_offset + image.nbytes
+                    streamed.append((image, memory.arena[place.image_offset : end]))
+                elif member not in source.arrivals and not memory.loaded[place.block]:
+                    home = memory.homes[place.block]
+                    image.check_once(home[place.offset : place.offset + image.nbytes], where)
         return UnitCheck(self._engine, index, where, streamed, self._checker.counts)
 
     # -- parameters --------------------------------------------------------------------------------
@@ -175,15 +177,15 @@ class ParameterSwapper:
         made: set[int] = set()
         for slot in unit.slots:
             tensor = members.index(source.index_of[slot.name])
-            block, offset, image_offset = places[tensor]
-            resident = block is not None
+            place = places[tensor]
+            resident = place.block is not None
             arrival = source.arrivals.get(source.index_of[slot.name])
             found = live(slot)
             nbytes = found.numel() * found.element_size()
-            held = arena if block is None else memory.homes[block]
+            held = arena if place.block is None else memory.homes[place.block]
             with torch.inference_mode(False):
-                view = held[offset : offset + nbytes].view(found.dtype).view(found.shape)
-                placed = nn.Parameter(view, requires_grad=False)
+                view = held[place.offset : place.offset + nbytes].view(found.dtype)
+                placed = nn.Parameter(view.view(found.shape), requires_grad=False)
             parameters: dict[str, Any] = slot.owner._parameters
             self._undo.append(functools.partial(parameters.__setitem__, slot.key, found))
             self._placed[slot.name] = (index, tensor, resident, placed)
@@ -196,7 +198,8 @@ class ParameterSwapper:
                     if self._checker is not None:
                         self._checker.check_copy(whole, placed, f"parameter {slot.name!r}")
                 elif tensor not in made:
-                    arrived = memory.arena[image_offset : image_offset + arrival.nbytes]
+                    end = place.image_offset + arrival.nbytes
+                    arrived = memory.arena[place.image_offset : end]
                     self._arriving.setdefault(index, []).append((arrival, arrived, placed))
                 made.add(tensor)
             if resident:

@@ -46,13 +46,12 @@ class Session:
         self._device = request.device
         self.current_stream = stream_getter(request.device)
         plan, source = planned.plan, planned.source
-        arena, homes = memory.addresses(request.device)
         images = [] if request.checker is None else request.checker.images_of(source)
         self.engine: _engine.Engine = _engine.Engine(
             plan,
             -1 if request.device.type == "cpu" else request.device.index,
-            arena,
-            homes,
+            memory.arena_address(request.device),
+            memory.home_memory(request.device),
             source.memory,
             self.current_stream(),
             engine_options(request.config, read_method),
@@ -98,7 +97,7 @@ class Session:
 
     def memory_held(self) -> tuple[int, int]:
         """Device and host bytes that a new plan may use again."""
-        return self.planned.plan.device_bytes, self.engine.memory()[0]
+        return self.planned.plan.device_bytes, self.engine.memory().host_bytes
 
     def kept_cache(self) -> _engine.KeptCache | None:
         """What the host cache holds for who runs next; None where the weights go back to the module

@@ -37,7 +37,7 @@ class StreamedUnit:
         name: str,
         swaps: list[Swap],
         memory: torch.Tensor,
-        place: tuple[int, int],
+        place: _engine.Place,
         arriving: list[Arriving],
         check: UnitCheck | None,
     ) -> None:
@@ -48,7 +48,7 @@ class StreamedUnit:
         self._check = check
         self._engine = engine
         self._memory = memory  # the parameters are views of it, and share its version
-        self._begin, self._end = place[0], place[0] + place[1]
+        self._begin, self._end = place.offset, place.offset + place.nbytes
         self._version = memory._version  # while the unit is there
         self._acquired = 0
         _set_version(memory, _ABSENT)
