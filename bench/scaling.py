@@ -117,7 +117,8 @@ def plan() -> dict[str, Any]:
 def llama_405b(folder: Path) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from wsm_ext.checkpoints.checkpoint import Checkpoint, Extent, TensorImage
+    from wsm_ext.checkpoints.checkpoint import Checkpoint
+    from wsm_ext.checkpoints.image import Extent, TensorImage
     from wsm_ext.config import Config
     from wsm_ext.modules.units import find_units
     from wsm_ext.planning.planner import Budgets, Planner

@@ -34,7 +34,10 @@ from safetensors import safe_open
 from torch import nn
 
 import wsm_ext as wsm
-from wsm_ext.checkpoints.checkpoint import INDEX_SUFFIX, MAX_DIMENSIONS, Checkpoint, CheckpointError
+from wsm_ext.checkpoints.checkpoint import Checkpoint
+from wsm_ext.checkpoints.header import MAX_DIMENSIONS
+from wsm_ext.checkpoints.image import CheckpointError
+from wsm_ext.checkpoints.index import INDEX_SUFFIX
 
 CASE_SECONDS = 2.0  # of the processor: a small file takes milliseconds
 HANG_SECONDS = 300

@@ -19,12 +19,9 @@ from typing import Any
 
 import hostile
 
-from wsm_ext.checkpoints.checkpoint import (
-    INDEX_SUFFIX,
-    MAX_INDEX_BYTES,
-    Checkpoint,
-    CheckpointError,
-)
+from wsm_ext.checkpoints.checkpoint import Checkpoint
+from wsm_ext.checkpoints.image import CheckpointError
+from wsm_ext.checkpoints.index import INDEX_SUFFIX, MAX_INDEX_BYTES
 
 LIMIT = 100_000_000  # of a header: the safetensors package's
 MOST_SECONDS = 600

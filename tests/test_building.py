@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from wsm_ext.checkpoints.checkpoint import CheckpointError
+from wsm_ext.checkpoints.image import CheckpointError
 from wsm_ext.hf.building import build_model, prepare
 from wsm_ext.hf.hub import resolve_folder
 from wsm_ext.hf.synthetic import make_llama_checkpoint

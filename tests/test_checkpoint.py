@@ -10,14 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wsm_ext.checkpoints import checkpoint as module
-from wsm_ext.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Extent,
-    TensorImage,
-    assemble,
-)
+from wsm_ext.checkpoints import header as headers
+from wsm_ext.checkpoints.checkpoint import Checkpoint
+from wsm_ext.checkpoints.image import CheckpointError, Extent, TensorImage, assemble
+from wsm_ext.checkpoints.index import MAX_INDEX_BYTES
 
 INDEX = "model.safetensors.index.json"
 
@@ -254,7 +250,7 @@ def test_weights_are_neither_read_nor_mapped(tmp_path, monkeypatch):
     except OSError:
         pytest.skip("the file system has no sparse files of 1 TiB")
     mapped = []
-    real_open = module.safe_open
+    real_open = headers.safe_open
 
     class Watched:
         def __init__(self, *args, **options):
@@ -268,7 +264,7 @@ def test_weights_are_neither_read_nor_mapped(tmp_path, monkeypatch):
         def __exit__(self, *error):
             return self._open.__exit__(*error)
 
-    monkeypatch.setattr(module, "safe_open", Watched)
+    monkeypatch.setattr(headers, "safe_open", Watched)
     assert Checkpoint.open(path).tensors["t"].nbytes == 1 << 40
     assert mapped == [False]
 
@@ -291,7 +287,7 @@ def test_types_below_a_byte_are_refused_by_name(tmp_path, code):
 
 
 def test_a_dtype_that_torch_lacks_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setitem(module._TORCH_NAMES, "F8_E8M0", "float8_of_the_future")
+    monkeypatch.setitem(headers.TORCH_NAMES, "F8_E8M0", "float8_of_the_future")
     path = write_raw(tmp_path / "x.safetensors", {"t.w": entry("F8_E8M0", [1], 0, 1)}, b"0")
     refuse(path, str(path), "'t.w'", "F8_E8M0", "torch")
 
@@ -326,7 +322,7 @@ def test_malformed_files_are_refused_naming_the_file(tmp_path, attack):
 
 def test_a_sum_that_misses_the_file_size_is_refused(tmp_path, monkeypatch):
     path = write_raw(tmp_path / "x.safetensors", {"a": U8}, b"0000")
-    monkeypatch.setattr(module, "_file_size", lambda file: path.stat().st_size + 1)
+    monkeypatch.setattr(headers, "file_size", lambda file: path.stat().st_size + 1)
     refuse(path, str(path), "its header describes")
 
 
@@ -394,7 +390,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
     def refused(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(module.os, "listdir", refused)
+    monkeypatch.setattr(os, "listdir", refused)
     refuse(tmp_path, str(tmp_path), "cannot be listed")
 
 
@@ -471,8 +467,8 @@ def test_malformed_indices_are_refused(shards, text, why):
 def test_an_index_that_is_too_large_is_not_read(shards):
     folder, _ = shards
     index = write_index(folder, FILES)
-    os.truncate(index, module.MAX_INDEX_BYTES + 1)  # sparse
-    refuse(folder, str(index), "larger than")
+    os.truncate(index, MAX_INDEX_BYTES + 1)  # sparse
+    refuse(folder, str(index), "too large for an index")
 
 
 # Assembled images

@@ -16,7 +16,8 @@ from transformers.core_model_loading import (
     Transpose,
 )
 
-from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, assemble
+from wsm_ext.checkpoints.checkpoint import Checkpoint
+from wsm_ext.checkpoints.image import CheckpointError, assemble
 from wsm_ext.hf import conversions
 from wsm_ext.hf.conversions import cast, convert
 from wsm_ext.modules.sources import read_tensor

@@ -9,7 +9,9 @@ from hostile import Hostile
 
 from wsm_ext import _engine
 from wsm_ext._engine import Extent, ModelSpec, ShardSpec, TensorSpec, UnitSpec
-from wsm_ext.checkpoints.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointError
+from wsm_ext.checkpoints.checkpoint import Checkpoint
+from wsm_ext.checkpoints.image import CheckpointError
+from wsm_ext.checkpoints.index import INDEX_SUFFIX
 
 
 def test_spoiled_files_are_accepted_only_where_safetensors_accepts(tmp_path):

@@ -17,8 +17,9 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import wsm_ext as wsm
-from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, Extent, TensorImage
+from wsm_ext.checkpoints.checkpoint import Checkpoint
 from wsm_ext.checkpoints.hashes import SIDECAR, read_sidecar
+from wsm_ext.checkpoints.image import CheckpointError, Extent, TensorImage
 from wsm_ext.checkpoints.verify import verify
 from wsm_ext.hf.synthetic import make_llama_checkpoint
 from wsm_ext.runtime import integrity

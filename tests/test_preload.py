@@ -162,13 +162,13 @@ def test_nothing_is_read_ahead_where_it_would_be_for_nothing(
 
 def test_each_header_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    read_header = checkpoint._read_header
+    read_header = checkpoint.read_header
 
     def seen(file: Path, shard: int) -> Any:
         read.append(file.name)
         return read_header(file, shard)
 
-    monkeypatch.setattr(checkpoint, "_read_header", seen)
+    monkeypatch.setattr(checkpoint, "read_header", seen)
     with from_pretrained(folder, device="cpu", device_memory="24MiB", host_memory="24MiB"):
         assert sorted(read) == sorted(file.name for file in folder.glob("*.safetensors"))
 

@@ -18,7 +18,7 @@ from waits import LIMIT_S
 
 from wsm_ext import _engine
 from wsm_ext.checkpoints import bulk_reads, hashes
-from wsm_ext.checkpoints.checkpoint import Checkpoint, CheckpointError, assemble
+from wsm_ext.checkpoints.checkpoint import Checkpoint
 from wsm_ext.checkpoints.hashes import (
     SIDECAR,
     ByteRun,
@@ -28,6 +28,7 @@ from wsm_ext.checkpoints.hashes import (
     read_sidecar,
     write_sidecar,
 )
+from wsm_ext.checkpoints.image import CheckpointError, assemble
 from wsm_ext.checkpoints.verify import verify
 from wsm_ext.commands import cli
 from wsm_ext.hf.synthetic import make_llama_checkpoint
@@ -205,8 +206,8 @@ HEAD = {"format": "wsm-hashes", "version": 1, "hash": "xxh3_128"}
         ("[" * 100_000, "not valid JSON"),
         ('{"format": "wsm-hashes", "format": 1}', "occurs twice"),
         (b"\xff\xfe", "not valid JSON"),
-        ([], "no sidecar"),
-        ({"weight_map": {}}, "no sidecar"),
+        ([], "not a sidecar"),
+        ({"weight_map": {}}, "not a sidecar"),
         ({**HEAD, "version": 2}, "version is 2"),
         ({**HEAD, "version": True}, "version is True"),
         ({**HEAD, "hash": "md5"}, "hash is 'md5'"),
@@ -246,7 +247,7 @@ def test_other_things_in_place_of_a_sidecar(folder: Path, monkeypatch: Any) -> N
         verify(checkpoint, pipe)
     verify(checkpoint)
     monkeypatch.setattr(hashes, "MAX_SIDECAR_BYTES", 100)
-    with pytest.raises(CheckpointError, match="larger than 100 bytes"):
+    with pytest.raises(CheckpointError, match=r"too large for a sidecar \(limit: 100 bytes"):
         verify(checkpoint)
 
 

@@ -8,7 +8,8 @@ model.generate(...)
 from __future__ import annotations
 
 from ._engine import EngineError, __version__
-from .checkpoints.checkpoint import Checkpoint, CheckpointError, Extent, TensorImage, assemble
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.image import CheckpointError, Extent, TensorImage, assemble
 from .config import Config
 from .pretrained import from_pretrained
 from .runtime.integrity import IntegrityError

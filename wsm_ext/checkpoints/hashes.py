@@ -17,23 +17,21 @@ from typing import Any, NamedTuple
 import torch
 
 from ..atomic_write import write_atomically
+from ..wording import shown
 from .bulk_reads import Blocks, read_all
-from .checkpoint import (
-    _TORCH_NAMES,
-    Checkpoint,
-    CheckpointError,
-    TensorImage,
-    _file_size,
-    _unique_keys,
-)
+from .checkpoint import Checkpoint
+from .files import read_json
+from .header import TORCH_NAMES
+from .image import CheckpointError, TensorImage
 
 SIDECAR = "wsm-hashes.json"
 MAX_SIDECAR_BYTES = 64 << 20
 
 _HEAD = {"format": "wsm-hashes", "version": 1, "hash": "xxh3_128"}
 _DIGEST = re.compile("[0-9a-f]{32}")
-_DTYPES = frozenset(_TORCH_NAMES.values())
+_DTYPES = frozenset(TORCH_NAMES.values())
 _MOST_ITEMS = 2**63
+_ANEW = "write it anew: wsm verify --update"
 
 
 @dataclass(frozen=True)
@@ -171,51 +169,39 @@ def write_sidecar(path: Path, hashes: Mapping[str, Recorded]) -> None:
 
 def read_sidecar(path: Path) -> dict[str, Recorded]:
     """The validated sidecar. Raises CheckpointError saying what is wrong with it."""
-    if _file_size(path) > MAX_SIDECAR_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_SIDECAR_BYTES} bytes: no sidecar is")
-    try:
-        text = path.read_bytes().decode("utf-8")
-        content = json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON: {error}; write it anew: wsm verify --update"
-        ) from error
+    content = read_json(path, "a sidecar", MAX_SIDECAR_BYTES, _ANEW)
     if not isinstance(content, dict) or content.get("format") != _HEAD["format"]:
-        raise CheckpointError(f"{path} is no sidecar of `wsm verify`; name the right file")
+        raise CheckpointError(f"{path} is not a sidecar of `wsm verify`; name the right file")
     for key in ("version", "hash"):
-        found = content.get(key)
-        if type(found) is not type(_HEAD[key]) or found != _HEAD[key]:
+        value = content.get(key)
+        if type(value) is not type(_HEAD[key]) or value != _HEAD[key]:
             raise CheckpointError(
-                f"{path}: its {key} is {_shown(found)}, and {_HEAD[key]!r} is all that this wsm_ext"
+                f"{path}: its {key} is {shown(value)}, and {_HEAD[key]!r} is all that this wsm_ext"
                 " knows; write it anew (wsm verify --update), or use the wsm_ext that wrote it"
             )
     tensors = content.get("tensors")
     if not isinstance(tensors, dict) or not tensors:
-        raise CheckpointError(f"{path} lists no tensors; write it anew: wsm verify --update")
+        raise CheckpointError(f"{path} lists no tensors; {_ANEW}")
     return {name: _recorded(path, name, entry) for name, entry in tensors.items()}
 
 
 def _recorded(path: Path, name: str, entry: Any) -> Recorded:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, digest = (entry.get(key) for key in ("dtype", "shape", "hash"))
-    known = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype in _DTYPES else None
+    named = isinstance(dtype, str) and dtype in _DTYPES
+    torch_dtype = getattr(torch, dtype, None) if named else None
     if (
-        not isinstance(known, torch.dtype)
+        not isinstance(torch_dtype, torch.dtype)
         or not isinstance(shape, list)
         or not all(type(size) is int and 0 <= size < _MOST_ITEMS for size in shape)
         or not isinstance(digest, str)
         or not _DIGEST.fullmatch(digest)
     ):
         raise CheckpointError(
-            f"{path}: the entry of tensor {name!r} is {_shown(entry)}, not a dtype, a shape and a"
-            " hash of 32 digits; write it anew: wsm verify --update"
+            f"{path}: the entry of tensor {name!r} is {shown(entry)}, not a dtype, a shape and a"
+            f" hash of 32 digits; {_ANEW}"
         )
-    return Recorded(known, tuple(shape), digest)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 200 else text[:200] + "..."
+    return Recorded(torch_dtype, tuple(shape), digest)
 
 
 def _name(dtype: torch.dtype) -> str:

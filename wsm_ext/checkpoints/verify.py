@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint
 from .hashes import Recorded, hash_tensors, new_hash, read_sidecar, sidecar_of, write_sidecar
+from .image import CheckpointError
 
 Progress = Callable[[int, int], None]
 

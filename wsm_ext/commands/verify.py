@@ -13,11 +13,13 @@ from rich.progress import TimeRemainingColumn
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.verify import Verified, verify
 from ..sizes import format_bytes
+from ..wording import first_of
 from . import report
 from .loading import folder_of, progress_bar
 from .options import Commands, output_options
 
 _MOST_SHOWN = 20
+_GONE = "the checkpoint has no such tensor any more"
 
 
 def add_parser(commands: Commands) -> None:
@@ -77,11 +79,11 @@ def print_verified(console: Console, result: Verified) -> None:
         "NEW": result.new,
     }
     for kind, names in kinds.items():
-        for name in names[:_MOST_SHOWN]:
-            detail = result.details.get(name, "the checkpoint has no such tensor any more")
-            say(f"{kind:8} {name!r}: {detail}")
-        if len(names) > _MOST_SHOWN:
-            say(f"{kind:8} and {len(names) - _MOST_SHOWN} more (--json lists all)")
+        lines = [f"{name!r}: {result.details.get(name, _GONE)}" for name in names]
+        if lines:
+            prefix, more = f"{kind:8} ", len(lines) > _MOST_SHOWN
+            listed = first_of(lines, _MOST_SHOWN, f"\n{prefix}")
+            say(prefix + listed + (" (--json lists all)" if more else ""))
     if result.equal:
         say(f"equal: {read}, as {result.sidecar} has them")
         return

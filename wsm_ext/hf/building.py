@@ -23,7 +23,8 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..checkpoints.checkpoint import Checkpoint, CheckpointError
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.image import CheckpointError
 from .names import meta_parameter, place
 
 _log = logging.getLogger("wsm_ext")

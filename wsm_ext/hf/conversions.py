@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ..checkpoints.arrival import Arrival, Part
-from ..checkpoints.checkpoint import Extent, TensorImage
+from ..checkpoints.image import Extent, TensorImage
 
 # Every piece is a copy of its own. Many small ones cost more than to transform what arrives whole.
 _MANY_PIECES = 1024

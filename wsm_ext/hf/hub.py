@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.image import CheckpointError
 
 _DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _NOT_DOWNLOADED = ["original/*", "consolidated*"]

@@ -26,12 +26,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..checkpoints.checkpoint import Checkpoint, CheckpointError, TensorImage
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.image import CheckpointError, TensorImage
+from ..wording import first_of
 from .conversions import cast, convert
 
 _log = logging.getLogger("wsm_ext")
 
-_NAMES_SHOWN = 10
+_MOST_NAMED = 10
 
 
 def place(
@@ -265,6 +267,4 @@ def _check_shapes(model: PreTrainedModel, images: Mapping[str, TensorImage]) -> 
 
 
 def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names, key=dot_natural_key)
-    more = len(ordered) - _NAMES_SHOWN
-    return ", ".join(ordered[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return first_of(sorted(names, key=dot_natural_key), _MOST_NAMED)

@@ -14,7 +14,9 @@ from torch import nn
 from .. import _engine
 from .._engine import Extent, ShardSpec, TensorSpec
 from ..checkpoints.arrival import Arrival, Part
-from ..checkpoints.checkpoint import Checkpoint, CheckpointError, TensorImage
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.image import CheckpointError, TensorImage
+from ..wording import first_of
 from .raw_memory import address_of, empty_in_ram
 from .units import Slot, Unit
 
@@ -166,14 +168,9 @@ def _mismatch(slot: Slot, image: TensorImage) -> list[str]:
 
 
 def _raise_for(problems: list[str]) -> None:
-    if not problems:
-        return
-    shown = "".join(f"\n  {line}" for line in problems[:_MOST_NAMED])
-    more = len(problems) - _MOST_NAMED
-    raise CheckpointError(
-        f"the checkpoint does not fit the module:{shown}"
-        + (f"\n  and {more} more" if more > 0 else "")
-    )
+    if problems:
+        listed = first_of(problems, _MOST_NAMED, "\n  ")
+        raise CheckpointError(f"the checkpoint does not fit the module:\n  {listed}")
 
 
 def _source_of_images(checkpoint: Checkpoint, images: dict[str, TensorImage]) -> Source:
@@ -298,10 +295,9 @@ def check_surplus(module: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError naming tensors that the module has no place for."""
     names = surplus(module, checkpoint)
     if names:
-        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
         raise CheckpointError(
-            "the checkpoint has tensors that the module has not:"
-            f" {', '.join(names[:_MOST_NAMED])}{more}. Is it the checkpoint of this model?"
+            "the checkpoint has tensors that the module does not have:"
+            f" {first_of(names, _MOST_NAMED)}. Is it the checkpoint of this model?"
         )
 
 

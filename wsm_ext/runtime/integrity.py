@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from .. import _engine
-from ..checkpoints.checkpoint import Checkpoint, CheckpointError, TensorImage
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hashes import (
     ByteRun,
     Part,
@@ -33,6 +33,7 @@ from ..checkpoints.hashes import (
     read_sidecar,
     sidecar_of,
 )
+from ..checkpoints.image import CheckpointError, TensorImage
 from ..modules.sources import Source, extents_of
 
 _BLOCK_BYTES = 8 << 20
