@@ -10,6 +10,7 @@
 #include "support/faulty_device.h"
 #include "support/faulty_reader.h"
 #include "support/streamed_model.h"
+#include "support/wait_until.h"
 #include "util/align.h"
 
 namespace wsm {
@@ -22,6 +23,8 @@ using testing::FaultyReader;
 using testing::StreamedModel;
 
 constexpr uint64_t kChunk = 64 * kKiB;
+// Of a read that gets lost. Where none does, the usual limit holds: a busy machine is not a fault.
+constexpr double kLostLimit_s = 0.4;
 
 Limits small_limits(const StreamedModel& model, double cached, uint32_t slots = 4) {
   Limits l;
@@ -35,12 +38,12 @@ Limits small_limits(const StreamedModel& model, double cached, uint32_t slots = 
   return l;
 }
 
-EngineOptions faulty(uint64_t seed, FaultyOptions options) {
+EngineOptions faulty(uint64_t seed, FaultyOptions options, double read_timeout_s = 30) {
   options.reader.block_bytes = 16 * kKiB;
   options.reader.requests = 8;
   EngineOptions engine;
   engine.poison = true;
-  engine.read_timeout_s = 0.4;
+  engine.read_timeout_s = read_timeout_s;
   engine.make_readers = [seed, options] {
     Readers readers;
     readers.pool = std::make_unique<FaultyReader>(seed, options);
@@ -129,7 +132,7 @@ TEST(EngineFaults, AReadThatNeverEndsIsATimeoutThatNamesIt) {
   StreamedModel model;
   FaultyOptions options;
   options.lost_read = 5;
-  model.open(model.plan(small_limits(model, 0)), faulty(7, options));
+  model.open(model.plan(small_limits(model, 0)), faulty(7, options, kLostLimit_s));
   for (int pass = 0; pass < 2; ++pass) {
     try {
       std::string wrong = model.pass(model.all_units());
@@ -181,27 +184,36 @@ TEST(EngineFaults, ABrokenDeviceIsToldThoughAReadFailedBefore) {
   }
 }
 
+// Whether the unit times out again and again. A busy machine may take longer than the limit for one
+// that nothing holds up, but not every time.
+bool is_held_up(StreamedModel& model, uint32_t unit) {
+  for (int attempt = 0; attempt < 5; ++attempt) {
+    try {
+      EXPECT_EQ(model.use(unit), "");
+      return false;
+    } catch (const TimeoutError&) {
+    }
+  }
+  return true;
+}
+
 // Its slot is gone; the other one serves all units but its own.
 TEST(EngineFaults, AReadThatNeverEndsHoldsUpItsOwnUnitAlone) {
   StreamedModel model;
   FaultyOptions options;
   options.lost_read = 6;
   const auto log = options.log = std::make_shared<testing::FaultLog>();
-  Engine& engine = model.open(model.plan(small_limits(model, 0, 2)), faulty(7, options));
+  Engine& engine =
+      model.open(model.plan(small_limits(model, 0, 2)), faulty(7, options, kLostLimit_s));
   std::mt19937_64 random(1);
-  std::set<uint32_t> timed_out;
+  std::set<uint32_t> held_up;
   engine.begin_pass(0);
   for (int i = 0; i < 60; ++i) {
     const auto unit = static_cast<uint32_t>(random() % model.spec().units.size());
-    if (timed_out.contains(unit)) continue;
-    try {
-      ASSERT_EQ(model.use(unit), "");
-    } catch (const TimeoutError&) {
-      timed_out.insert(unit);
-    }
+    if (!held_up.contains(unit) && is_held_up(model, unit)) held_up.insert(unit);
   }
   EXPECT_EQ(log->lost, 1u);
-  EXPECT_LE(timed_out.size(), 1u);
+  EXPECT_LE(held_up.size(), 1u);
   // It comes back at last, into a slot that was kept for it; then all is well.
   log->calm = true;
   for (int pass = 0; pass < 2; ++pass) ASSERT_EQ(model.pass(model.all_units()), "");
@@ -213,9 +225,7 @@ TEST(EngineFaults, AReadThatTakesASecondIsWaitedFor) {
   options.stall_chance = 0.02;
   options.stall_us = 1'100'000;  // longer than any nap of the engine's threads
   const auto log = options.log = std::make_shared<testing::FaultLog>();
-  EngineOptions engine = faulty(5, options);
-  engine.read_timeout_s = 30;
-  model.open(model.plan(small_limits(model, 0.5)), engine);
+  model.open(model.plan(small_limits(model, 0.5)), faulty(5, options));
   for (int pass = 0; pass < 20 && log->stalls == 0; ++pass) {
     ASSERT_EQ(model.pass(model.all_units()), "");
   }
@@ -228,9 +238,7 @@ TEST(EngineFaults, AReadThatComesAfterItsTimeLimitIsAnErrorOnce) {
   options.stall_chance = 1;
   options.stall_us = 600'000;
   const auto log = options.log = std::make_shared<testing::FaultLog>();
-  EngineOptions engine = faulty(5, options);
-  engine.read_timeout_s = 0.1;
-  model.open(model.plan(small_limits(model, 0)), engine);
+  model.open(model.plan(small_limits(model, 0)), faulty(5, options, 0.1));
   EXPECT_THROW(model.pass(model.all_units()), TimeoutError);
   log->calm = true;
   EXPECT_EQ(model.pass(model.all_units()), "");
@@ -295,9 +303,8 @@ TEST(EngineFaults, CloseWakesWhoeverWaitsInAnAcquire) {
   StreamedModel model;
   FaultyOptions options;
   options.lost_read = 0;
-  EngineOptions engine_options = faulty(7, options);
-  engine_options.read_timeout_s = 2;
-  Engine& engine = model.open(model.plan(small_limits(model, 0)), engine_options);
+  const auto log = options.log = std::make_shared<testing::FaultLog>();
+  Engine& engine = model.open(model.plan(small_limits(model, 0)), faulty(7, options));
   std::atomic<bool> waiting{false};
   std::string message;
   std::thread worker([&] {
@@ -306,9 +313,10 @@ TEST(EngineFaults, CloseWakesWhoeverWaitsInAnAcquire) {
       engine.acquire(0, 0, [&] { waiting = true; });
     } catch (const Error& error) {
       message = error.what();
+      log->calm = true;  // the close waits for the read
     }
   });
-  while (!waiting) std::this_thread::yield();
+  testing::wait_until([&] { return waiting.load(); }, "the wait");
   engine.close();
   worker.join();
   EXPECT_NE(message.find("closed while unit 'unit0'"), std::string::npos) << message;

@@ -257,7 +257,10 @@ TEST(Engine, AFileThatChangedIsFoundBeforeThePass) {
 
 TEST(Engine, AnInterruptEndsTheWaitAndTheEngineGoesOn) {
   StreamedModel model;
-  Engine& engine = model.open(model.plan(limits(3 * model.largest_unit_bytes(), 0)));
+  Limits on_demand = limits(3 * model.largest_unit_bytes(), 0);
+  on_demand.lookahead_units = 0;  // so that each acquire waits
+  on_demand.read_ahead_bytes = 0;
+  Engine& engine = model.open(model.plan(on_demand));
   engine.begin_pass(0);
   struct Stop {};
   const auto stop = [] { throw Stop{}; };

@@ -3,13 +3,14 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
+#include <atomic>
 #include <filesystem>
-#include <thread>
+#include <fstream>
 
 #include "storage/shard.h"
 #include "support/silent_reader.h"
 #include "support/streamed_model.h"
+#include "support/wait_until.h"
 #include "util/align.h"
 #include "util/check.h"
 
@@ -20,6 +21,7 @@ using testing::ModelShape;
 using testing::SilentReader;
 using testing::StreamedModel;
 using testing::TempFile;
+using testing::wait_until;
 using testing::write_pattern_file;
 
 constexpr uint64_t kSpan = 4 * kMiB;
@@ -54,10 +56,7 @@ std::shared_ptr<Preload> read(const std::vector<std::string>& paths, uint64_t mo
                               uint64_t wait_bytes, EngineOptions options = {}) {
   for (const std::string& path : paths) make_cold(path);
   auto ahead = std::make_shared<Preload>(paths, options, most_bytes);
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
-  while (ahead->held_bytes() < wait_bytes && std::chrono::steady_clock::now() < deadline) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
+  wait_until([&] { return ahead->held_bytes() >= wait_bytes; }, "reading so much");
   ahead->stop();
   return ahead;
 }
@@ -90,16 +89,26 @@ class FailingReader final : public Reader {
   std::vector<ReadCompletion> failed_;
 };
 
-template <typename DirectReader>
-EngineOptions with_direct_reader() {
+template <typename DirectReader, typename... Arguments>
+EngineOptions with_direct_reader(Arguments... arguments) {
   EngineOptions options;
-  options.make_readers = [] {
+  options.make_readers = [arguments...] {
     Readers readers;
-    readers.direct = std::make_unique<DirectReader>();
+    readers.direct = std::make_unique<DirectReader>(arguments...);
     readers.pool = make_pread_reader({});
     return readers;
   };
   return options;
+}
+
+// Whether this process has a thread that reads ahead.
+bool reading_ahead() {
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+    std::string name;
+    std::getline(std::ifstream(task.path() / "comm"), name);
+    if (name == "wsm-ahead") return true;
+  }
+  return false;
 }
 
 uint64_t planned_host_bytes(const Plan& plan) { return plan.cache_bytes + plan.staging_bytes(); }
@@ -170,12 +179,11 @@ TEST(Preload, UnitsThatAPassLeavesOutKeepNothing) {
       {}, make_host_device(), ahead);
   EXPECT_EQ(model.pass({0, 1, 2}), "");
   EXPECT_EQ(model.pass({0, 1, 2}), "");  // the conductor has seen that a pass is over
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
-  while (engine.memory().host_bytes > planned_host_bytes(engine.plan()) &&
-         std::chrono::steady_clock::now() < deadline) {
+  const auto all_given_back = [&] {
     EXPECT_EQ(model.pass({0, 1, 2}), "");
-  }
-  EXPECT_EQ(engine.memory().host_bytes, planned_host_bytes(engine.plan()));
+    return engine.memory().host_bytes == planned_host_bytes(engine.plan());
+  };
+  wait_until(all_given_back, "giving back what no pass wants");
   EXPECT_EQ(model.pass(model.all_units()), "");
 }
 
@@ -201,10 +209,19 @@ TEST(Preload, ThePageCacheIsMemoryAlready) {
   const int fd = ::open(file.path().c_str(), O_RDONLY);
   ASSERT_EQ(::read(fd, bytes.data(), bytes.size()), static_cast<ssize_t>(bytes.size()));
   ::close(fd);
-  Preload ahead({file.path()}, {}, kAll);
-  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  std::atomic<int> requests{0};
+  std::atomic<bool> begun{false};
+  EngineOptions options = with_direct_reader<SilentReader>(&requests);
+  options.make_readers = [&begun, make = options.make_readers] {
+    begun = true;
+    return make();
+  };
+  if (!Shard::open(file.path())->direct()) GTEST_SKIP() << "no direct reads here";
+  Preload ahead({file.path()}, options, kAll);
+  const auto over = [&] { return requests > 0 || (begun && !reading_ahead()); };
+  wait_until(over, "the end of the reading");
   ahead.stop();
-  EXPECT_EQ(ahead.held_bytes(), 0u);
+  EXPECT_EQ(requests, 0);
 }
 
 TEST(Preload, WhatCannotBeReadIsLeftToTheEngine) {
@@ -220,11 +237,13 @@ TEST(Preload, WhatCannotBeReadIsLeftToTheEngine) {
 
 TEST(Preload, ADriveThatDoesNotAnswerHoldsNobodyUp) {
   const TempFile file(2 * kSpan);
+  if (!Shard::open(file.path())->direct()) GTEST_SKIP() << "no direct reads here";
   make_cold(file.path());
-  EngineOptions options = with_direct_reader<SilentReader>();
+  std::atomic<int> requests{0};
+  EngineOptions options = with_direct_reader<SilentReader>(&requests);
   options.read_timeout_s = 0.05;
   Preload ahead({file.path()}, options, kAll);
-  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  wait_until([&] { return requests > 0; }, "a read");
   ahead.stop();
   EXPECT_EQ(ahead.held_bytes(), 0u);
   ahead.stop();  // and once more does nothing

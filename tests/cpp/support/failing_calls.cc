@@ -16,6 +16,8 @@
 #include <system_error>
 #include <thread>
 
+#include "support/wait_until.h"
+
 #if WSM_HAVE_LIBURING
 #include <liburing.h>
 #endif
@@ -72,7 +74,7 @@ Held held_now() {
 }
 
 bool held_no_more_than(const Held& before) {
-  const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+  const auto limit = std::chrono::steady_clock::now() + kHangLimit;
   while (true) {
     const Held held = held_now();
     if (held.threads <= before.threads && held.descriptors <= before.descriptors &&
