@@ -31,7 +31,7 @@ class RamParameter:
     The bytes are those of the parameter itself, or a copy where it is not contiguous. They are let
     go when all of them are on the device or in the host cache, and put back at the end. `shared`:
     other elements, its own or another parameter's, lie in the same bytes. Then they stay, since
-    what is put back would lie apart.
+    what is put back would lie apart. To be let go and put back `without_modes`.
     """
 
     name: str
@@ -57,16 +57,13 @@ class RamParameter:
         if self.shared:
             return
         self.data = None
-        with torch.inference_mode(False):
-            self.parameter.data = empty_in_ram([0], self.parameter.dtype)
+        self.parameter.data = empty_in_ram([0], self.parameter.dtype)
 
     def put_back(self, fetch: Callable[[str], torch.Tensor]) -> None:
         if self.data is None:
-            with torch.inference_mode(False):
-                found = torch.empty_strided(
-                    self.size, self.stride, dtype=self.parameter.dtype, device="cpu"
-                )
-                self.parameter.data = found.copy_(fetch(self.name))
+            dtype = self.parameter.dtype
+            found = torch.empty_strided(self.size, self.stride, dtype=dtype, device="cpu")
+            self.parameter.data = found.copy_(fetch(self.name))
 
 
 @dataclass

@@ -171,12 +171,12 @@ class ParameterSwapper:
         self, index: int, unit: Unit, source: Source, memory: DeviceMemory, arena: torch.Tensor
     ) -> list[Swap]:
         """Builds the unit's parameters over device memory; what streams gets a placeholder."""
-        members = unit_tensors(unit, source)
+        tensor_of = {member: i for i, member in enumerate(unit_tensors(unit, source))}
         places = self._planned.tensor_places(index)
         swaps: list[Swap] = []
         made: set[int] = set()
         for slot in unit.slots:
-            tensor = members.index(source.index_of[slot.name])
+            tensor = tensor_of[source.index_of[slot.name]]
             place = places[tensor]
             resident = place.block is not None
             arrival = source.arrivals.get(source.index_of[slot.name])

@@ -9,7 +9,7 @@ import torch
 
 from .. import _engine
 from ..modules.raw_memory import without_modes
-from ..modules.units import Unit
+from ..modules.sources import unit_tensors
 from ..planning.device_memory import DeviceMemory
 from ..planning.planner import ModulePlan
 from ..planning.read_method import ReadMethod, engine_options
@@ -141,19 +141,18 @@ class Session:
         """
         plan, units, source = self.planned.plan, self.planned.units, self.planned.source
         current = self.current_stream()
-        needed = plan.shards_on_disk()
-        last_use: dict[int, list[int]] = {}
-        for shard in source.ram_parameters:
-            users = [i for i, unit in enumerate(units) if self._uses(unit, shard)]
-            last_use.setdefault(max(users), []).append(shard)
-        for index in range(len(units)):
+        needed = set(plan.shards_on_disk())
+        # Each shard in RAM is one tensor, of the same index.
+        last_user = {
+            shard: index for index, unit in enumerate(units) for shard in unit_tensors(unit, source)
+        }
+        let_go: list[list[int]] = [[] for _ in units]
+        for shard, index in last_user.items():
+            if shard not in needed:
+                let_go[index].append(shard)
+        for index, shards in enumerate(let_go):
             if plan.streamed_bytes(index):
                 self.engine.acquire(index, current)
                 self.engine.release(index, current)
-            for shard in last_use.get(index, []):
-                if shard not in needed:
-                    source.ram_parameters[shard].let_go()
-
-    def _uses(self, unit: Unit, shard: int) -> bool:
-        # Each shard in RAM is one tensor, of the same index.
-        return any(self.planned.source.index_of[slot.name] == shard for slot in unit.slots)
+            for shard in shards:
+                source.ram_parameters[shard].let_go()
