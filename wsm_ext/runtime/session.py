@@ -9,7 +9,7 @@ import torch
 
 from .. import _engine
 from ..modules.raw_memory import without_modes
-from ..modules.sources import unit_tensors
+from ..modules.spec import unit_tensors
 from ..planning.device_memory import DeviceMemory
 from ..planning.planner import ModulePlan
 from ..planning.read_method import ReadMethod, engine_options
