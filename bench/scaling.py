@@ -85,7 +85,7 @@ def synthetic_plan(units: int, compared: bool, tensor_bytes: int = 4 * MIB) -> A
         UnitSpec(f"u{u}", f"layer={u}", list(range(u * TENSORS, (u + 1) * TENSORS)))
         for u in range(units)
     ]
-    limits = _engine.Limits()
+    limits = _engine.PlanLimits()
     limits.device_bytes = max(total // 10, 4 * TENSORS * tensor_bytes)
     limits.host_bytes = max(total // 3, 128 * MIB)
     rates = _engine.Rates()

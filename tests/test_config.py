@@ -175,5 +175,5 @@ def test_an_unknown_setting_is_refused_with_a_close_one():
 def test_an_unknown_variable_is_a_warning_with_a_close_one():
     config = resolve(WSM_MAX_CACHE_LAYERS="3", PATH="x", WSM_REQUIRE_GPU="1", WSM_CUDA="OFF")
     assert len(config.warnings) == 1
-    assert "WSM_MAX_CACHE_LAYERS is no variable" in config.warnings[0]
+    assert "WSM_MAX_CACHE_LAYERS is not a variable" in config.warnings[0]
     assert "did you mean WSM_MAX_CACHED_LAYERS" in config.warnings[0]

@@ -77,11 +77,11 @@ UNIT = UnitSpec("u", "u", [0])
 )
 def test_the_engine_refuses_ranges_that_do_not_fit(shards, tensors, units, why):
     with pytest.raises(ValueError, match=why):
-        _engine.plan_model(ModelSpec(shards, tensors, units), _engine.Limits())
+        _engine.plan_model(ModelSpec(shards, tensors, units), _engine.PlanLimits())
 
 
 def planned() -> _engine.Plan:
-    limits = _engine.Limits()
+    limits = _engine.PlanLimits()
     limits.device_bytes = limits.host_bytes = 1 << 24
     return _engine.plan_model(ModelSpec([FOUR], [TENSOR], [UNIT]), limits)
 

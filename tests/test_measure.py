@@ -310,7 +310,8 @@ class Runs:
     def __call__(self, count):
         self.counts.append(count)
         layer = self.fixed + self.each * count
-        return 2 * layer + 0.003, {"embed": 0.002, "layers.0": layer, "layers.1": layer}
+        by_unit = {"embed": 0.002, "layers.0": layer, "layers.1": layer}
+        return measure.ForwardTimes(2 * layer + 0.003, by_unit)
 
 
 @pytest.mark.parametrize(("fixed", "each"), [(1e-4, 1e-6), (1e-3, 0.0)])

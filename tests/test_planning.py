@@ -12,7 +12,7 @@ import torch
 from wsm_ext import _engine
 from wsm_ext.config import Config
 from wsm_ext.hf.building import prepare
-from wsm_ext.planning.planner import Budgets, ModulePlan, Planner
+from wsm_ext.planning.planner import Budgets, HeldBytes, ModulePlan, Planner
 
 GIB = 1 << 30
 CPU = torch.device("cpu")
@@ -170,6 +170,6 @@ def test_a_workload_is_taken_from_the_budget() -> None:
     config = Config()
     budgets = Budgets(CPU, "8GiB", "8GiB", config, activation_bytes=3 * GIB)
     assert budgets.device_bytes == 5 * GIB
-    held = Budgets(CPU, "auto", "8GiB", config, held=(2 * GIB, 0)).device_bytes
+    held = Budgets(CPU, "auto", "8GiB", config, held=HeldBytes(device=2 * GIB)).device_bytes
     free = Budgets(CPU, "auto", "8GiB", config).device_bytes
     assert held - free == pytest.approx(2 * GIB, rel=0.1)

@@ -10,7 +10,7 @@ built_with_uring: bool
 
 class EngineError(RuntimeError): ...
 
-class Limits:
+class PlanLimits:
     device_bytes: int
     host_bytes: int
     arena_bytes: int | None
@@ -202,7 +202,7 @@ class TraceRecord:
     shard: int
     offset: int
     read_bytes: int
-    way: str
+    route: str
     cached: bool
     failed: bool
     cause: str
@@ -241,7 +241,7 @@ class Engine:
         stream: int,
         options: EngineOptions,
         before: Engine | None = None,
-        ahead: Preload | None = None,
+        preload: Preload | None = None,
     ) -> None: ...
     def load_resident(self, stream: int, progress: Callable[[], None] | None = None) -> None: ...
     def begin_pass(self, stream: int) -> None: ...
@@ -260,7 +260,7 @@ class Engine:
     def memory(self) -> MemoryUse: ...
     def readers(self) -> dict[str, dict[str, Any]]: ...
 
-def plan_model(model: ModelSpec, limits: Limits, rates: Rates | None = None) -> Plan: ...
+def plan_model(model: ModelSpec, limits: PlanLimits, rates: Rates | None = None) -> Plan: ...
 def expected_pass_seconds(planned: Plan, rates: Rates) -> float: ...
 def simulate(
     planned: Plan, rates: Rates, order: Sequence[int] = (), policy: str = "fixed"

@@ -134,13 +134,15 @@ class Config:
         """Fill in from the environment what `config` leaves open."""
         environ = os.environ if environ is None else environ
         if isinstance(config, Config):
-            given = {n: getattr(config, n) for n, s in config.sources.items() if s == "argument"}
+            arguments = {
+                n: getattr(config, n) for n, s in config.sources.items() if s == "argument"
+            }
         else:
-            given = dict(config or {})
-        for name in given:
+            arguments = dict(config or {})
+        for name in arguments:
             if name not in _SETTINGS:
                 raise ValueError(f"config has no setting {name!r}{_close(name, _SETTINGS)}")
-        resolved = cls(**given)
+        resolved = cls(**arguments)
         for name, variable in VARIABLES.items():
             text = environ.get(variable, "").strip()
             if text and resolved.sources[name] == "default":
@@ -149,13 +151,13 @@ class Config:
         for variable in sorted(environ):
             if variable.startswith("WSM_") and variable not in known:
                 resolved.warnings.append(
-                    f"{variable} is no variable of wsm_ext and has no effect"
+                    f"{variable} is not a variable of wsm_ext and has no effect"
                     + _close(variable, known)
                 )
         return resolved
 
     def describe(self, name: str) -> str:
-        """The setting as it was given: `WSM_STAGING_MB=64` or `staging_mb=64`."""
+        """The setting as it was set: `WSM_STAGING_MB=64` or `staging_mb=64`."""
         return _described(name, getattr(self, name), self.sources[name])
 
     def set_argument(self, name: str, value: Any) -> None:
@@ -163,8 +165,8 @@ class Config:
         self._set(name, value, "argument")
 
     def _set(self, name: str, value: Any, source: str) -> None:
-        given = _described(name, value, source)
-        setattr(self, name, _SETTINGS[name]["parse"](value, given))
+        described = _described(name, value, source)
+        setattr(self, name, _SETTINGS[name]["parse"](value, described))
         self.sources[name] = source
 
 

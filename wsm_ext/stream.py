@@ -16,7 +16,8 @@ from torch import nn
 from . import _engine
 from .config import Config
 from .planning.plan import PlanSummary
-from .planning.planner import Budgets, ModulePlan
+from .planning.planner import Budgets, HeldBytes, ModulePlan
+from .planning.workload import WorkloadSize
 from .runtime.buffers import Buffers
 from .runtime.integrity import Counts
 from .runtime.passes import out_of_memory
@@ -123,7 +124,7 @@ class StreamedModule(nn.Module):
         try:
             if workload is not None:
                 self._planner.try_out(workload)
-            held = (0, 0 if preload is None else preload.held_bytes)
+            held = HeldBytes(host=0 if preload is None else preload.held_bytes)
             budgets = self._planner.budgets(*self._asked, held)
             planned = self._planner.plan(budgets, preload=preload)
             self._start(planned, budgets, progress, preload=preload)
@@ -255,7 +256,7 @@ class StreamedModule(nn.Module):
         planned = self._now().planned
         if self._plan.predicted is None:
             return
-        self._planner.expect((sequences, tokens))
+        self._planner.expect(WorkloadSize(sequences, tokens))
         self._plan.predicted = self._planner.predict(planned, self._budgets)
 
     def stats(self) -> dict[str, Any]:

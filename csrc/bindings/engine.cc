@@ -99,11 +99,11 @@ struct DeleteWithoutGil {
 using EngineHolder = std::unique_ptr<Engine, DeleteWithoutGil>;
 
 // `before`: a closed or open engine of the same shards, whose device and cache are taken over.
-// `ahead`: what was read of them before there was a plan.
+// `preload`: what was read of them before there was a plan.
 EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t arena,
                          const std::vector<HomeMemory>& homes, const std::vector<uintptr_t>& memory,
                          StreamHandle stream, const EngineOptions& options, Engine* before,
-                         std::shared_ptr<Preload> ahead) {
+                         std::shared_ptr<Preload> preload) {
   py::gil_scoped_release nogil;
   std::vector<const void*> sources;
   for (const uintptr_t address : memory) sources.push_back(reinterpret_cast<const void*>(address));
@@ -113,7 +113,7 @@ EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t 
   } else {
     handoff.device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
   }
-  handoff.ahead = std::move(ahead);
+  handoff.ahead = std::move(preload);
   return EngineHolder(new Engine(planned.spec, planned.plan, std::move(handoff),
                                  reinterpret_cast<std::byte*>(arena), homes, std::move(sources),
                                  stream, options));
@@ -144,7 +144,7 @@ void bind_engine(py::module_& m) {
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("planned"), py::arg("cuda_index"), py::arg("arena"),
            py::arg("homes"), py::arg("memory"), py::arg("stream"), py::arg("options"),
-           py::arg("before") = nullptr, py::arg("ahead") = nullptr)
+           py::arg("before") = nullptr, py::arg("preload") = nullptr)
       .def(
           "load_resident",
           [](Engine& engine, StreamHandle stream, const py::object& progress) {

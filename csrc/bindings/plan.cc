@@ -77,7 +77,7 @@ uint64_t device_bytes(const PlannedModel& planned) {
 
 void bind_plan(py::module_& m) {
   py::class_<KeptCache>(m, "KeptCache");
-  py::class_<Limits>(m, "Limits")
+  py::class_<Limits>(m, "PlanLimits")
       .def(py::init<>())
       .def_readwrite("device_bytes", &Limits::device_bytes)
       .def_readwrite("host_bytes", &Limits::host_bytes)

@@ -172,7 +172,7 @@ def run_bench(
         "link_bytes_per_s": link,
         "disk": asdict(disk),
         "compute_s_per_pass": compute_s,
-        "runs": [_closeness(one, link, disk.bytes_per_s, compute_s) for one in runs],
+        "runs": [_closeness(run_, link, disk.bytes_per_s, compute_s) for run_ in runs],
         "skipped": skipped,
     }
 

@@ -1,4 +1,4 @@
-"""The most that this machine's links can do: copies to the device, and reads of given files."""
+"""The most that this machine's links can do: copies to the device, and reads of files."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def measure_link(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class DiskCell:
-    """One way to read the files: `threads` blocks of `block_bytes` at once."""
+    """One method to read the files: `threads` blocks of `block_bytes` at once."""
 
     block_bytes: int
     threads: int
@@ -96,7 +96,7 @@ class DiskCell:
 
 
 def measure_disk(paths: Sequence[Path]) -> DiskCell:
-    """The best of a few ways to read the files, past the page cache where they allow that."""
+    """The best of a few methods to read the files, past the page cache where they allow that."""
     largest = max(paths, key=lambda path: path.stat().st_size)
     with _Reads(largest) as reads:
         cells = [reads.measure(block, threads) for block, threads in DISK_CELLS]

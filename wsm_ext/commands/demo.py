@@ -171,12 +171,12 @@ def _resident(folder: Path, device: torch.device, size: Size) -> _Outcome:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    bars_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     finally:
-        if shown:
+        if bars_shown:
             logging.enable_progress_bar()
     # As the streamed base is: torch multiplies by a weight that requires grad with other kernels
     # (at::matmul folds a batch then), whose sums round differently.

@@ -6,6 +6,7 @@ import argparse
 
 from rich.console import Console
 
+from ..planning.workload import WorkloadSize
 from ..runtime.request import resolve_device
 from . import report
 from .loading import folder_of
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         host_memory=options.host_memory,
         units=units_of(options),
         config=settings_of(options),
-        workload=(options.batch, options.tokens),
+        workload=WorkloadSize(options.batch, options.tokens),
     )
     print_preview(Console(), options.model, preview)
     if options.json:

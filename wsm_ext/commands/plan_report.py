@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planning.plan import PlanSummary
-from ..planning.predict import LIMITS, Achieved, Prediction, comparison
+from ..planning.predict import BOTTLENECKS, Achieved, Prediction, comparison
 from ..planning.rates import Rate
 from ..sizes import format_bytes
 from .preview import Preview
@@ -34,7 +34,7 @@ def print_preview(console: Console, name: str, shown: Preview) -> None:
     if plan.streams:
         console.print(_link_table(shown, console))
         lines = [
-            f"limited by {LIMITS[prefill.limit]}; the first pass takes"
+            f"limited by {BOTTLENECKS[prefill.limit]}; the first pass takes"
             f" {prefill.first_pass_seconds:.3f} s",
             *_gain_lines(prefill),
         ]

@@ -16,7 +16,7 @@ from ..modules import sources
 from ..planning.plan import PlanSummary
 from ..planning.planner import Budgets
 from ..planning.predict import Prediction
-from ..planning.rates import Sizes
+from ..planning.workload import WorkloadSize
 from ..runtime.buffers import Buffers
 from ..runtime.replanner import Replanner
 from ..runtime.request import StreamRequest
@@ -36,7 +36,7 @@ class Preview:
     """What would be done for a model and a workload. `decode` is the pass for one further token."""
 
     device: torch.device
-    workload: Sizes
+    workload: WorkloadSize
     values: dict[str, Value]
     plan: PlanSummary
     prefill: Prediction
@@ -45,19 +45,19 @@ class Preview:
     @property
     def prefill_tokens_per_second(self) -> float | None:
         """None where nothing streams and computing is not known."""
-        return _per_second(self.workload[0] * self.workload[1], self.prefill)
+        return _per_second(self.workload.sequences * self.workload.tokens, self.prefill)
 
     @property
     def decode_tokens_per_second(self) -> float | None:
         """The same."""
-        return _per_second(self.workload[0], self.decode)
+        return _per_second(self.workload.sequences, self.decode)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
         rates = self.prefill.rates
         return {
             "device": str(self.device),
-            "workload": {"batch": self.workload[0], "tokens": self.workload[1]},
+            "workload": {"batch": self.workload.sequences, "tokens": self.workload.tokens},
             "values": {name: asdict(value) for name, value in self.values.items()},
             "plan": {key: getattr(self.plan, key) for key in PLAN_KEYS},
             "rates": {
@@ -90,7 +90,7 @@ def preview_of(
     host_memory: int | str,
     units: str | Sequence[str],
     config: Mapping[str, Any],
-    workload: Sizes,
+    workload: WorkloadSize,
 ) -> Preview:
     """The plan that `stream` would make with these arguments, and the pass that it should give.
 
@@ -114,7 +114,7 @@ def preview_of(
     prefill = plan.predicted or planner.predict(planned, budgets)
     decode = prefill
     if prefill.compute_seconds is not None:
-        planner.expect((workload[0], 1))
+        planner.expect(WorkloadSize(workload.sequences, 1))
         decode = planner.predict(planned, budgets, gains=False)
     values = _values(budgets, settings, planned.mode, units, plan)
     return Preview(device, workload, values, plan, prefill, decode)

@@ -172,7 +172,7 @@ def _refuse_unusual_weights(folder: Path, config: PreTrainedConfig) -> None:
         )
     names = {path.name for path in folder.glob("model*.safetensors*")}
     if not names & {"model.safetensors", "model.safetensors.index.json"}:
-        variants = {found[1] for name in names if (found := _VARIANT.fullmatch(name))}
+        variants = {match[1] for name in names if (match := _VARIANT.fullmatch(name))}
         if variants:
             raise CheckpointError(
                 f"{folder} has its weights as a variant only ({', '.join(sorted(variants))}), which"
@@ -187,15 +187,15 @@ def _main_dtype(
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        found = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(found, torch.dtype):
+        named = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype):
             raise ValueError(f'dtype={dtype!r}: not a dtype; "auto" takes the checkpoint\'s own')
-        return found
+        return named
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    held = (image.dtype for image in checkpoint.tensors.values())
-    return next((dtype for dtype in held if dtype in usual), torch.float32)
+    dtypes = (image.dtype for image in checkpoint.tensors.values())
+    return next((dtype for dtype in dtypes if dtype in usual), torch.float32)
 
 
 # Building
@@ -237,13 +237,13 @@ def _builder(config: PreTrainedConfig, auto_class: Any) -> Any:
     if auto_class is None:
         names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
         auto_class = names[0]
-    found: Any = auto_class
+    named: Any = auto_class
     if isinstance(auto_class, str):
-        found = getattr(transformers, auto_class, None)
-    if hasattr(found, "from_config"):
-        return partial(found.from_config, trust_remote_code=False)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        model_class: Any = found
+        named = getattr(transformers, auto_class, None)
+    if hasattr(named, "from_config"):
+        return partial(named.from_config, trust_remote_code=False)
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+        model_class: Any = named
         return model_class._from_config
     raise CheckpointError(
         f"{auto_class!r} is not a model class of transformers {transformers.__version__}; "

@@ -43,7 +43,7 @@ def convert(conversion: Conversion, sources: Sequence[TensorImage]) -> dict[str,
     Where the sources have several dtypes, the images have that of the first, until they are cast.
     Whatever `conversion` raises is passed on.
     """
-    made = conversion([torch.empty(s.shape, dtype=s.dtype, device="meta") for s in sources])
+    outputs = conversion([torch.empty(s.shape, dtype=s.dtype, device="meta") for s in sources])
     placed: dict[str, TensorImage] = {}
     if len({source.dtype for source in sources}) == 1:
         try:
@@ -53,7 +53,7 @@ def convert(conversion: Conversion, sources: Sequence[TensorImage]) -> dict[str,
             pass
     return {
         name: placed.get(name) or _transformed(name, tensor.shape, conversion, sources)
-        for name, tensor in made.items()
+        for name, tensor in outputs.items()
     }
 
 
@@ -103,11 +103,11 @@ class _Moved(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, pieces: list[_Piece]) -> _Moved:
-        made = torch.Tensor._make_wrapper_subclass(
+        tensor = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=torch.device("meta")
         )
-        made.pieces = pieces
-        return made
+        tensor.pieces = pieces
+        return tensor
 
     def __init__(self, *_: object) -> None:
         super().__init__()

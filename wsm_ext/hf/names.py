@@ -85,10 +85,10 @@ class _Conversion:
         rule.collected_tensors = {pattern: [] for pattern in self.patterns}
         for pattern, tensor in zip(self.patterns, tensors, strict=True):
             rule.collected_tensors[pattern].append(tensor)
-        made: Any = rule.convert(name, model=model, config=model.config)
-        if isinstance(made, tuple):  # transformers 5.0: with the errors
-            made = made[0]
-        return {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
+        outputs: Any = rule.convert(name, model=model, config=model.config)
+        if isinstance(outputs, tuple):  # transformers 5.0: with the errors
+            outputs = outputs[0]
+        return {key: t[0] if isinstance(t, list) else t for key, t in outputs.items()}
 
 
 def _match_names(
@@ -142,13 +142,13 @@ def _convert(
             return conversion.run(model, first, tensors)
 
         try:
-            made = convert(run, [checkpoint.tensors[key] for key in conversion.keys])
+            converted = convert(run, [checkpoint.tensors[key] for key in conversion.keys])
         except Exception as error:  # whatever an operation of transformers may raise
             raise CheckpointError(
                 f"{type(model).__name__}: {first} cannot be made by transformers' {conversion}:"
                 f" {error}"
             ) from error
-        for name, image in made.items():
+        for name, image in converted.items():
             if name not in places or name in images:
                 what = "has no place for it" if name not in places else "has it from elsewhere"
                 raise CheckpointError(

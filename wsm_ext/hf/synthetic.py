@@ -74,9 +74,9 @@ def make_llama_checkpoint(
             f"hidden {hidden} must be a multiple of heads {heads}, and heads of kv_heads {kv_heads}"
         )
     weights = list(_llama_weights(layers, hidden, intermediate, heads, kv_heads, vocab, tie))
-    wanted = max(1, layers) if shards is None else shards
-    if not 1 <= wanted <= len(weights):
-        raise ValueError(f"shards must be between 1 and {len(weights)} (the tensors), not {wanted}")
+    count = max(1, layers) if shards is None else shards
+    if not 1 <= count <= len(weights):
+        raise ValueError(f"shards must be between 1 and {len(weights)} (the tensors), not {count}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(folder, layers, hidden, intermediate, heads, kv_heads, vocab, dtype, tie)
@@ -87,8 +87,8 @@ def make_llama_checkpoint(
     scaled: dict[tuple[float, float], torch.Tensor] = {}
     index: dict[str, str] = {}
     start = 0
-    for number, group in enumerate(_split(weights, wanted), 1):
-        part = f"-{number:05}-of-{wanted:05}" if wanted > 1 else ""
+    for number, group in enumerate(_split(weights, count), 1):
+        part = f"-{number:05}-of-{count:05}" if count > 1 else ""
         file = f"model{part}.safetensors"
         tensors: dict[str, torch.Tensor] = {}
         for weight in group:
@@ -100,7 +100,7 @@ def make_llama_checkpoint(
             start = (start + weight.count + 7919) % pool.numel()
             index[weight.name] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    if wanted > 1:
+    if count > 1:
         total = sum(weight.count for weight in weights) * dtype.itemsize
         document = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(document, indent=2))

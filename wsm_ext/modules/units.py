@@ -1,8 +1,8 @@
 """Which parameters are loaded and released together: the units of a module.
 
 A set of modules, the roots, is chosen by the mode. A parameter belongs to the nearest root on the
-way from the top of the module to the module that owns it; so every slot is in exactly one unit, and
-a unit inside another is carved out of it.
+path from the top of the module to the module that owns it. So every slot is in exactly one unit,
+and a unit inside another is carved out of it.
 """
 
 from __future__ import annotations
@@ -101,17 +101,16 @@ def find_units(module: nn.Module, units: str | Sequence[str] = "auto") -> list[U
         _choose_owners(top, roots, [])
     else:
         _choose(top, roots, _choose_groups if units == "group" else _choose_whole)
-    homes = _assign(top, {id(root) for root in roots})
-    return _make_units(list(nodes.values()), homes, grouped=units == "group")
+    root_of = _assign(top, {id(root) for root in roots})
+    return _make_units(list(nodes.values()), root_of, grouped=units == "group")
 
 
 def _build(module: nn.Module) -> dict[int, _Node]:
     nodes: dict[int, _Node] = {}
 
     def visit(module: nn.Module, name: str, parent: _Node | None) -> _Node:
-        known = nodes.get(id(module))
-        if known is not None:
-            return known
+        if id(module) in nodes:
+            return nodes[id(module)]
         node = nodes[id(module)] = _Node(module, name, parent)
         for key, child in module._modules.items():
             if child is None:
@@ -143,22 +142,22 @@ def _find_stacks(node: _Node) -> None:
 
 def _layers(node: _Node) -> dict[int, int]:
     """The index of each child that is a layer, if the node is a stack."""
-    places: dict[int, int] = {}
+    index_of: dict[int, int] = {}
     for index, child in enumerate(node.edges):
-        places.setdefault(id(child), index)
-    held = [child for child in node.children if child.holds_parameters]
+        index_of.setdefault(id(child), index)
+    layers = [child for child in node.children if child.holds_parameters]
     if isinstance(node.module, nn.ModuleList):
         # A few classes that alternate are alike too: attention and Mamba layers of one decoder.
-        classes = {type(child.module) for child in held}
-        if len(classes) > 1 and len(held) < 3 * len(classes):
+        classes = {type(child.module) for child in layers}
+        if len(classes) > 1 and len(layers) < 3 * len(classes):
             return {}
     elif isinstance(node.module, nn.Sequential):
-        held = [c for c in held if c.edges and not isinstance(c.module, _CONTAINERS)]
-        count = Counter(type(child.module) for child in held)
-        held = [child for child in held if count[type(child.module)] >= 2]
+        layers = [c for c in layers if c.edges and not isinstance(c.module, _CONTAINERS)]
+        count = Counter(type(child.module) for child in layers)
+        layers = [child for child in layers if count[type(child.module)] >= 2]
     else:
         return {}
-    return {id(child): places[id(child)] for child in held}
+    return {id(child): index_of[id(child)] for child in layers}
 
 
 # Roots
@@ -244,36 +243,36 @@ def _assign(top: _Node, chosen: set[int]) -> dict[int, _Node | None]:
     """The root of each module. One that is used inside several becomes a root of its own: whichever
     runs it, it is loaded."""
     while True:
-        homes = _homes(top, chosen)
-        shared = _shared(top, homes)
+        roots_of = _nearest_roots(top, chosen)
+        shared = _shared(top, roots_of)
         if not shared:
-            return {key: found[0] for key, found in homes.items()}
+            return {key: roots[0] for key, roots in roots_of.items()}
         chosen = chosen | shared
 
 
-def _homes(top: _Node, chosen: set[int]) -> dict[int, list[_Node | None]]:
-    """The nearest roots of each module on all ways to it, the first way first."""
-    homes: dict[int, list[_Node | None]] = {}
+def _nearest_roots(top: _Node, chosen: set[int]) -> dict[int, list[_Node | None]]:
+    """The nearest roots of each module on all paths to it, the first path first."""
+    roots_of: dict[int, list[_Node | None]] = {}
 
     def visit(node: _Node, root: _Node | None) -> None:
         if id(node) in chosen:
             root = node
-        found = homes.setdefault(id(node), [])
-        if root not in found:
-            found.append(root)
+        roots = roots_of.setdefault(id(node), [])
+        if root not in roots:
+            roots.append(root)
             for child in node.edges:
                 visit(child, root)
 
     visit(top, None)
-    return homes
+    return roots_of
 
 
-def _shared(top: _Node, homes: dict[int, list[_Node | None]]) -> set[int]:
+def _shared(top: _Node, roots_of: dict[int, list[_Node | None]]) -> set[int]:
     """The outermost modules that several roots use."""
     shared: set[int] = set()
 
     def visit(node: _Node) -> None:
-        if len(homes[id(node)]) > 1 and node.runs and node.holds_parameters:
+        if len(roots_of[id(node)]) > 1 and node.runs and node.holds_parameters:
             shared.add(id(node))
             return
         for child in node.children:
@@ -286,22 +285,22 @@ def _shared(top: _Node, homes: dict[int, list[_Node | None]]) -> set[int]:
 # Units
 
 
-def _make_units(nodes: list[_Node], homes: dict[int, _Node | None], grouped: bool) -> list[Unit]:
+def _make_units(nodes: list[_Node], root_of: dict[int, _Node | None], grouped: bool) -> list[Unit]:
     slots: dict[int, list[Slot]] = {}
     for node in nodes:
         for key, parameter in node.module._parameters.items():
             if parameter is not None:
-                root = homes[id(node)]
+                root = root_of[id(node)]
                 slot = Slot(_join(node.name, key), node.module, key)
                 slots.setdefault(id(root), []).append(slot)
     several = len({node.stack for node in nodes if node.stack is not None}) > 1
-    taken: set[str] = set()
+    labels: set[str] = set()
     units: list[Unit] = []
     for node in nodes:
         if id(node) not in slots:
             continue
-        label = _label(node, several, grouped, taken)
-        taken.add(label)
+        label = _label(node, several, grouped, labels)
+        labels.add(label)
         units.append(
             Unit(
                 node.name,
@@ -317,7 +316,7 @@ def _make_units(nodes: list[_Node], homes: dict[int, _Node | None], grouped: boo
 
 
 def _below(node: _Node) -> Iterator[_Node]:
-    """All modules inside, by whatever way, each once."""
+    """All modules inside, by whatever path, each once."""
     seen = {id(node)}
     waiting = list(node.edges)
     while waiting:
@@ -335,7 +334,7 @@ def _layer_of(node: _Node) -> _Node:
     return node
 
 
-def _label(node: _Node, several: bool, grouped: bool, taken: set[str]) -> str:
+def _label(node: _Node, several: bool, grouped: bool, labels: set[str]) -> str:
     """As in log lines: `layer=6`, `layer=6 group=attn`, `layer=6 unit=mlp.up`, `unit=lm_head`.
 
     A bare index would be ambiguous where there are several stacks: `unit=encoder.layers.6`.
@@ -350,12 +349,12 @@ def _label(node: _Node, several: bool, grouped: bool, taken: set[str]) -> str:
     if not grouped:
         return f"{prefix} unit={inner}"
     label = f"{prefix} group={_group(inner)}"
-    return label if label not in taken else f"{prefix} group={inner}"
+    return label if label not in labels else f"{prefix} group={inner}"
 
 
 def _group(name: str) -> str:
     lowered = name.lower()
-    if re.search(r"norm|(^|_)ln(_|\d|$)", lowered):  # post_attention_layernorm is no attention
+    if re.search(r"norm|(^|_)ln(_|\d|$)", lowered):  # post_attention_layernorm is not attention
         return name
     if "attn" in lowered or "attention" in lowered:
         return "attn"

@@ -36,14 +36,14 @@ def make_limits(
     group_bytes: int,
     explicit_device: bool,
     explicit_host: bool,
-) -> tuple[_engine.Limits, list[str]]:
+) -> tuple[_engine.PlanLimits, list[str]]:
     """The planner's limits, and warnings that say what was done with settings that disagree.
 
     `layer_bytes` and `group_bytes` are those of the largest one. A budget is explicit if it was
     given as a size, not as "auto".
     """
     counted = _CountedSettings(config, layer_bytes, group_bytes, list(config.warnings))
-    limits = _engine.Limits()
+    limits = _engine.PlanLimits()
     limits.device_bytes = counted.device(device_bytes, explicit_device)
     limits.lookahead_units = counted.lookahead()
     limits.host_bytes, limits.cache_bytes, limits.staging_bytes = counted.host(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ _LEAST_CHUNK_BYTES = 64 << 10
 _LEAST_SPANS = 4  # fewer are read too soon to tell anything
 _MOST_READ_BYTES = 2048 * _MIB
 _READ_SECONDS = 0.6
-_SAMPLE_SECONDS = 0.06  # of a way of reading, where there are several
+_SAMPLE_SECONDS = 0.06  # of a method of reading, if there are several
 _ROUNDS = 5
 _MOST_SECONDS = 2.5  # for all methods; a slow drive has fewer samples by then
 # Those that have won on drives so far (docs/performance.md). A chunk is a MiB: no block is more.
@@ -121,19 +121,19 @@ def find_spans(paths: Sequence[Path], direct: str = "auto") -> list[Span]:
     None where they are too small to tell anything. With direct="on" nothing counts as cached: the
     page cache is not read.
     """
-    places = []
+    starts = []
     for path in paths:
         size = path.stat().st_size
-        places += [(path, at) for at in range(0, size - _SPAN_BYTES + 1, _SPAN_BYTES)]
-    if len(places) < _LEAST_SPANS:
+        starts += [(path, at) for at in range(0, size - _SPAN_BYTES + 1, _SPAN_BYTES)]
+    if len(starts) < _LEAST_SPANS:
         return []
-    count = min(len(places), _MOST_READ_BYTES // _SPAN_BYTES)
+    count = min(len(starts), _MOST_READ_BYTES // _SPAN_BYTES)
     # Multiples of the golden ratio, by rank: no two alike, and evenly spread however many.
-    ranks = sorted(range(len(places)), key=lambda i: i * 0.6180339887498949 % 1)
-    chosen = sorted(range(len(places)), key=ranks.__getitem__)[:count]
+    ranks = sorted(range(len(starts)), key=lambda i: i * 0.6180339887498949 % 1)
+    chosen = sorted(range(len(starts)), key=ranks.__getitem__)[:count]
     return [
         Span(path, at, direct != "on" and _cached(path, at))
-        for path, at in map(places.__getitem__, chosen)
+        for path, at in map(starts.__getitem__, chosen)
     ]
 
 
@@ -157,7 +157,7 @@ def measure_disk(spans: Sequence[Span], config: Config) -> Disk:
     """How fast the spans (all in the page cache, or none) are read: through the page cache by the
     readers that the engine would take; past it by the fastest of a few methods, tried by turns.
 
-    Which way is the fastest differs from drive to drive, and from one virtual disk to the next. The
+    Which one is the fastest differs from drive to drive, and from one virtual disk to the next. The
     engine's own choice stays where no other is faster in every round, and by 5 % in the median: on
     a drive whose samples scatter by a fifth, the best of six equal methods is the luckiest. Takes
     2.5 s, and what the last sample takes. Raises NotMeasuredError where a read fails, or there is
@@ -170,15 +170,15 @@ def measure_disk(spans: Sequence[Span], config: Config) -> Disk:
         methods += [method for method in _READ_METHODS if config.reader in ("auto", method.reader)]
     options = [_options_of(method, config) for method in methods]
     samples = _sample_reads(spans, options, chunk_bytes([span.path for span in spans], config))
-    usual, *others = samples
+    of_default, *others = samples
     # Rounds that all methods have had in full; else there is nothing to compare.
-    compared = len(usual) == _ROUNDS
-    if not usual:
+    compared = len(of_default) == _ROUNDS
+    if not of_default:
         raise NotMeasuredError(f"there is no reader {config.reader!r} here")
-    best = Disk(statistics.median(usual))
+    best = Disk(statistics.median(of_default))
     least = _FASTER * best.bytes_per_s
     for method, rates in zip(methods[1:], others, strict=True):
-        always = compared and len(rates) == _ROUNDS and all(map(operator.gt, rates, usual))
+        always = compared and len(rates) == _ROUNDS and all(map(operator.gt, rates, of_default))
         if always and (rate := statistics.median(rates)) > max(least, best.bytes_per_s):
             best = Disk(rate, method)
     return best
@@ -195,11 +195,10 @@ def _options_of(method: ReadMethod, config: Config) -> _engine.EngineOptions:
 def chunk_bytes(paths: Sequence[Path], config: Config) -> int:
     """What is read of the files at once, if no small budget and no huge model asks for another. A
     size that was asked for is measured up to a span's, by steps of 64 KiB."""
-    usual = _engine.usual_chunk_bytes(all(_engine.lies_in_memory(str(p)) for p in set(paths)))
     if config.chunk_mb is None:
-        return usual
-    asked = int(config.chunk_mb * _MIB) // _LEAST_CHUNK_BYTES * _LEAST_CHUNK_BYTES
-    return min(max(asked, _LEAST_CHUNK_BYTES), _SPAN_BYTES)
+        return _engine.usual_chunk_bytes(all(_engine.lies_in_memory(str(p)) for p in set(paths)))
+    whole_steps = int(config.chunk_mb * _MIB) // _LEAST_CHUNK_BYTES * _LEAST_CHUNK_BYTES
+    return min(max(whole_steps, _LEAST_CHUNK_BYTES), _SPAN_BYTES)
 
 
 def _sample_reads(
@@ -274,12 +273,12 @@ def _measure_two_layers(model: Any, device: torch.device, batch: int, tokens: in
     units = [unit for unit in find_units(model, "layer") if not unit.encloses_units]
     if not any(unit.layer is not None for unit in units):
         raise NotMeasuredError("its layers are not found")
-    known = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     inputs = {"use_cache": False, "logits_to_keep": 1}
-    inputs = {key: value for key, value in inputs.items() if key in known}
+    inputs = {key: value for key, value in inputs.items() if key in parameters}
     vocabulary = min(model.config.get_text_config().vocab_size, _MOST_TOKEN_IDS)
 
-    def run(count: int) -> _Times:
+    def run(count: int) -> ForwardTimes:
         ids = torch.randint(0, vocabulary, (batch, count), device=device)
         with torch.inference_mode(), _Stopwatch(units, device) as watch:
             model(input_ids=ids, **inputs)
@@ -288,27 +287,31 @@ def _measure_two_layers(model: Any, device: torch.device, batch: int, tokens: in
     return _compute_of(run, units, tokens)
 
 
-_Times = tuple[float, dict[str, float]]  # of the whole forward, and of units by name
+class ForwardTimes(NamedTuple):
+    """Seconds of a whole forward, and of the units in it by name."""
+
+    total_s: float
+    by_unit: dict[str, float]
 
 
-def _compute_of(run: Callable[[int], _Times], units: list[Unit], tokens: int) -> Compute:
+def _compute_of(run: Callable[[int], ForwardTimes], units: list[Unit], tokens: int) -> Compute:
     layers = [unit.name for unit in units if unit.layer is not None]
     count = min(tokens, _PROBE_TOKENS)
     run(count)  # warm-up
     samples = [run(count)]
-    afford = int(count * _COMPUTE_SECONDS / 2 / max(samples[0][0], 1e-9))
+    afford = int(count * _COMPUTE_SECONDS / 2 / max(samples[0].total_s, 1e-9))
     if count < tokens and afford > count:
         count = min(tokens, afford)
         samples = [run(count)]
-    while len(samples) < 5 and len(samples) * samples[0][0] < _COMPUTE_SECONDS:
+    while len(samples) < 5 and len(samples) * samples[0].total_s < _COMPUTE_SECONDS:
         samples.append(run(count))
-    total, by_unit = sorted(samples, key=lambda sample: sample[0])[(len(samples) - 1) // 2]
+    total, by_unit = sorted(samples, key=lambda sample: sample.total_s)[(len(samples) - 1) // 2]
     layer = statistics.mean(by_unit[name] for name in layers)
     others = {name: seconds for name, seconds in by_unit.items() if name not in layers}
     rest = max(0.0, total - sum(by_unit.values()))
     if count < tokens:
         fewer = max(1, count // 4)
-        _, at_fewer = run(fewer)
+        at_fewer = run(fewer).by_unit
         layer_at_fewer = statistics.mean(at_fewer[name] for name in layers)
         layer = _extrapolated((fewer, layer_at_fewer), (count, layer), tokens)
     # What lies outside the layers hardly grows: the head sees one token of each sequence.
@@ -346,14 +349,14 @@ class _Stopwatch:
         for hook in self._hooks:
             hook.remove()
 
-    def times(self) -> _Times:
+    def times(self) -> ForwardTimes:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         by_unit = {
             name: sum(self._between(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True))
             for name, marks in self._marks.items()
         }
-        return self._between(*self._whole), by_unit
+        return ForwardTimes(self._between(*self._whole), by_unit)
 
     def _noter(self, marks: list[Any]) -> Callable[..., None]:
         def note(*_: Any) -> None:

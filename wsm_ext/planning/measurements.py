@@ -57,11 +57,11 @@ def device_name(device: torch.device) -> str:
 def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
     """Source and type of the mount that holds `path` (device numbers change between boots)."""
     resolved = path.resolve()
-    best, found = -1, "unknown"
+    deepest, mount = -1, "unknown"
     try:
         lines = mounts.read_text().splitlines()
     except OSError:
-        return found
+        return mount
     for line in lines:
         # "36 35 98:0 /root /point rw,noatime master:1 - ext4 /dev/sda1 rw"
         before, _, after = line.partition(" - ")
@@ -70,9 +70,9 @@ def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
             continue
         point = Path(_unescaped(fields[4]))
         depth = len(point.parts)
-        if depth >= best and resolved.is_relative_to(point):  # of two on one point, the later
-            best, found = depth, f"{_unescaped(rest[1])} {rest[0]}"
-    return found
+        if depth >= deepest and resolved.is_relative_to(point):  # of two on one point, the later
+            deepest, mount = depth, f"{_unescaped(rest[1])} {rest[0]}"
+    return mount
 
 
 def _unescaped(text: str) -> str:

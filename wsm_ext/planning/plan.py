@@ -50,7 +50,7 @@ class PlanSummary:
     ) -> None:
         self.predicted = predicted
         self.achieved: Achieved | None = None
-        self._said = False
+        self._warned = False
         self.model_bytes: int = planned.model_bytes
         self.device_home_bytes: int = planned.device_home_bytes
         self.host_home_bytes: int = planned.host_home_bytes
@@ -86,14 +86,14 @@ class PlanSummary:
     def update(self, sums: Mapping[str, Any]) -> None:
         """Take in the engine's sums over passes. Says once where they are not as predicted."""
         self.achieved = Achieved.of(sums)
-        if self._said or self.predicted is None or self.achieved is None:
+        if self._warned or self.predicted is None or self.achieved is None:
             return
-        said = difference(self.predicted, self.achieved)
-        if said is not None and self.achieved.passes >= _LEAST_PASSES:
-            _log.warning("%s", said.text)
-            self._said = True
-            if said.doubted is not None:
-                said.doubted.forget()
+        deviation = difference(self.predicted, self.achieved)
+        if deviation is not None and self.achieved.passes >= _LEAST_PASSES:
+            _log.warning("%s", deviation.text)
+            self._warned = True
+            if deviation.doubted is not None:
+                deviation.doubted.forget()
 
     def __str__(self) -> str:
         streaming = sum(1 for unit in self.units if unit.streamed_bytes)

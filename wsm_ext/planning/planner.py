@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,15 +28,24 @@ _CUDA_DEVICE_SHARE = 0.85
 _FINER_IS_WORTH = 0.98
 
 
-# What the machine gives, for the units of a plan.
+# How fast the machine is, for the units of a plan.
 RatesOf = Callable[[list[Unit], Source], _engine.Rates]
+
+
+class HeldBytes(NamedTuple):
+    """Memory that is in use now and that a new plan may use again."""
+
+    device: int = 0
+    host: int = 0
+
+
+NOTHING_HELD = HeldBytes()
 
 
 class Budgets:
     """Device and host bytes, and whether the user named them.
 
-    `activation_bytes` is what a forward needs beside the weights, where that is known; `held` are
-    device and host bytes that are taken now and can be used again.
+    `activation_bytes` is what a forward needs beside the weights, if that is known.
     """
 
     def __init__(
@@ -45,7 +55,7 @@ class Budgets:
         host_memory: int | str,
         config: Config,
         activation_bytes: int | None = None,
-        held: tuple[int, int] = (0, 0),
+        held: HeldBytes = NOTHING_HELD,
     ) -> None:
         self.explicit_device = device_memory != "auto"
         self.explicit_host = host_memory != "auto"
@@ -60,10 +70,10 @@ class Budgets:
         guard = config.gpu_free_guard_mb * _MIB
         if device.type != "cpu":
             if not self.explicit_device:
-                self.device_bytes = device_available(device, guard) + held[0]
+                self.device_bytes = device_available(device, guard) + held.device
                 self._leave_room(_CUDA_DEVICE_SHARE)
             if not self.explicit_host:
-                self.host_bytes = host_available() + held[1]
+                self.host_bytes = host_available() + held.host
             return
         if self.explicit_device and self.explicit_host:
             return
@@ -122,7 +132,7 @@ class Planner:
         self._modes: list[str | Sequence[str]] = (
             ["layer", "group", "leaf"] if chosen == "auto" else [chosen]
         )
-        self._found: dict[int, tuple[list[Unit], Source]] = {}
+        self._sources: dict[int, tuple[list[Unit], Source]] = {}  # by mode
 
     def plan(
         self,
@@ -162,13 +172,13 @@ class Planner:
 
     def forget(self) -> None:
         """The module's parameters have changed."""
-        self._found.clear()
+        self._sources.clear()
 
     def plan_least(self) -> ModulePlan:
         """The plan that takes least: the finest units, all of which stream, one at a time."""
         index = len(self._modes) - 1
         units, source = self._units(index)
-        limits = _engine.Limits()
+        limits = _engine.PlanLimits()
         limits.device_bytes = limits.host_bytes = 1 << 60
         limits.home_bytes = limits.cache_bytes = 0
         limits.lookahead_units = 0
@@ -176,17 +186,17 @@ class Planner:
         return ModulePlan(units, source, plan, self._modes[index], [])
 
     def _units(self, index: int) -> tuple[list[Unit], Source]:
-        if index not in self._found:
-            found = find_units(self._module, self._modes[index])
-            for unit in found:
+        if index not in self._sources:
+            units = find_units(self._module, self._modes[index])
+            for unit in units:
                 unit.slots = [slot for slot in unit.slots if sources.live(slot).numel() > 0]
-            found = [unit for unit in found if unit.slots]
+            units = [unit for unit in units if unit.slots]
             if self._checkpoint is not None:
-                source = sources.from_checkpoint(found, self._checkpoint)
+                source = sources.from_checkpoint(units, self._checkpoint)
             else:
-                source = sources.from_module(found)
-            self._found[index] = found, source
-        return self._found[index]
+                source = sources.from_module(units)
+            self._sources[index] = units, source
+        return self._sources[index]
 
     def _plan_units(
         self,
@@ -207,7 +217,7 @@ class Planner:
 
     def _limits(
         self, units: list[Unit], source: Source, budgets: Budgets
-    ) -> tuple[_engine.Limits, list[str]]:
+    ) -> tuple[_engine.PlanLimits, list[str]]:
         sizes = [unit_place_bytes(unit, source) for unit in units]
         layers: dict[tuple[str | None, int], int] = {}
         for unit, size in zip(units, sizes, strict=True):

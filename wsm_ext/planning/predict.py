@@ -18,7 +18,7 @@ from .rates import Rate, Rates
 _GIB = 1 << 30
 _LEAST_MODEL_BYTES = _GIB  # below, passes are short whatever the plan
 _LEAST_DIFFERENCE = 0.15
-LIMITS = {"disk": "the disk", "h2d": "the link", "compute": "computing"}
+BOTTLENECKS = {"disk": "the disk", "h2d": "the link", "compute": "computing"}
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def predict(
 ) -> Prediction:
     """The simulator's answer for what `planner` planned for these budgets and rates."""
 
-    def simulated(some: ModulePlan) -> _engine.Simulated:
-        return _engine.simulate(some.plan, rates.for_units(some.units, some.source))
+    def simulate(plan: ModulePlan) -> _engine.Simulated:
+        return _engine.simulate(plan.plan, rates.for_units(plan.units, plan.source))
 
-    found = simulated(planned)
+    simulated = simulate(planned)
 
     def gain(device_bytes: int, host_bytes: int) -> float | None:
         if not gains:
@@ -66,19 +66,20 @@ def predict(
         more.device_bytes += device_bytes
         more.host_bytes += host_bytes
         try:
-            return found.pass_seconds - simulated(planner.plan(more, rates.for_units)).pass_seconds
+            faster = simulate(planner.plan(more, rates.for_units))
+            return simulated.pass_seconds - faster.pass_seconds
         except ValueError:
             return None
 
     return Prediction(
-        seconds=found.pass_seconds,
-        first_pass_seconds=found.first_pass_seconds,
-        disk_seconds=found.disk_seconds,
-        h2d_seconds=found.h2d_seconds,
-        compute_seconds=found.compute_seconds if rates.compute is not None else None,
-        disk_bytes=found.disk_bytes,
-        h2d_bytes=found.h2d_bytes,
-        limit=found.limit if streams(planned.plan) else "compute",
+        seconds=simulated.pass_seconds,
+        first_pass_seconds=simulated.first_pass_seconds,
+        disk_seconds=simulated.disk_seconds,
+        h2d_seconds=simulated.h2d_seconds,
+        compute_seconds=simulated.compute_seconds if rates.compute is not None else None,
+        disk_bytes=simulated.disk_bytes,
+        h2d_bytes=simulated.h2d_bytes,
+        limit=simulated.limit if streams(planned.plan) else "compute",
         gain_device_per_gib=gain(_GIB, 0),
         gain_host_per_gib=gain(0, _GIB),
         rates=rates,
@@ -216,7 +217,7 @@ def comparison(
     ]
     if predicted is not None:
         compute = predicted.compute_seconds
-        rows[0][1] = f"{predicted.seconds:.3f} s, limited by {LIMITS[predicted.limit]}"
+        rows[0][1] = f"{predicted.seconds:.3f} s, limited by {BOTTLENECKS[predicted.limit]}"
         rows[1][1] = _time_and_bytes(predicted.disk_seconds, predicted.disk_bytes)
         rows[2][1] = _time_and_bytes(predicted.h2d_seconds, predicted.h2d_bytes)
         rows[3][1] = "not measured" if compute is None else f"{compute:.3f} s"

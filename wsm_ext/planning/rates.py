@@ -23,11 +23,11 @@ from . import measure
 from .measure import Compute, Disk, Link, NotMeasuredError, Span
 from .measurements import Measurements, device_name, file_system, key_of
 from .read_method import DEFAULT_READ_METHOD, ReadMethod
+from .workload import WorkloadSize
 
 _log = logging.getLogger("wsm_ext")
 
 _CPU = torch.device("cpu")
-Sizes = tuple[int, int]  # of a workload: sequences, and tokens of each
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Rates:
     compute: Compute | None = None
     compute_source: str = "default"
     compute_note: str = "not measured"
-    workload: Sizes | None = None
+    workload: WorkloadSize | None = None
     read_method: ReadMethod = DEFAULT_READ_METHOD  # how the disk is read the fastest
 
     def for_units(self, units: Sequence[Unit], source: Source) -> _engine.Rates:
@@ -80,7 +80,7 @@ class Rates:
         rates.compute_s = [] if self.compute is None else _by_unit(self.compute, units, source)
         return rates
 
-    def at(self, module: nn.Module, device: torch.device, workload: Sizes) -> Rates:
+    def at(self, module: nn.Module, device: torch.device, workload: WorkloadSize) -> Rates:
         """The same links, and the compute of another workload."""
         compute, source, note = compute_at(module, device, workload)
         return replace(
@@ -123,7 +123,7 @@ def gather(
     paths: Sequence[Path],
     device: torch.device,
     config: Config,
-    workload: Sizes | None,
+    workload: WorkloadSize | None,
 ) -> Rates:
     """Measure, or take what was measured in the last 30 days on this machine.
 
@@ -132,18 +132,18 @@ def gather(
     """
     if config.measure is False:
         return default_rates(device)
-    known = Measurements()
+    store = Measurements()
     assumed = default_rates(device)
     h2d, overhead_s = assumed.h2d, assumed.copy_overhead_s
     try:
-        link, source = _link(known, device)
+        link, source = _link(store, device)
         h2d = Rate(link.bytes_per_s, source, entries=(_link_key(device),))
         overhead_s = link.copy_overhead_s
     except NotMeasuredError as error:
         h2d = Rate(h2d.bytes_per_s, h2d.source, str(error))
     method = DEFAULT_READ_METHOD
     try:
-        disk, method = _disk(known, paths, config) if paths else (_memory(known), method)
+        disk, method = _disk(store, paths, config) if paths else (_memory(store), method)
     except NotMeasuredError as error:
         disk = Rate(assumed.disk.bytes_per_s, "default", str(error))
     compute, source, note = compute_at(module, device, workload)
@@ -162,17 +162,19 @@ def gather(
 
 
 def compute_at(
-    module: nn.Module, device: torch.device, workload: Sizes | None
+    module: nn.Module, device: torch.device, workload: WorkloadSize | None
 ) -> tuple[Compute | None, str, str]:
     """The compute at a workload, its source, and why it is None."""
     if workload is None:
         return None, "default", "no workload=(sequences, tokens) was given"
-    known = Measurements()
+    store = Measurements()
     shape = _shape_of(module)
-    key = key_of("compute", device_name(device), f"torch {torch.__version__}", str(workload), shape)
+    key = key_of(
+        "compute", device_name(device), f"torch {torch.__version__}", str(tuple(workload)), shape
+    )
     try:
         compute, source = _remembered(
-            known,
+            store,
             key,
             lambda: asdict(measure.measure_layer(module, device, *workload)),
             _as_compute,
@@ -191,35 +193,38 @@ def _shape_of(module: nn.Module) -> str:
 
 
 def _remembered(
-    known: Measurements, key: str, take: Callable[[], Any], read: Callable[[Any], Any]
+    store: Measurements,
+    key: str,
+    measure_now: Callable[[], Any],
+    parse: Callable[[Any], Any],
 ) -> tuple[Any, str]:
-    value = known.get(key)
+    value = store.get(key)
     if value is not None:
         try:
-            return read(value), "cached"
+            return parse(value), "cached"
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             _log.warning("the entry %r of the measurements is damaged: measured anew", key)
-    value = take()
-    known.put(key, value)
-    return read(value), "measured"
+    value = measure_now()
+    store.put(key, value)
+    return parse(value), "measured"
 
 
 def _link_key(device: torch.device) -> str:
     return key_of("link", device_name(device))
 
 
-def _link(known: Measurements, device: torch.device) -> tuple[Link, str]:
+def _link(store: Measurements, device: torch.device) -> tuple[Link, str]:
     key = _link_key(device)
-    return _remembered(known, key, lambda: asdict(measure.measure_link(device)), _as_link)
+    return _remembered(store, key, lambda: asdict(measure.measure_link(device)), _as_link)
 
 
-def _memory(known: Measurements) -> Rate:
+def _memory(store: Measurements) -> Rate:
     """The "disk" of weights that lie in RAM: copies from memory to memory."""
-    link, source = _link(known, _CPU)
+    link, source = _link(store, _CPU)
     return Rate(link.bytes_per_s, source, "the weights lie in RAM", (_link_key(_CPU),))
 
 
-def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[Rate, ReadMethod]:
+def _disk(store: Measurements, paths: Sequence[Path], config: Config) -> tuple[Rate, ReadMethod]:
     """Of what is in the page cache and what is not, each by its own rate, as the bytes divide."""
     try:
         spans = measure.find_spans(paths, config.direct)
@@ -237,7 +242,7 @@ def _disk(known: Measurements, paths: Sequence[Path], config: Config) -> tuple[R
         if part:
             entries.append(_disk_key(part, config))
             disk, source = _remembered(
-                known, entries[-1], partial(_measure_disk, part, config), _as_disk
+                store, entries[-1], partial(_measure_disk, part, config), _as_disk
             )
             seconds_per_byte += len(part) / len(spans) / disk.bytes_per_s
             sources.append(source)
@@ -284,8 +289,8 @@ def _chunks(paths: Sequence[Path], config: Config) -> str:
 
 def _how(paths: Sequence[Path], config: Config) -> str:
     threads = "" if config.read_threads is None else f", {config.read_threads} threads"
-    asked = f"direct {config.direct}, reader {config.reader}{threads}"
-    return f"disk ({asked}, {_chunks(paths, config)})"
+    settings = f"direct {config.direct}, reader {config.reader}{threads}"
+    return f"disk ({settings}, {_chunks(paths, config)})"
 
 
 def _positive(value: Any) -> float:

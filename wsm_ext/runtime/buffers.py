@@ -42,13 +42,13 @@ class Buffers:
             raise
 
     def restore(self) -> None:
-        for held, key, found in self._replaced:
-            held[key] = found
+        for tensors, key, original in self._replaced:
+            tensors[key] = original
         self._replaced.clear()
 
-    def _replace(self, held: dict[str, Any], key: str, value: torch.Tensor) -> None:
-        self._replaced.append((held, key, held[key]))
-        held[key] = value
+    def _replace(self, tensors: dict[str, Any], key: str, value: torch.Tensor) -> None:
+        self._replaced.append((tensors, key, tensors[key]))
+        tensors[key] = value
 
     def _place_empty_parameters(self, owner: nn.Module) -> None:
         for key, parameter in owner._parameters.items():

@@ -8,7 +8,7 @@ many, and of parts of some:
 
 Where an image has a tensor whole, in whatever pieces, they are hashed in the order of the file.
 Where it has a part alone, the tensor is read once at start and checked as a whole; the hash of the
-part, taken on the way, is what later loads are compared with.
+part, found on the way, is what later loads are compared with.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ class Image:
         has other bytes. `where` says what they were loaded for."""
         assert memory.numel() == self.nbytes
         for part in self._parts:
-            found = self._checker.hash_of(memory, part.runs)
-            if found != part.expected:
-                self._checker.refuse(part, found, where)
+            digest = self._checker.hash_of(memory, part.runs)
+            if digest != part.expected:
+                self._checker.refuse(part, digest, where)
         self._checker.counts.bytes += self.nbytes
 
     def check_once(self, memory: torch.Tensor, where: str) -> None:
@@ -125,7 +125,7 @@ class Image:
 
 
 class UnitCheck:
-    """Checks a unit when it is taken, once for each time it was loaded."""
+    """Checks a unit when it is acquired, once for each time it was loaded."""
 
     def __init__(
         self,
@@ -279,14 +279,14 @@ class Checker:
         recorded, image = self._recorded[tensor], self._images[tensor]
         if recorded is not None and recorded.describes(image):
             return recorded
-        found = f"is {image.dtype} {list(image.shape)} in {self._files[tensor.shard]}"
-        known = (
+        in_file = f"is {image.dtype} {list(image.shape)} in {self._files[tensor.shard]}"
+        in_sidecar = (
             f"but {recorded.dtype} {list(recorded.shape)} in {self._sidecar}"
             if recorded is not None
             else f"and {self._sidecar} has no hash of it"
         )
         raise CheckpointError(
-            f"verify: tensor {tensor.name!r} {found}, {known}: the hashes are of another"
+            f"verify: tensor {tensor.name!r} {in_file}, {in_sidecar}: the hashes are of another"
             " checkpoint. `wsm verify` compares the two, and with --update records anew"
         )
 
@@ -328,14 +328,14 @@ class Checker:
 
     def check_copy(self, original: torch.Tensor, placed: torch.Tensor, where: str) -> None:
         """What was made in RAM, of bytes that were checked, arrived on the device as it is."""
-        found = placed.detach().cpu()
-        if not torch.equal(_bytes_of(found), _bytes_of(original)):
+        arrived = placed.detach().cpu()
+        if not torch.equal(_bytes_of(arrived), _bytes_of(original)):
             raise IntegrityError(
                 f"{where} has other bytes on {placed.device} than were copied there: the link or"
                 " the device's memory damaged them. Run again; if it comes back, test the device"
             )
 
-    def refuse(self, part: _Part, found: str, where: str) -> NoReturn:
+    def refuse(self, part: _Part, digest: str, where: str) -> NoReturn:
         tensor = part.tensor
         if tensor.shard < 0:
             source, advice = "computed, in RAM", _DAMAGED
@@ -344,7 +344,7 @@ class Checker:
             advice = self._advice(tensor)
         share = "" if part.whole else f" in {part.nbytes} of its bytes"
         raise IntegrityError(
-            f"tensor {tensor.name!r} is not as it was recorded{share}: its hash is {found}, not"
+            f"tensor {tensor.name!r} is not as it was recorded{share}: its hash is {digest}, not"
             f" {part.expected} ({where}; {source}). {advice}"
         )
 

@@ -11,10 +11,18 @@ from ..hf.default_workload import DefaultWorkload
 from ..modules.raw_memory import without_modes
 from ..planning.device_memory import DeviceMemory
 from ..planning.plan import PlanSummary
-from ..planning.planner import Budgets, ModulePlan, Planner, streams
+from ..planning.planner import (
+    NOTHING_HELD,
+    Budgets,
+    HeldBytes,
+    ModulePlan,
+    Planner,
+    streams,
+)
 from ..planning.predict import Prediction, files_of, measuring_matters, predict
-from ..planning.rates import Rates, Sizes, gather
+from ..planning.rates import Rates, gather
 from ..planning.read_method import DEFAULT_READ_METHOD, ReadMethod
+from ..planning.workload import WorkloadSize
 from ..sizes import format_bytes
 from .request import StreamRequest
 from .session import Session
@@ -43,7 +51,7 @@ class Replanner:
         stated = not (
             workload is None or callable(workload) or isinstance(workload, DefaultWorkload)
         )
-        self._sizes: Sizes | None = workload if stated else None  # type: ignore[assignment]
+        self._workload = WorkloadSize.of(workload) if stated else None
         self._planner = Planner(request.module, request.checkpoint, units, request.config)
         self._planner.check()
 
@@ -70,9 +78,8 @@ class Replanner:
                 raise
 
     def budgets(
-        self, device_memory: int | str, host_memory: int | str, held: tuple[int, int] = (0, 0)
+        self, device_memory: int | str, host_memory: int | str, held: HeldBytes = NOTHING_HELD
     ) -> Budgets:
-        """`held`: device and host bytes that are taken now and can be used again."""
         request, activations = self._request, self._activation_bytes
         return Budgets(
             request.device, device_memory, host_memory, request.config, activations, held
@@ -100,7 +107,9 @@ class Replanner:
         """Find what the machine gives, if it is not known yet; `plan` does where it can matter."""
         if self._rates is None:
             request, files = self._request, files_of(planned.source)
-            self._rates = gather(request.module, files, request.device, request.config, self._sizes)
+            self._rates = gather(
+                request.module, files, request.device, request.config, self._workload
+            )
 
     def _plan(self, budgets: Budgets, before: Session | None) -> ModulePlan:
         rates_of = None if self._rates is None else self._rates.for_units
@@ -150,10 +159,10 @@ class Replanner:
         assert self._rates is not None
         return predict(planned, self._planner, budgets, self._rates, gains)
 
-    def expect(self, sizes: Sizes) -> None:
+    def expect(self, workload: WorkloadSize) -> None:
         """From now on, predict for forwards of this size."""
         if self._rates is not None:
-            self._rates = self._rates.at(self._request.module, self._request.device, sizes)
+            self._rates = self._rates.at(self._request.module, self._request.device, workload)
 
 
 def _first_line(error: BaseException) -> str:

@@ -80,16 +80,16 @@ def _open(checkpoint: CheckpointLike | None) -> Checkpoint | None:
 
 
 def _checker(checkpoint: Checkpoint | None, config: Config) -> Checker | None:
-    asked = config.verify
-    if asked is False:
+    verify = config.verify
+    if verify is False:
         return None
-    given = config.describe("verify")
+    setting = config.describe("verify")
     if checkpoint is not None:
-        return Checker(checkpoint, None if asked is True else Path(asked).expanduser(), given)
+        return Checker(checkpoint, None if verify is True else Path(verify).expanduser(), setting)
     if config.sources["verify"] == "variable":  # it is meant for others, which have checkpoints
-        config.warnings.append(f"{given} has no effect: the weights come from the module itself")
+        config.warnings.append(f"{setting} has no effect: the weights come from the module itself")
         return None
     raise ValueError(
-        f"{given}: the weights come from the module itself, and hashes are those of a checkpoint;"
+        f"{setting}: the weights come from the module itself, and hashes are those of a checkpoint;"
         " give the checkpoint, or leave verify out"
     )

@@ -11,7 +11,7 @@ from .. import _engine
 from ..modules.raw_memory import without_modes
 from ..modules.spec import unit_tensors
 from ..planning.device_memory import DeviceMemory
-from ..planning.planner import ModulePlan
+from ..planning.planner import HeldBytes, ModulePlan
 from ..planning.read_method import ReadMethod, engine_options
 from .parameter_swapper import ParameterSwapper, stream_getter
 from .request import StreamRequest
@@ -95,9 +95,8 @@ class Session:
         """Whether the weights come from the module itself."""
         return self.planned.source.in_ram
 
-    def memory_held(self) -> tuple[int, int]:
-        """Device and host bytes that a new plan may use again."""
-        return self.planned.plan.device_bytes, self.engine.memory().host_bytes
+    def memory_held(self) -> HeldBytes:
+        return HeldBytes(self.planned.plan.device_bytes, self.engine.memory().host_bytes)
 
     def kept_cache(self) -> _engine.KeptCache | None:
         """What the host cache holds for who runs next; None where the weights go back to the module

@@ -47,13 +47,13 @@ def document(timeline: _engine.Timeline, names: Names, device: str) -> dict[str,
     events = [_named("process_name", 0, name=f"wsm_ext on {device}")]
     thread = 0
     for kind, track, nested in _TRACKS:
-        found = [record for record in records if record.kind == kind]
-        lanes = lanes_of([(record.begin_ns, record.end_ns) for record in found], nested)
+        track_records = [record for record in records if record.kind == kind]
+        lanes = lanes_of([(record.begin_ns, record.end_ns) for record in track_records], nested)
         for lane in range(max(lanes, default=0) + 1):
             title = track if lane == 0 else f"{track} {lane + 1}"
             events.append(_named("thread_name", thread + lane, name=title))
             events.append(_named("thread_sort_index", thread + lane, sort_index=thread + lane))
-        for index, (record, lane) in enumerate(zip(found, lanes, strict=True)):
+        for index, (record, lane) in enumerate(zip(track_records, lanes, strict=True)):
             event = _event(record, names, f"pass {index + 1}")
             events.append({"pid": _PID, "tid": thread + lane, **event})
         thread += max(lanes, default=0) + 1
@@ -125,7 +125,7 @@ def _event(record: _engine.TraceRecord, names: Names, pass_name: str) -> Event:
         offset=record.offset,
         bytes=record.bytes,
         read_bytes=record.read_bytes,
-        route=record.way,
+        route=record.route,
         into="cache" if record.cached else "slot",
     )
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..planning.device_memory import DeviceMemory
 from ..planning.planner import ModulePlan
+from ..planning.workload import WorkloadSize
 from .parameter_swapper import ParameterSwapper
 
 # (sequences, tokens of each), or a function that runs the module as it will be run.
@@ -73,7 +74,7 @@ def activation_bytes(
 def _runner(module: nn.Module, device: torch.device, workload: Workload) -> Callable[[], Any]:
     if callable(workload):
         return lambda: workload(module)
-    batch, tokens = _sizes(workload)
+    batch, tokens = WorkloadSize.of(workload)
     parameters = inspect.signature(module.forward).parameters
     if "input_ids" not in parameters:
         raise ValueError(
@@ -90,16 +91,6 @@ def _runner(module: nn.Module, device: torch.device, workload: Workload) -> Call
     if "logits_to_keep" in parameters:  # as generate() does
         arguments["logits_to_keep"] = 1
     return lambda: module(**arguments)
-
-
-def _sizes(workload: Any) -> tuple[int, int]:
-    sizes = tuple(workload) if isinstance(workload, (tuple, list)) else ()
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(
-            f"workload={workload!r}: must be (sequences, tokens of each), two whole numbers above"
-            " 0, or a function that runs the module"
-        )
-    return sizes[0], sizes[1]
 
 
 def _cuda_peak(run: Callable[[], Any], device: torch.device) -> int:
@@ -132,10 +123,10 @@ class _Tracker(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and self._key(tensor) not in given:
+            if isinstance(tensor, torch.Tensor) and self._key(tensor) not in inputs:
                 self._add(tensor.untyped_storage())
         return result
 
