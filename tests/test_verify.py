@@ -128,6 +128,16 @@ def test_other_shards_of_equal_tensors_are_no_difference(folder: Path, capsys: A
     assert run(other, capsys)[0] == 0
 
 
+def test_of_many_differences_the_first_are_shown(folder: Path, capsys: Any) -> None:
+    run(folder, capsys)
+    content = tensors() | {f"new{i:02}": torch.zeros(1) for i in range(22)}
+    other = split(folder.parent / "other", content)
+    _, said, found = run(other, capsys, "--sidecar", str(folder / SIDECAR))
+    assert len(found["new"]) == 22
+    assert said.count("NEW      'new") == 20
+    assert "NEW      and 2 more (--json lists all)" in said
+
+
 def test_all_kinds_of_differences_are_told_apart(folder: Path, capsys: Any) -> None:
     run(folder, capsys)
     content = tensors()

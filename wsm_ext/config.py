@@ -86,7 +86,7 @@ def _setting(default: Any, parse: _Parse, variable: str | None = None) -> Any:
 class Config:
     """Every tunable. None leaves the choice to the planner.
 
-    `sources` tells for each whether it is an "argument", a "variable" or a "default"; `warnings`
+    `sources` says for each whether it is an "argument", a "variable" or a "default"; `warnings`
     what was found in the environment that has no effect.
     """
 

@@ -88,7 +88,7 @@ def from_pretrained(
 @contextmanager
 def _gpu_context(device: str | torch.device | None) -> Iterator[None]:
     """Makes the context of the GPU that will be used, in a thread, and holds it to the end: by then
-    the engine does. What is wrong here, those who need it find and tell."""
+    the engine does. Errors are ignored here: the real user of the GPU reports them."""
     if _is_cpu(device) or not _engine.built_with_cuda or torch.cuda.is_initialized():
         yield
         return
@@ -123,8 +123,8 @@ def _open_weights(folder: Path) -> Checkpoint | None:
 def _preload(
     files: Sequence[Path], device: str | torch.device | None, host_memory: int | str, config: Config
 ) -> _engine.Preload | None:
-    """Begins to read the files into host memory; None where that would be for little. What is wrong
-    here, those who need it find and tell."""
+    """Begins to read the files into host memory; None where that would be for little. Errors are
+    ignored here: the real reader reports them."""
     try:
         size = sum(file.stat().st_size for file in files)
         room = preload_room(_is_cpu(device), host_memory)

@@ -1,7 +1,7 @@
 """Reads stretches of files past the page cache, at the speed of the disk, in little memory.
 
 A few threads each take one stretch after another and hand its blocks to whoever wants them, in
-order. Direct reads where the file allows them; else what the page cache did not have before is
+order. Direct reads if the file allows them; else what the page cache did not have before is
 dropped from it again, so that other files stay there.
 """
 
@@ -53,7 +53,7 @@ def read_all(
     `use` runs on several threads, and takes the blocks of its stretch to the end; a block is valid
     until the next one. `progress` is called on this thread with the bytes done.
 
-    Raises OSError where a read fails or a file changes meanwhile, TimeoutError where nothing is
+    Raises OSError if a read fails or a file changes meanwhile, TimeoutError if nothing is
     read for `patience_s`, and whatever `use` raises.
     """
     return _Reading(files, stretches, use).run(progress, patience_s)

@@ -83,13 +83,13 @@ class Checkpoint:
             shard = index.parent / file
             if is_missing(shard):
                 raise CheckpointError(
-                    f"{absent(shard)}: {index} places {_some(names)} there; download it again"
+                    f"{absent(shard)}: {index} places {_listed(names)} there; download it again"
                 )
             images = {image.name: image for image in checkpoint._add(shard)}
             lacking = [name for name in names if name not in images]
             if lacking:
                 raise CheckpointError(
-                    f"{shard} has no tensor {_some(lacking)}, but {index} says so; the index and"
+                    f"{shard} has no tensor {_listed(lacking)}, but {index} says so; the index and"
                     " the shards are not of one checkpoint: download both again"
                 )
             unlisted += [name for name in images if name not in weight_map]
@@ -97,7 +97,7 @@ class Checkpoint:
         if unlisted:
             warnings.warn(
                 f"{index} does not list {len(unlisted)} tensors that its shards have; they are"
-                f" left out: {_some(unlisted)}",
+                f" left out: {_listed(unlisted)}",
                 stacklevel=3,
             )
         return checkpoint
@@ -124,7 +124,7 @@ def _choose(folder: Path) -> list[Path]:
         unused = [name for name in files + indices if name != "model.safetensors"]
         if unused:
             warnings.warn(
-                f"{folder}: model.safetensors is used, {_some(unused)} not; to use others, give"
+                f"{folder}: model.safetensors is used, {_listed(unused)} not; to use others, give"
                 " the index or a list of files",
                 stacklevel=3,
             )
@@ -133,15 +133,15 @@ def _choose(folder: Path) -> list[Path]:
         return [folder / ("model" + INDEX_SUFFIX)]
     if len(indices) > 1:
         raise CheckpointError(
-            f"{folder} has several indices: {_some(indices)}; give the one that is meant"
+            f"{folder} has several indices: {_listed(indices)}; give the one that is meant"
         )
     chosen = indices or files
     if not chosen:
         pickles = [name for name in names if is_pickle(name)]
-        advice = f"convert {_some(pickles)} to safetensors" if pickles else "check the path"
+        advice = f"convert {_listed(pickles)} to safetensors" if pickles else "check the path"
         raise CheckpointError(f"{folder} has no *.safetensors file; {advice}")
     return [folder / name for name in chosen]
 
 
-def _some(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return first_of([shown(name) for name in sorted(names)], _MOST_NAMED)

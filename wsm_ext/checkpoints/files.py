@@ -41,7 +41,7 @@ def absent(file: Path) -> str:
 
 
 def is_missing(file: Path) -> bool:
-    """Also a link to nothing. What else may be wrong with a path, opening it tells."""
+    """Also a link to nothing. Whatever else is wrong with a path, opening it reports."""
     try:
         os.stat(file)
     except (FileNotFoundError, NotADirectoryError):
@@ -69,7 +69,7 @@ def is_pickle(name: str) -> bool:
 
 
 def read_json(file: Path, what: str, most_bytes: int, advice: str) -> Any:
-    """What a JSON file holds, in which no key may occur twice. `what` it is, and the `advice` where
+    """What a JSON file holds, in which no key may occur twice. `what` it is, and the `advice` if
     it is not, are for the error."""
     if file_size(file) > most_bytes:
         raise CheckpointError(f"{file} is too large for {what} (limit: {most_bytes} bytes)")

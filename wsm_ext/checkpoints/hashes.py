@@ -47,7 +47,7 @@ class Recorded:
 
 
 def new_hash() -> Any:
-    """An XXH3-128 that takes bytes by `update`. Raises ImportError where xxhash is missing."""
+    """An XXH3-128 that takes bytes by `update`. Raises ImportError if xxhash is missing."""
     try:
         import xxhash
     except ImportError as error:

@@ -59,11 +59,11 @@ def verify(
     update: bool = False,
     progress: Progress | None = None,
 ) -> Verified:
-    """Compare the checkpoint with its sidecar; write the sidecar where there is none, or `update`.
+    """Compare the checkpoint with its sidecar; write the sidecar if there is none, or `update`.
 
     Every byte is read once, past the page cache. `progress` gets (bytes done, bytes in all).
     Raises CheckpointError for a sidecar that is not valid or of another model, OSError and
-    TimeoutError where reading or writing fails.
+    TimeoutError if reading or writing fails.
     """
     new_hash()  # first of all: is the package there?
     path = sidecar_of(checkpoint) if sidecar is None else sidecar

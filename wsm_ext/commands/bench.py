@@ -180,7 +180,7 @@ def run_bench(
 def layer_seconds(model: Any, forward: Callable[[], None], device: torch.device) -> float:
     """Seconds that the layers of a pass take to compute: one layer's, times the layers.
 
-    A unit that is called again and again stays in its place, so only computing is left. 0 where
+    A unit that is called again and again stays in its place, so only computing is left. 0 if
     there is no stack of layers, or its layers would not stay.
     """
     layers = [unit for unit in find_units(model.module, "layer") if unit.layer is not None]

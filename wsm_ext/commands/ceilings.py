@@ -96,7 +96,7 @@ class DiskCell:
 
 
 def measure_disk(paths: Sequence[Path]) -> DiskCell:
-    """The best of a few methods to read the files, past the page cache where they allow that."""
+    """The best of a few methods to read the files, past the page cache if they allow that."""
     largest = max(paths, key=lambda path: path.stat().st_size)
     with _Reads(largest) as reads:
         cells = [reads.measure(block, threads) for block, threads in DISK_CELLS]

@@ -5,7 +5,7 @@
     monitor.summary()   # {"rss_bytes": {"mean": ..., "peak": ...}, ...}, and monitor.note
 
 A sample is taken on entry, every `interval_s` in a thread, and on exit, so a summary is not empty.
-Where NVML does not answer, `note` says why and the GPU's figures are absent. A failing sample ends
+If NVML does not answer, `note` says why and the GPU's figures are absent. A failing sample ends
 the GPU's figures, not the run.
 """
 

@@ -21,7 +21,7 @@ def count(text: str) -> int:
 def device_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, parents=[output_options()])
     parser.add_argument(
-        "--device", metavar="DEVICE", help="cuda, cuda:1 or cpu (a GPU where there is one)"
+        "--device", metavar="DEVICE", help="cuda, cuda:1 or cpu (a GPU if there is one)"
     )
     return parser
 

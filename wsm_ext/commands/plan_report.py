@@ -139,7 +139,7 @@ def _speed(tokens_per_second: float | None, prediction: Prediction) -> str:
 
 
 def print_comparison(console: Console, plan: PlanSummary) -> None:
-    """Predicted and achieved side by side; nothing where nothing was predicted."""
+    """Predicted and achieved side by side; nothing if nothing was predicted."""
     if plan.predicted is None:
         return
     table = Table(title="predicted and achieved", title_justify="left")

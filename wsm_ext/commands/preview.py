@@ -44,7 +44,7 @@ class Preview:
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
-        """None where nothing streams and computing is not known."""
+        """None if nothing streams and computing is not known."""
         return _per_second(self.workload.sequences * self.workload.tokens, self.prefill)
 
     @property
@@ -127,7 +127,7 @@ def _values(
     units: str | Sequence[str],
     plan: PlanSummary,
 ) -> dict[str, Value]:
-    """Budgets and what was decided within them; other settings where they were given."""
+    """Budgets and what was decided within them; other settings if they were given."""
 
     def source(name: str) -> str:
         return "planner" if config.sources[name] == "default" else config.sources[name]

@@ -36,7 +36,7 @@ def add_parser(commands: Commands) -> None:
         "model", metavar="MODEL", help="a model's folder, a safetensors file, or an id on the hub"
     )
     parser.add_argument(
-        "--sidecar", type=Path, metavar="FILE", help="the file of hashes, where not beside MODEL"
+        "--sidecar", type=Path, metavar="FILE", help="the file of hashes, if not beside MODEL"
     )
     parser.add_argument(
         "--update", action="store_true", help="write the hashes anew, of MODEL as it is now"

@@ -48,7 +48,7 @@ def prepare(
 ) -> tuple[PreTrainedModel, Checkpoint]:
     """The model with its parameters on meta, and the checkpoint under the model's names.
 
-    `opened`: the folder's checkpoint, where somebody has opened it already.
+    `opened`: the folder's checkpoint, if somebody has opened it already.
     """
     config = _read_config(folder)
     _refuse_unusual_weights(folder, config)

@@ -40,7 +40,7 @@ def cast(image: TensorImage, dtype: torch.dtype) -> TensorImage:
 def convert(conversion: Conversion, sources: Sequence[TensorImage]) -> dict[str, TensorImage]:
     """Images of the tensors that `conversion` makes of `sources`, by the names that it gives them.
 
-    Where the sources have several dtypes, the images have that of the first, until they are cast.
+    If the sources have several dtypes, the images have that of the first, until they are cast.
     Whatever `conversion` raises is passed on.
     """
     outputs = conversion([torch.empty(s.shape, dtype=s.dtype, device="meta") for s in sources])
@@ -188,7 +188,7 @@ def _viewed(func: Any, moved: _Moved, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _placed(name: str, moved: torch.Tensor, sources: Sequence[TensorImage]) -> TensorImage | None:
-    """The image whose extents are the pieces; None where these are many and small."""
+    """The image whose extents are the pieces; None if these are many and small."""
     if not isinstance(moved, _Moved):
         return None
     runs = [_run(piece, moved.shape) for piece in moved.pieces if piece.view.numel()]

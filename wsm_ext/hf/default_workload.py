@@ -8,7 +8,7 @@ _DEFAULT_TOKENS = 4096
 
 
 class DefaultWorkload(tuple[int, int]):
-    """A workload that nobody stated: where the trial fails, nothing is said."""
+    """A workload that nobody stated: if the trial fails, nothing is said."""
 
 
 def default_workload(module: nn.Module) -> DefaultWorkload:

@@ -75,7 +75,7 @@ class _Conversion:
     keys: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{', '.join(map(repr, self.rule.operations))} of {_some(self.keys)}"
+        return f"{', '.join(map(repr, self.rule.operations))} of {_listed(self.keys)}"
 
     def run(
         self, model: PreTrainedModel, name: str, tensors: Sequence[torch.Tensor]
@@ -163,7 +163,7 @@ def _convert(
 def _tie(model: PreTrainedModel, images: dict[str, TensorImage]) -> None:
     """Tied names share one parameter, and the image of whichever of them the checkpoint has.
 
-    Where it has several, each keeps its own: `stream` makes them one if their bytes are equal, and
+    If it has several, each keeps its own: `stream` makes them one if their bytes are equal, and
     leaves them apart if not, as `PreTrainedModel.tie_weights` does.
     """
     for target, source in model.all_tied_weights_keys.items():
@@ -189,12 +189,12 @@ def _check_names(
     missing = parameters & keys.missing_keys
     lost = sorted(keys.missing_keys - parameters)
     if lost:
-        _log.warning("not in the checkpoint, buffers keep their initial values: %s", _some(lost))
+        _log.warning("not in the checkpoint, buffers keep their initial values: %s", _listed(lost))
     problems = []
     if missing:
-        problems.append(f"parameters that the checkpoint lacks: {_some(missing)}")
+        problems.append(f"parameters that the checkpoint lacks: {_listed(missing)}")
     if keys.unexpected_keys:
-        problems.append(f"tensors that the model has no place for: {_some(keys.unexpected_keys)}")
+        problems.append(f"tensors that the model has no place for: {_listed(keys.unexpected_keys)}")
     if problems:
         raise CheckpointError(f"{type(model).__name__}: " + "; ".join(problems))
     return sorted(parameters - images.keys())
@@ -217,7 +217,7 @@ def _compute(model: PreTrainedModel, names: list[str]) -> dict[str, torch.Tensor
             owner._parameters[key] = absent
         values[name] = value.detach().contiguous()
     if names:
-        _log.warning("not in the checkpoint, computed by transformers: %s", _some(names))
+        _log.warning("not in the checkpoint, computed by transformers: %s", _listed(names))
     return values
 
 
@@ -263,8 +263,8 @@ def _check_shapes(model: PreTrainedModel, images: Mapping[str, TensorImage]) -> 
         if tuple(image.shape) != tuple(places[name].shape)
     ]
     if wrong:
-        raise CheckpointError(f"{type(model).__name__}: wrong shapes: {_some(wrong)}")
+        raise CheckpointError(f"{type(model).__name__}: wrong shapes: {_listed(wrong)}")
 
 
-def _some(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return first_of(sorted(names, key=dot_natural_key), _MOST_NAMED)

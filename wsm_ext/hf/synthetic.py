@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, int]] = {
         "kv_heads": 8,
         "vocab": 32000,
     },
-    # 0.44 GB a layer: many of them beside an arena of two, where RAM is small.
+    # 0.44 GB a layer: many of them beside an arena of two, if RAM is small.
     "7b": {
         "hidden": 4096,
         "intermediate": 14336,

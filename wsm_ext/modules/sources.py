@@ -28,7 +28,7 @@ _COMPARE_BYTES = 16 << 20
 class RamParameter:
     """A parameter that the module holds in RAM, and its bytes, one after another.
 
-    The bytes are those of the parameter itself, or a copy where it is not contiguous. They are let
+    The bytes are those of the parameter itself, or a copy if it is not contiguous. They are let
     go when all of them are on the device or in the host cache, and put back at the end. `shared`:
     other elements, its own or another parameter's, lie in the same bytes. Then they stay, since
     what is put back would lie apart. To be let go and put back `without_modes`.
@@ -76,7 +76,7 @@ class Source:
     index_of: dict[str, int] = field(default_factory=dict)  # slot name -> index into tensors
     arrivals: dict[int, Arrival] = field(default_factory=dict)  # by index into tensors
     kept: list[torch.Tensor] = field(default_factory=list)  # what `memory` points to besides
-    # The module's own tensors by shard, where the bytes come from RAM.
+    # The module's own tensors by shard, if the bytes come from RAM.
     ram_parameters: dict[int, RamParameter] = field(default_factory=dict)
 
     @property
@@ -94,7 +94,7 @@ def live(slot: Slot) -> torch.Tensor:
 def from_checkpoint(units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
     """Match every slot with its tensor by name, shape and dtype.
 
-    A tied parameter may be in the checkpoint under any one of its names. Where it is there under
+    A tied parameter may be in the checkpoint under any one of its names. If it is there under
     several, equal tensors become one image; unequal ones stay apart.
 
     Raises CheckpointError naming what is missing, or has another shape or dtype.

@@ -337,7 +337,7 @@ def _layer_of(node: _Node) -> _Node:
 def _label(node: _Node, several: bool, grouped: bool, labels: set[str]) -> str:
     """As in log lines: `layer=6`, `layer=6 group=attn`, `layer=6 unit=mlp.up`, `unit=lm_head`.
 
-    A bare index would be ambiguous where there are several stacks: `unit=encoder.layers.6`.
+    A bare index would be ambiguous if there are several stacks: `unit=encoder.layers.6`.
     """
     layer = _layer_of(node)
     if layer.index is None or (several and not grouped):

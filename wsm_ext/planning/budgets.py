@@ -115,7 +115,7 @@ def _file_pages(folder: Path, *names: str) -> int:
 
 
 def _read_number(path: Path) -> int | None:
-    """None where there is no such file, or no limit ("max")."""
+    """None if there is no such file, or no limit ("max")."""
     try:
         text = path.read_text().strip()
     except OSError:

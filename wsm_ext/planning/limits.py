@@ -115,7 +115,7 @@ class _CountedSettings:
             )
 
     def lookahead(self) -> int | None:
-        """At most the count of layers, or of groups where these are the unit, less two."""
+        """At most the count of layers, or of groups if these are the unit, less two."""
         name = "max_cached_layers" if self.config.gpu_max_groups is None else "gpu_max_groups"
         count: int | None = getattr(self.config, name)
         wanted = self.config.lookahead_units

@@ -72,7 +72,7 @@ def measure_link(device: torch.device) -> Link:
     """Copies of 16 MiB and of 1 MiB as the engine makes them: out of pinned memory on the copy
     stream of a GPU, from memory to memory on the host device.
 
-    Raises NotMeasuredError where the memory for that is refused, or the device fails.
+    Raises NotMeasuredError if the memory for that is refused, or the device fails.
     """
     try:
         return _link_of(*_time_copies(device, [16 * _MIB, _MIB]))
@@ -116,9 +116,9 @@ class Span:
 
 
 def find_spans(paths: Sequence[Path], direct: str = "auto") -> list[Span]:
-    """At most 2 GiB of the files, of which every beginning is spread evenly over them.
+    """At most 2 GiB of the files, in golden-ratio order, so that any prefix is spread evenly.
 
-    None where they are too small to tell anything. With direct="on" nothing counts as cached: the
+    None if they are too small to tell anything. With direct="on" nothing counts as cached: the
     page cache is not read.
     """
     starts = []
@@ -128,7 +128,7 @@ def find_spans(paths: Sequence[Path], direct: str = "auto") -> list[Span]:
     if len(starts) < _LEAST_SPANS:
         return []
     count = min(len(starts), _MOST_READ_BYTES // _SPAN_BYTES)
-    # Multiples of the golden ratio, by rank: no two alike, and evenly spread however many.
+    # By rank, so that no two are alike.
     ranks = sorted(range(len(starts)), key=lambda i: i * 0.6180339887498949 % 1)
     chosen = sorted(range(len(starts)), key=ranks.__getitem__)[:count]
     return [
@@ -158,9 +158,9 @@ def measure_disk(spans: Sequence[Span], config: Config) -> Disk:
     readers that the engine would take; past it by the fastest of a few methods, tried by turns.
 
     Which one is the fastest differs from drive to drive, and from one virtual disk to the next. The
-    engine's own choice stays where no other is faster in every round, and by 5 % in the median: on
+    engine's own choice stays if no other is faster in every round, and by 5 % in the median: on
     a drive whose samples scatter by a fifth, the best of six equal methods is the luckiest. Takes
-    2.5 s, and what the last sample takes. Raises NotMeasuredError where a read fails, or there is
+    2.5 s, and what the last sample takes. Raises NotMeasuredError if a read fails, or there is
     nothing to read.
     """
     if not spans:
@@ -235,9 +235,9 @@ def measure_layer(module: nn.Module, device: torch.device, batch: int, tokens: i
     """The compute of a transformers model at `batch` x `tokens`, from two of its layers.
 
     `module` is only looked at: two layers of its shape are made on the device with made-up
-    weights. Where a forward takes long, fewer tokens are run and the times scaled.
+    weights. If a forward takes long, fewer tokens are run and the times scaled.
 
-    Raises NotMeasuredError where the model cannot be cut to two layers, or has no room.
+    Raises NotMeasuredError if the model cannot be cut to two layers, or has no room.
     """
     try:
         model = _two_layers(module, device)

@@ -89,7 +89,7 @@ class Measurements:
         self._entries = self._load()
 
     def get(self, key: str) -> Any | None:
-        """The value, or None where there is none, or one that has expired."""
+        """The value, or None if there is none, or one that has expired."""
         entry = self._entries.get(key)
         if entry is None or not 0 <= time.time() - entry["time"] <= _KEPT_SECONDS:
             return None
@@ -102,7 +102,7 @@ class Measurements:
         self._write()
 
     def drop(self, keys: Iterable[str]) -> None:
-        """The entries of these names, where there are any, are gone."""
+        """The entries of these names, if there are any, are gone."""
         self._entries = self._load(quiet=True)
         for key in keys:
             self._entries.pop(key, None)

@@ -37,7 +37,7 @@ class PlanSummary:
     the link from the disk. `arena_bytes` and `homes_bytes` are device memory, `cache_bytes` and
     `staging_bytes` (`slot_count` slots of `chunk_bytes`) pinned host memory.
 
-    `predicted` is what a pass should take; None where nothing streams or nothing was measured.
+    `predicted` is what a pass should take; None if nothing streams or nothing was measured.
     `achieved` is what the passes took, the first left out; None before the second has ended.
     """
 
@@ -84,7 +84,7 @@ class PlanSummary:
         return any(unit.streamed_bytes for unit in self.units)
 
     def update(self, sums: Mapping[str, Any]) -> None:
-        """Take in the engine's sums over passes. Says once where they are not as predicted."""
+        """Take in the engine's sums over passes. Says once if they are not as predicted."""
         self.achieved = Achieved.of(sums)
         if self._warned or self.predicted is None or self.achieved is None:
             return

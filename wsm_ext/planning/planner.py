@@ -22,7 +22,7 @@ from .budgets import CPU_DEVICE_SHARE, device_available, host_available
 from .limits import choose_units, make_limits
 
 _MIB = 1 << 20
-# Where nobody says what activations and the KV cache need, they get the rest.
+# If nobody says what activations and the KV cache need, they get the rest.
 _CUDA_DEVICE_SHARE = 0.85
 # Finer units mean more hooks and log lines: they must shorten the pass to this at least.
 _FINER_IS_WORTH = 0.98
@@ -141,10 +141,10 @@ class Planner:
         kept_cache: _engine.KeptCache | None = None,
         before: ModulePlan | None = None,
     ) -> ModulePlan:
-        """The plan with the shortest pass; "auto" takes finer units where they pay.
+        """The plan with the shortest pass; "auto" takes finer units if they pay.
 
-        The units stay those of `before` where they can: of others, the host cache holds little.
-        Raises ValueError naming the least budget, where none of the units fits.
+        The units stay those of `before` if they can: of others, the host cache holds little.
+        Raises ValueError naming the least budget, if none of the units fits.
         """
         best: tuple[float, ModulePlan] | None = None
         refused: ValueError | None = None
@@ -167,7 +167,7 @@ class Planner:
         return best[1]
 
     def check(self) -> None:
-        """Raises ValueError (CheckpointError) where the checkpoint does not fit the module."""
+        """Raises ValueError (CheckpointError) if the checkpoint does not fit the module."""
         self._units(0)
 
     def forget(self) -> None:

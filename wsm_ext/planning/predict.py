@@ -26,9 +26,9 @@ class Prediction:
     """The simulated pass. Seconds: of a steady pass and of the first one, which fills the host
     cache; then how long each link and the computing are busy in a steady pass.
 
-    `compute_seconds` is None where one layer's compute is not known: then `seconds` is the least
+    `compute_seconds` is None if one layer's compute is not known: then `seconds` is the least
     that the links need. `limit` is the busiest: "disk", "h2d" or "compute". The gains are seconds
-    by which a pass gets shorter with one more GiB, planned again; None where settings do not let
+    by which a pass gets shorter with one more GiB, planned again; None if settings do not let
     that be planned. `rates` says what it was predicted from, and where that is known from.
     """
 
@@ -87,7 +87,7 @@ def predict(
 
 
 def measuring_matters(plan: _engine.Plan, config: Config) -> bool:
-    """Where something streams, and the model is larger than 1 GiB or `config.measure` says so."""
+    """If something streams, and the model is larger than 1 GiB or `config.measure` says so."""
     if not streams(plan):
         return False
     if config.measure is None:
@@ -96,7 +96,7 @@ def measuring_matters(plan: _engine.Plan, config: Config) -> bool:
 
 
 def files_of(source: Source) -> list[Path]:
-    """What is read; nothing where the weights lie in RAM."""
+    """What is read; nothing if the weights lie in RAM."""
     shards = zip(source.shards, source.memory, strict=True)
     return [Path(shard.path) for shard, address in shards if address == 0]
 
@@ -145,7 +145,7 @@ class Difference:
 
 
 def difference(predicted: Prediction, achieved: Achieved) -> Difference | None:
-    """Where passes take more than 15 % more, or less, than predicted; and why."""
+    """If passes take more than 15 % more, or less, than predicted; and why."""
     ratio = achieved.seconds / max(predicted.seconds, 1e-9) - 1
     if abs(ratio) <= _LEAST_DIFFERENCE:
         return None
@@ -166,7 +166,7 @@ def _cause(predicted: Prediction, achieved: Achieved) -> Difference:
     if achieved.seconds < predicted.seconds:
         return _cause_of_speed(predicted, achieved)
     stalls = achieved.stall_seconds
-    # Where the links do not hold it up, the forward itself takes that long.
+    # If the links do not hold it up, the forward itself takes that long.
     cause = max(("disk", "h2d"), key=lambda name: stalls.get(name, 0.0))
     computing = predicted.compute_seconds or 0.0
     if achieved.compute_seconds - computing > stalls.get(cause, 0.0):
@@ -206,7 +206,7 @@ def _rate_cause(link: str, predicted: Prediction, achieved: Achieved) -> Differe
 def comparison(
     predicted: Prediction | None, achieved: Achieved | None
 ) -> list[tuple[str, str, str]]:
-    """Rows of a table: what, predicted, achieved. Empty where neither is known."""
+    """Rows of a table: what, predicted, achieved. Empty if neither is known."""
     if predicted is None and achieved is None:
         return []
     rows = [

@@ -58,7 +58,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Rates:
-    """What is predicted from. `compute` is None where it is not known; `compute_note` says why."""
+    """What is predicted from. `compute` is None if it is not known; `compute_note` says why."""
 
     disk: Rate
     h2d: Rate
@@ -127,7 +127,7 @@ def gather(
 ) -> Rates:
     """Measure, or take what was measured in the last 30 days on this machine.
 
-    `paths`: the checkpoint's files; none where the weights lie in RAM. `workload`: what compute is
+    `paths`: the checkpoint's files; none if the weights lie in RAM. `workload`: what compute is
     measured at; None leaves it out. What cannot be measured is assumed, and its note says why.
     """
     if config.measure is False:

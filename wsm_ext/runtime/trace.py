@@ -72,8 +72,10 @@ def check_target(path: Path) -> None:
     """
     folder = path.parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"a trace cannot be written to {path}: {folder} is no folder")
+        raise FileNotFoundError(f"a trace cannot be written to {path}: {folder} is not a directory")
     if path.exists() and not path.is_file():
-        raise ValueError(f"a trace cannot be written to {path}: it is there, and is no file")
+        raise ValueError(
+            f"a trace cannot be written to {path}: it exists and is not a regular file"
+        )
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"a trace cannot be written to {path}: {folder} cannot be written to")
