@@ -11,7 +11,7 @@ CPP := $(shell find csrc cmake -type f) CMakeLists.txt
 CPP_FORMATTED = $(shell find csrc tests/cpp tests/fuzz tests/soak bench -name '*.h' -o -name '*.cc' -o -name '*.cu')
 # All but what needs the headers of CUDA or of Python.
 CPP_TIDIED = $(filter-out csrc/bindings/% csrc/device/cuda_%,$(shell find csrc -name '*.cc'))
-# Clang's thread-safety analysis: see csrc/util/mutex.h. GCC 12's own headers use what is deprecated.
+# The thread-safety analysis: see csrc/util/mutex.h. GCC 12's own headers use what is deprecated.
 TIDY_FLAGS = -std=c++20 -Icsrc -Wall -Wextra -Wno-deprecated-declarations -Wthread-safety \
 	-Wthread-safety-beta $(if $(wildcard /usr/include/liburing.h),-DWSM_HAVE_LIBURING=1)
 # Older ThreadSanitizers cannot run where the kernel spreads addresses wider than they expect.
@@ -118,8 +118,8 @@ lint: $(READY)
 	ruff format --check .
 	mypy
 	clang-format --dry-run --Werror $(CPP_FORMATTED)
-	echo $(CPP_TIDIED) | xargs -P $$(nproc) -n 1 sh -c 'clang-tidy --quiet --allow-no-checks \
-		--checks=-*,clang-diagnostic-* --warnings-as-errors=* "$$@" -- $(TIDY_FLAGS)' tidy
+	echo $(CPP_TIDIED) | xargs -P $$(nproc) -n 1 sh -c \
+		'clang-tidy --quiet "$$@" -- $(TIDY_FLAGS)' tidy
 
 format: $(READY)
 	ruff check --fix .

@@ -194,7 +194,7 @@ void Conductor::sleep() {
   timespec nap{0, static_cast<long>(sleep_s * 1e9)};
   if ((slots_wanted_ || copies_full_) && ring_->copies_pending()) {
     // A copy that ends wakes nobody: look again soon, less often the longer it takes.
-    const int us = std::min(kLongestNapUs, kShortestNapUs << std::min(idle_steps_++, 5));
+    const long us = std::min(kLongestNapUs, kShortestNapUs << std::min(idle_steps_++, 5));
     nap = {0, us * 1000};
   }
   ::ppoll(fds, 3, &nap, nullptr);

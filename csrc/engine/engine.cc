@@ -36,11 +36,11 @@ bool same_shards(const std::vector<ShardSpec>& a, const std::vector<ShardSpec>& 
 }  // namespace
 
 Engine::Engine(ModelSpec spec, Plan plan, Handoff handoff, std::byte* arena,
-               std::vector<HomeMemory> homes, std::vector<const void*> memory,
+               std::vector<HomeMemory> homes, const std::vector<const void*>& memory,
                StreamHandle allocated_on, EngineOptions options)
     : spec_(std::move(spec)),
       plan_(std::move(plan)),
-      options_(options),
+      options_(std::move(options)),
       device_(std::move(handoff.device)),
       inherited_(std::move(handoff.cache)),
       board_(streamed_bytes(plan_), plan_.read_ahead_bytes, plan_.lookahead_units),

@@ -87,8 +87,8 @@ class Engine {
   // lies in RAM, else null. `allocated_on`: the stream on which the arena and the homes were
   // allocated.
   Engine(ModelSpec spec, Plan plan, Handoff handoff, std::byte* arena,
-         std::vector<HomeMemory> homes, std::vector<const void*> memory, StreamHandle allocated_on,
-         EngineOptions options);
+         std::vector<HomeMemory> homes, const std::vector<const void*>& memory,
+         StreamHandle allocated_on, EngineOptions options);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;

@@ -71,7 +71,7 @@ class Choice {
     if (pass_s > pass_s_ * kWorthwhile) return;
     plan_ = std::move(*plan);
     fine_.reset();
-    limits_ = limits;
+    limits_ = std::move(limits);
     pass_s_ = pass_s;
   }
 

@@ -13,13 +13,11 @@
 #include "util/align.h"
 #include "util/check.h"
 
-// One number on every architecture (Linux 6.5); the headers of the build machine may be older.
-#ifndef __NR_cachestat
-#define __NR_cachestat 451
-#endif
-
 namespace wsm {
 namespace {
+
+// One number on every architecture (Linux 6.5); the headers of the build machine may be older.
+constexpr long kCachestat = 451;
 
 struct CacheRange {  // struct cachestat_range
   uint64_t offset;
@@ -67,7 +65,7 @@ Cached cached_by_cachestat(int fd, uint64_t offset, uint64_t bytes) {
   const PageRange pages = pages_of(offset, bytes);
   CacheRange range{pages.begin, pages.bytes};
   CacheCounts counts{};
-  if (::syscall(__NR_cachestat, fd, &range, &counts, 0) != 0) return Cached::kUnknown;
+  if (::syscall(kCachestat, fd, &range, &counts, 0) != 0) return Cached::kUnknown;
   return judge(counts.cached, pages.bytes / page_bytes());
 }
 

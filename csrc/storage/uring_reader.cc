@@ -93,7 +93,7 @@ std::string probe(io_uring* ring) {
     waited = ::io_uring_wait_cqe_timeout(ring, &cqe, &limit);
   } while (waited == -EINTR);
   if (waited < 0) {
-    (void)got.release();  // the kernel may still write there
+    [[maybe_unused]] const auto* const left = got.release();  // the kernel may still write there
     return concat("a first read did not complete: ", errno_text(-waited));
   }
   const int result = cqe->res;
