@@ -105,7 +105,7 @@ struct Settings {
   uint64_t unit_bytes = 0;
   uint32_t units = 0;
   uint32_t arena_units = 0;
-  Limits limits;
+  PlanLimits limits;
   EngineOptions options;
 };
 
@@ -127,7 +127,7 @@ ModelSpec make_spec(const Settings& settings, uint64_t file_bytes) {
   return spec;
 }
 
-Limits with_arena(Limits limits, uint64_t unit_bytes, uint32_t arena_units) {
+PlanLimits with_arena(PlanLimits limits, uint64_t unit_bytes, uint32_t arena_units) {
   const uint64_t arena = align_up(unit_bytes, kPlaceAlignment) * arena_units;
   limits.arena_bytes = arena;
   limits.home_bytes = 0;

@@ -135,7 +135,7 @@ def test_what_comes_from_the_disk_is_spread_evenly(llama: Any) -> None:
     rates = _engine.Rates()
     rates.h2d_bytes_per_s = 50e9
     simulated = _engine.simulate(made, rates)
-    assert simulated.limit == "disk"
+    assert simulated.bottleneck == "disk"
     assert simulated.disk_bytes == made.disk_home_bytes > 0
     assert simulated.pass_seconds <= 1.01 * simulated.disk_seconds
     lru = _engine.simulate(made, rates, policy="lru")

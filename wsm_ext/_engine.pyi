@@ -39,7 +39,7 @@ class Simulated:
     compute_seconds: float
     disk_bytes: int
     h2d_bytes: int
-    limit: str
+    bottleneck: str
     stall_seconds: dict[str, float]
 
 class ShardSpec:

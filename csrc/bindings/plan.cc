@@ -18,7 +18,7 @@ namespace py = pybind11;
 namespace wsm {
 namespace {
 
-PlannedModel plan_model(const ModelSpec& spec, const Limits& limits,
+PlannedModel plan_model(const ModelSpec& spec, const PlanLimits& limits,
                         const std::optional<Rates>& rates) {
   py::gil_scoped_release nogil;
   Plan plan = rates ? best_plan(spec, limits, *rates) : make_plan(spec, limits);
@@ -77,18 +77,18 @@ uint64_t device_bytes(const PlannedModel& planned) {
 
 void bind_plan(py::module_& m) {
   py::class_<KeptCache>(m, "KeptCache");
-  py::class_<Limits>(m, "PlanLimits")
+  py::class_<PlanLimits>(m, "PlanLimits")
       .def(py::init<>())
-      .def_readwrite("device_bytes", &Limits::device_bytes)
-      .def_readwrite("host_bytes", &Limits::host_bytes)
-      .def_readwrite("arena_bytes", &Limits::arena_bytes)
-      .def_readwrite("home_bytes", &Limits::home_bytes)
-      .def_readwrite("staging_bytes", &Limits::staging_bytes)
-      .def_readwrite("cache_bytes", &Limits::cache_bytes)
-      .def_readwrite("chunk_bytes", &Limits::chunk_bytes)
-      .def_readwrite("lookahead_units", &Limits::lookahead_units)
-      .def_readwrite("read_ahead_bytes", &Limits::read_ahead_bytes)
-      .def_readwrite("kept_cache", &Limits::kept_cache);
+      .def_readwrite("device_bytes", &PlanLimits::device_bytes)
+      .def_readwrite("host_bytes", &PlanLimits::host_bytes)
+      .def_readwrite("arena_bytes", &PlanLimits::arena_bytes)
+      .def_readwrite("home_bytes", &PlanLimits::home_bytes)
+      .def_readwrite("staging_bytes", &PlanLimits::staging_bytes)
+      .def_readwrite("cache_bytes", &PlanLimits::cache_bytes)
+      .def_readwrite("chunk_bytes", &PlanLimits::chunk_bytes)
+      .def_readwrite("lookahead_units", &PlanLimits::lookahead_units)
+      .def_readwrite("read_ahead_bytes", &PlanLimits::read_ahead_bytes)
+      .def_readwrite("kept_cache", &PlanLimits::kept_cache);
 
   py::class_<Place>(m, "Place")
       .def_readonly("offset", &Place::offset)
@@ -154,10 +154,10 @@ void bind_simulator(py::module_& m) {
       .def_readonly("compute_seconds", &Simulated::compute_s)
       .def_readonly("disk_bytes", &Simulated::disk_bytes)
       .def_readonly("h2d_bytes", &Simulated::h2d_bytes)
-      .def_property_readonly("limit",
+      .def_property_readonly("bottleneck",
                              [](const Simulated& s) {
                                const char* const names[] = {"disk", "h2d", "compute"};
-                               return names[static_cast<int>(s.limit)];
+                               return names[static_cast<int>(s.bottleneck)];
                              })
       .def_property_readonly("stall_seconds", [](const Simulated& s) {
         py::dict stalls;

@@ -111,7 +111,7 @@ class Engine {
   void fetch(uint32_t unit, uint32_t tensor, std::byte* target) const;
 
   void close();
-  // What the host cache holds, for `Limits::kept_cache` of the plan that comes after this one.
+  // What the host cache holds, for `PlanLimits::kept_cache` of the plan that comes after this one.
   // Also after `close`. Throws IoError where a file has changed since.
   KeptCache kept_cache() const;
   // Closes, and gives the device and the host cache to an engine of the same shards. Throws Error

@@ -25,7 +25,7 @@ constexpr uint64_t kMostTriedChunks = 1 << 13;
 // The best so far, and what it was planned with.
 class Choice {
  public:
-  Choice(const ModelSpec& spec, const Limits& limits, const Rates& rates)
+  Choice(const ModelSpec& spec, const PlanLimits& limits, const Rates& rates)
       : spec_(spec), limits_(limits), rates_(rates), plan_(make_plan(spec, limits)) {
     warnings_ = plan_.warnings;
     cut_bytes_ = tried_cut_bytes_ = plan_.cut_bytes;
@@ -59,7 +59,7 @@ class Choice {
   // Takes the changed limits where they give a faster pass.
   template <typename Change>
   void try_out(Change change) {
-    Limits limits = limits_;
+    PlanLimits limits = limits_;
     change(limits);
     std::optional<Plan> plan;
     try {
@@ -76,13 +76,13 @@ class Choice {
   }
 
  private:
-  Plan tried_plan(Limits limits) const {
+  Plan tried_plan(PlanLimits limits) const {
     if (tried_cut_bytes_ > cut_bytes_) limits.chunk_bytes = tried_cut_bytes_;
     return make_plan(spec_, limits);
   }
 
   const ModelSpec& spec_;
-  Limits limits_;
+  PlanLimits limits_;
   const Rates& rates_;
   Plan plan_;
   std::optional<Plan> fine_;  // of the limits as they are, where they were planned with once
@@ -129,27 +129,27 @@ double expected_pass_s(const Plan& plan, const Rates& rates) {
   return sum / std::size(kAssumedCompute);
 }
 
-Plan best_plan(const ModelSpec& spec, const Limits& limits, const Rates& rates) {
+Plan best_plan(const ModelSpec& spec, const PlanLimits& limits, const Rates& rates) {
   Choice best(spec, limits, rates);
   if (best.plan().host_home_bytes + best.plan().disk_home_bytes == 0) return std::move(best).take();
   for (const Units& units : worth_keeping(spec)) {
-    best.try_out([&](Limits& l) { l.first_units = units; });
+    best.try_out([&](PlanLimits& l) { l.first_units = units; });
   }
   if (!limits.lookahead_units) {
     for (uint32_t ahead = 1; ahead <= kMostAhead; ++ahead) {
       if (ahead == best.plan().lookahead_units) continue;
-      best.try_out([&](Limits& l) { l.lookahead_units = ahead; });
+      best.try_out([&](PlanLimits& l) { l.lookahead_units = ahead; });
     }
   }
   if (!limits.seam_units) {
     for (uint32_t seam = best.plan().lookahead_units; seam-- > 0;) {
-      best.try_out([&](Limits& l) { l.seam_units = seam; });
+      best.try_out([&](PlanLimits& l) { l.seam_units = seam; });
     }
   }
   if (!limits.staging_bytes && best.plan().disk_home_bytes > 0) {
     const uint64_t usual = best.plan().staging_bytes();
     for (uint64_t factor = 2; factor <= kMostStagingFactor; factor *= 2) {
-      best.try_out([&](Limits& l) {
+      best.try_out([&](PlanLimits& l) {
         l.staging_bytes = usual * factor;
         l.chunk_bytes = best.cut_bytes();
       });

@@ -18,6 +18,6 @@ namespace wsm {
 double expected_pass_s(const Plan& plan, const Rates& rates);
 
 // Like `make_plan`, and throws as it does. What `limits` sets is not varied.
-Plan best_plan(const ModelSpec& spec, const Limits& limits, const Rates& rates);
+Plan best_plan(const ModelSpec& spec, const PlanLimits& limits, const Rates& rates);
 
 }  // namespace wsm

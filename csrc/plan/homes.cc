@@ -18,7 +18,7 @@ constexpr int kMaxRefills = 4;
 // The searches below keep the first `k` tensors of the residency order and look for the largest k.
 class Search {
  public:
-  Search(const ModelSpec& spec, const Limits& limits, ResidencyOrder order)
+  Search(const ModelSpec& spec, const PlanLimits& limits, ResidencyOrder order)
       : spec_(spec),
         device_bytes_(limits.device_bytes),
         home_limit_(limits.home_bytes.value_or(UINT64_MAX)),
@@ -144,7 +144,7 @@ class Search {
   std::vector<size_t> samples_;       // ascending, from none to all
 };
 
-[[noreturn]] void throw_too_small(const ModelSpec& spec, const Limits& limits,
+[[noreturn]] void throw_too_small(const ModelSpec& spec, const PlanLimits& limits,
                                   const Search& search) {
   const std::vector<Place> places = search.places_of_prefix(0);
   size_t largest = 0;
@@ -188,14 +188,14 @@ std::optional<Found> find_homes(const Search& search, uint32_t units,
 }
 
 // Two units ahead ride out uneven units, where that costs little; else one.
-uint32_t default_lookahead(const Search& search, const Limits& limits) {
+uint32_t default_lookahead(const Search& search, const PlanLimits& limits) {
   const uint64_t arena = least_arena_bytes(search.places_of_prefix(0), {.units = 2, .seam = 2});
   const bool cheap = search.arena_cost(arena) <= limits.device_bytes / 4 &&
                      arena <= limits.arena_bytes.value_or(UINT64_MAX);
   return cheap ? 2 : 1;
 }
 
-uint32_t wanted_lookahead(const Search& search, const Limits& limits, DeviceHomes& homes) {
+uint32_t wanted_lookahead(const Search& search, const PlanLimits& limits, DeviceHomes& homes) {
   if (!limits.lookahead_units) return default_lookahead(search, limits);
   if (*limits.lookahead_units > kMaxLookahead) {
     homes.warnings.push_back(concat("lookahead_units = ", *limits.lookahead_units, ": at most ",
@@ -204,7 +204,7 @@ uint32_t wanted_lookahead(const Search& search, const Limits& limits, DeviceHome
   return std::min(*limits.lookahead_units, kMaxLookahead);
 }
 
-void warn_smaller(const Limits& limits, uint32_t wanted, Lookahead ahead, DeviceHomes& homes) {
+void warn_smaller(const PlanLimits& limits, uint32_t wanted, Lookahead ahead, DeviceHomes& homes) {
   if (!limits.lookahead_units) return;
   if (ahead.units < wanted) {
     homes.warnings.push_back(concat("lookahead_units = ", wanted,
@@ -311,7 +311,7 @@ void lay_out(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
   refill(spec, search, homes, &users);
 }
 
-DeviceHomes choose_in_order(const ModelSpec& spec, const Limits& limits, ResidencyOrder order) {
+DeviceHomes choose_in_order(const ModelSpec& spec, const PlanLimits& limits, ResidencyOrder order) {
   const Search search(spec, limits, std::move(order));
   DeviceHomes homes;
   homes.resident.assign(spec.tensors.size(), false);
@@ -345,7 +345,7 @@ bool better(const DeviceHomes& a, const DeviceHomes& b) {
   return streamed_bytes(a) < streamed_bytes(b);
 }
 
-ResidencyOrder asked_order(const ModelSpec& spec, const Limits& limits) {
+ResidencyOrder asked_order(const ModelSpec& spec, const PlanLimits& limits) {
   ResidencyOrder order = residency_order(spec);
   for (const uint32_t u : limits.first_units) {
     check(u < spec.units.size(), "first_units: there is no unit ", u);
@@ -369,7 +369,7 @@ std::optional<uint32_t> smallest_in_cycle(const DeviceHomes& homes) {
 
 // An odd number of units cannot alternate between two places, the seam takes a third. Keeping one
 // unit whole costs no more than that, and makes the number even.
-DeviceHomes choose_device_homes(const ModelSpec& spec, const Limits& limits) {
+DeviceHomes choose_device_homes(const ModelSpec& spec, const PlanLimits& limits) {
   const ResidencyOrder order = asked_order(spec, limits);
   DeviceHomes homes = choose_in_order(spec, limits, order);
   const bool ideal = homes.ahead.seam == limits.seam_units.value_or(homes.ahead.units) &&

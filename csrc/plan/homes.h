@@ -27,6 +27,6 @@ struct DeviceHomes {
 
 // Uses the device budget to within one tensor. Throws InvalidArgument naming the least budget that
 // works.
-DeviceHomes choose_device_homes(const ModelSpec& spec, const Limits& limits);
+DeviceHomes choose_device_homes(const ModelSpec& spec, const PlanLimits& limits);
 
 }  // namespace wsm

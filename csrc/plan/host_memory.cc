@@ -32,7 +32,7 @@ uint64_t least_chunk_bytes(const ModelSpec& spec) {
 }
 
 // What the ring may take, as far as chunks are sized by it.
-uint64_t staging_room(const Limits& limits, uint64_t least_staging,
+uint64_t staging_room(const PlanLimits& limits, uint64_t least_staging,
                       std::vector<std::string>& warnings) {
   if (!limits.staging_bytes) return limits.host_bytes;
   const uint64_t room = std::clamp(*limits.staging_bytes, least_staging, limits.host_bytes);
@@ -82,7 +82,7 @@ uint64_t places_bytes(const std::vector<Chunk*>& chunks, uint64_t granule) {
   return bytes;
 }
 
-uint64_t choose_slots(const Limits& limits, const Plan& plan, uint64_t streamed_bytes) {
+uint64_t choose_slots(const PlanLimits& limits, const Plan& plan, uint64_t streamed_bytes) {
   const uint64_t slot = plan.chunk_bytes;
   const uint64_t useful = std::max<uint64_t>(plan.chunks.size(), kLeastSlots);
   const uint64_t affordable = std::min(limits.host_bytes / slot, useful);
@@ -142,7 +142,7 @@ uint64_t host_granule_bytes(const ModelSpec& spec) {
   return granule;
 }
 
-uint64_t choose_chunk_bytes(const ModelSpec& spec, const Limits& limits,
+uint64_t choose_chunk_bytes(const ModelSpec& spec, const PlanLimits& limits,
                             std::vector<std::string>& warnings) {
   const uint64_t least = least_chunk_bytes(spec);
   check(limits.host_bytes >= kLeastSlots * least, "host_bytes = ", limits.host_bytes,
@@ -168,7 +168,7 @@ uint64_t choose_chunk_bytes(const ModelSpec& spec, const Limits& limits,
   return chunk;
 }
 
-void plan_host_memory(const ModelSpec& spec, const Limits& limits, Plan& plan) {
+void plan_host_memory(const ModelSpec& spec, const PlanLimits& limits, Plan& plan) {
   if (plan.chunks.empty()) return;
   const uint64_t granule = host_granule_bytes(spec);
   plan.chunk_bytes = 0;

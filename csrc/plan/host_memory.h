@@ -32,12 +32,12 @@ uint64_t host_granule_bytes(const ModelSpec& spec);
 
 // The largest chunk, so that the ring has enough slots within the budget. Throws InvalidArgument
 // naming the least host budget where not even two slots fit.
-uint64_t choose_chunk_bytes(const ModelSpec& spec, const Limits& limits,
+uint64_t choose_chunk_bytes(const ModelSpec& spec, const PlanLimits& limits,
                             std::vector<std::string>& warnings);
 
 // For a plan whose chunks are cut: sets the slots, and gives chunks a home in the host cache,
 // spread evenly over the pass. Uses the budget to within one chunk. `plan.chunk_bytes` shrinks to
 // the largest chunk there is.
-void plan_host_memory(const ModelSpec& spec, const Limits& limits, Plan& plan);
+void plan_host_memory(const ModelSpec& spec, const PlanLimits& limits, Plan& plan);
 
 }  // namespace wsm

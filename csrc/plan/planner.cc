@@ -78,7 +78,7 @@ class FileOrder {
 
 // Cuts the homes into blocks, in the order in which the tensors were chosen; inside a block they
 // lie in file order. Returns their offsets in the homes, by tensor.
-std::vector<uint64_t> lay_out_homes(const ModelSpec& spec, const Limits& limits,
+std::vector<uint64_t> lay_out_homes(const ModelSpec& spec, const PlanLimits& limits,
                                     const DeviceHomes& homes, const FileOrder& order, Plan& plan) {
   HomeBlocks blocks(limits.home_bytes.value_or(UINT64_MAX));
   for (const uint32_t t : homes.kept) {
@@ -169,7 +169,7 @@ void cut_resident(const ModelSpec& spec, uint64_t chunk_bytes, Plan& plan) {
   cut_chunks(std::move(fragments), spec.shards, chunk_bytes, Home::kDevice, plan);
 }
 
-void plan_device_memory(const ModelSpec& spec, const Limits& limits, const DeviceHomes& homes,
+void plan_device_memory(const ModelSpec& spec, const PlanLimits& limits, const DeviceHomes& homes,
                         Plan& plan) {
   const FileOrder order(spec);
   const std::vector<uint64_t> home_offsets = lay_out_homes(spec, limits, homes, order, plan);
@@ -206,7 +206,7 @@ void sum_homes(Plan& plan) {
 
 }  // namespace
 
-Plan make_plan(const ModelSpec& spec, const Limits& limits) {
+Plan make_plan(const ModelSpec& spec, const PlanLimits& limits) {
   validate(spec);
   Plan plan;
   plan.device_budget_bytes = limits.device_bytes;

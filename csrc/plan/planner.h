@@ -11,7 +11,7 @@
 
 namespace wsm {
 
-struct Limits {
+struct PlanLimits {
   uint64_t device_bytes = 0;  // arena and homes together, as the allocator rounds; a hard limit
   uint64_t host_bytes = 0;    // host cache and staging ring together; a hard limit
 
@@ -32,7 +32,7 @@ struct Limits {
 
 // Validates `spec`, then plans. Throws InvalidArgument naming the least that would work when a
 // budget is too small. What is asked for in vain is answered in Plan::warnings.
-Plan make_plan(const ModelSpec& spec, const Limits& limits);
+Plan make_plan(const ModelSpec& spec, const PlanLimits& limits);
 
 // Device bytes as the allocator takes them for one block of `bytes`.
 uint64_t device_block_bytes(uint64_t bytes);

@@ -107,15 +107,17 @@ class Simulator {
     Simulated result = last.back();
     result.first_pass_s = first_pass_s;
     if (!same) result.pass_s = mean_pass_s(last);
-    result.limit = result.disk_s >= std::max(result.h2d_s, result.compute_s) ? Limit::kDisk
-                   : result.h2d_s >= result.compute_s                        ? Limit::kH2d
-                                                                             : Limit::kCompute;
+    result.bottleneck = result.disk_s >= std::max(result.h2d_s, result.compute_s)
+                            ? Bottleneck::kDisk
+                        : result.h2d_s >= result.compute_s ? Bottleneck::kH2d
+                                                           : Bottleneck::kCompute;
     // What was read ahead may hide for many passes that a link cannot keep up.
     const double hidden_s =
         std::max({result.disk_s, result.h2d_s, result.compute_s}) - result.pass_s;
     if (hidden_s > 0) {
       result.pass_s += hidden_s;
-      (result.limit == Limit::kDisk ? result.disk_stall_s : result.h2d_stall_s) += hidden_s;
+      (result.bottleneck == Bottleneck::kDisk ? result.disk_stall_s : result.h2d_stall_s) +=
+          hidden_s;
     }
     return result;
   }

@@ -32,7 +32,7 @@ struct Rates {
 // What the host cache does. kLru is what others do, for comparison.
 enum class CachePolicy : uint8_t { kFixed, kLru };
 
-enum class Limit : uint8_t { kDisk, kH2d, kCompute };
+enum class Bottleneck : uint8_t { kDisk, kH2d, kCompute };
 
 struct Simulated {
   double pass_s = 0;        // of a pass that others came before
@@ -43,7 +43,7 @@ struct Simulated {
   double compute_s = 0;
   uint64_t disk_bytes = 0;
   uint64_t h2d_bytes = 0;
-  Limit limit = Limit::kH2d;  // which was busy longest
+  Bottleneck bottleneck = Bottleneck::kH2d;  // which was busy longest
   // How long compute waited: for bytes from the disk, for copies, for a place in the arena.
   double disk_stall_s = 0;
   double h2d_stall_s = 0;

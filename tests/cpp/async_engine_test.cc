@@ -28,7 +28,7 @@ class Scene {
   // `arena_units`: in largest units; `cached`: fraction of the model.
   Scene(uint64_t seed, double arena_units, double cached, uint32_t slots = 4)
       : gpu(std::make_shared<AsyncGpu>(seed)), model(seed), kernels(gpu, model) {
-    Limits limits;
+    PlanLimits limits;
     limits.device_bytes = 64 * kMiB;
     const uint64_t unit = model.largest_unit_bytes() + 4 * kKiB;
     limits.arena_bytes = static_cast<uint64_t>(arena_units * static_cast<double>(unit));

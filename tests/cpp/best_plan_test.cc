@@ -24,13 +24,13 @@ Rates fast_link() { return {.disk_bytes_per_s = 2e9, .h2d_bytes_per_s = 50e9, .c
 // is worth its memory, where it does not, homes are.
 TEST(BestPlan, WeighsTheSeamAgainstHomes) {
   const ModelSpec spec = uniform_model(13, 4, kUnit / 4);
-  const Limits limits{.device_bytes = 6 * kUnit, .host_bytes = 20 * kUnit};
+  const PlanLimits limits{.device_bytes = 6 * kUnit, .host_bytes = 20 * kUnit};
   for (const double compute_s : {0.0, 0.0005, 0.005}) {
     Rates rates = fast_link();
     rates.compute_s.assign(13, compute_s);
     const double best = simulate(best_plan(spec, limits, rates), rates).pass_s;
     for (uint32_t ahead = 1; ahead <= 4; ++ahead) {
-      Limits other = limits;
+      PlanLimits other = limits;
       other.lookahead_units = ahead;
       EXPECT_LE(best, simulate(make_plan(spec, other), rates).pass_s * 1.006);
     }
@@ -45,7 +45,7 @@ TEST(BestPlan, KeepsTheUnitThatMakesTheArenaLarge) {
     const std::string name = "layers." + std::to_string(i);
     model.unit(name, {model.tensor(name, kUnit)});
   }
-  const Limits limits{.device_bytes = 20 * kUnit, .host_bytes = 80 * kUnit};
+  const PlanLimits limits{.device_bytes = 20 * kUnit, .host_bytes = 80 * kUnit};
   const Plan usual = make_plan(model.spec, limits);
   const Plan best = best_plan(model.spec, limits, fast_link());
   EXPECT_EQ(best.units[0].place_bytes, 0u);
@@ -67,10 +67,10 @@ TEST(BestPlan, KeepsTheEndsWhereTheyHoldUpTheNextPass) {
     model.unit(name, tensors);
   }
   model.unit("head", {model.tensor("head", kUnit / 3)});
-  const Limits limits{.device_bytes = 3 * kUnit,
-                      .host_bytes = 20 * kUnit,
-                      .arena_bytes = 2 * kUnit,
-                      .home_bytes = kUnit};
+  const PlanLimits limits{.device_bytes = 3 * kUnit,
+                          .host_bytes = 20 * kUnit,
+                          .arena_bytes = 2 * kUnit,
+                          .home_bytes = kUnit};
   Rates rates = fast_link();
   const double copy_s = kUnit / rates.h2d_bytes_per_s;
   rates.compute_s.assign(14, 1.5 * copy_s);
@@ -79,7 +79,7 @@ TEST(BestPlan, KeepsTheEndsWhereTheyHoldUpTheNextPass) {
   EXPECT_EQ(plan.units.front().place_bytes + plan.units.back().place_bytes, 0u);
   const Simulated s = simulate(plan, rates);
   EXPECT_LE(s.pass_s, 1.01 * s.compute_s);
-  Limits alone = limits;
+  PlanLimits alone = limits;
   alone.home_bytes = 0;
   EXPECT_GT(simulate(make_plan(model.spec, alone), rates).pass_s, 1.03 * s.compute_s);
 }
@@ -87,7 +87,7 @@ TEST(BestPlan, KeepsTheEndsWhereTheyHoldUpTheNextPass) {
 // Tried out with larger chunks, but made with its own.
 TEST(BestPlan, ALargeModelHasTheChunksOfAnyOther) {
   const ModelSpec spec = uniform_model(13, 4, kGiB / 4);
-  const Limits limits{.device_bytes = 4 * kGiB, .host_bytes = 40 * kGiB};
+  const PlanLimits limits{.device_bytes = 4 * kGiB, .host_bytes = 40 * kGiB};
   Rates rates = fast_link();
   rates.compute_s.assign(13, 0.02);
   const Plan plan = best_plan(spec, limits, rates);
@@ -101,10 +101,10 @@ TEST(BestPlan, ALargeModelHasTheChunksOfAnyOther) {
 
 TEST(BestPlan, WhatIsAskedForIsNotVaried) {
   const ModelSpec spec = uniform_model(12, 4, kUnit / 4);
-  const Limits limits{.device_bytes = 8 * kUnit,
-                      .host_bytes = 4 * kUnit,
-                      .staging_bytes = kUnit,
-                      .lookahead_units = 3};
+  const PlanLimits limits{.device_bytes = 8 * kUnit,
+                          .host_bytes = 4 * kUnit,
+                          .staging_bytes = kUnit,
+                          .lookahead_units = 3};
   const Plan plan = best_plan(spec, limits, fast_link());
   EXPECT_EQ(plan.lookahead_units, 3u);
   EXPECT_EQ(plan.staging_bytes(), make_plan(spec, limits).staging_bytes());
@@ -112,7 +112,7 @@ TEST(BestPlan, WhatIsAskedForIsNotVaried) {
 
 TEST(BestPlan, WhatWasTriedLeavesNoWarnings) {
   const ModelSpec spec = uniform_model(5, 2, kUnit / 2);
-  const Limits limits{.device_bytes = 3 * kUnit, .host_bytes = kUnit};
+  const PlanLimits limits{.device_bytes = 3 * kUnit, .host_bytes = kUnit};
   EXPECT_TRUE(best_plan(spec, limits, fast_link()).warnings.empty());
 }
 
@@ -129,8 +129,8 @@ TEST(BestPlan, IsSoundAndNoSlowerThanTheUsualPlan) {
     SCOPED_TRACE(concat("seed ", seed));
     std::mt19937_64 random(seed);
     const ModelSpec spec = random_model(random, 4 * kMiB);
-    const Limits limits{.device_bytes = random() % (64 * kMiB),
-                        .host_bytes = random() % (64 * kMiB)};
+    const PlanLimits limits{.device_bytes = random() % (64 * kMiB),
+                            .host_bytes = random() % (64 * kMiB)};
     Plan usual;
     try {
       usual = make_plan(spec, limits);

@@ -36,7 +36,7 @@ class CudaEngineTest : public ::testing::Test {
       if (std::getenv("WSM_REQUIRE_GPU")) FAIL() << "WSM_REQUIRE_GPU=1, and no GPU answers";
       GTEST_SKIP() << "no GPU answers";
     }
-    Limits limits;
+    PlanLimits limits;
     limits.device_bytes = 64 * kMiB;
     limits.arena_bytes = 2 * model_.largest_unit_bytes() + 8 * kKiB;
     limits.home_bytes = 0;

@@ -26,8 +26,8 @@ constexpr uint64_t kChunk = 64 * kKiB;
 // Of a read that gets lost. Where none does, the usual limit holds: a busy machine is not a fault.
 constexpr double kLostLimit_s = 0.4;
 
-Limits small_limits(const StreamedModel& model, double cached, uint32_t slots = 4) {
-  Limits l;
+PlanLimits small_limits(const StreamedModel& model, double cached, uint32_t slots = 4) {
+  PlanLimits l;
   l.device_bytes = 64 * kMiB;
   l.arena_bytes = 2 * model.largest_unit_bytes() + 8 * kKiB;
   l.home_bytes = 0;
@@ -262,7 +262,7 @@ TEST(EngineFaults, AFlippedBitIsFoundWhereItWasPutAndNowhereElse) {
   FaultyOptions options;
   options.flip_chance = 0.5;
   const auto log = options.log = std::make_shared<testing::FaultLog>();
-  Limits limits = small_limits(model, 1.1);
+  PlanLimits limits = small_limits(model, 1.1);
   model.open(model.plan(limits), faulty(testing::test_seed(), options));
   Engine& engine = model.engine();
   engine.begin_pass(0);

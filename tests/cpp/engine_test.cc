@@ -27,8 +27,8 @@ using testing::StreamedModel;
 constexpr uint64_t kChunk = 64 * kKiB;
 
 // Budgets by the case: how much device memory, how much host memory, beside small chunks.
-Limits limits(uint64_t arena, uint64_t cache, uint64_t staging = 4 * kChunk) {
-  Limits l;
+PlanLimits limits(uint64_t arena, uint64_t cache, uint64_t staging = 4 * kChunk) {
+  PlanLimits l;
   l.device_bytes = 64 * kMiB;
   l.arena_bytes = arena;
   l.home_bytes = 0;
@@ -48,7 +48,7 @@ struct Case {
 
 class EngineCases : public ::testing::TestWithParam<Case> {
  protected:
-  Limits limits_of(const StreamedModel& model) const {
+  PlanLimits limits_of(const StreamedModel& model) const {
     const Case& c = GetParam();
     const auto arena =
         static_cast<uint64_t>(c.arena_units * (model.largest_unit_bytes() + 4 * kKiB));
@@ -120,7 +120,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST(Engine, ResidentTensorsAreLoadedOnceAndStay) {
   StreamedModel model;
-  Limits l = limits(3 * model.largest_unit_bytes(), 0);
+  PlanLimits l = limits(3 * model.largest_unit_bytes(), 0);
   l.home_bytes = model.bytes() / 2;
   const Plan plan = model.plan(l);
   ASSERT_GT(plan.device_home_bytes, 0u);
@@ -137,7 +137,7 @@ TEST(Engine, ImagesOfTransformsArriveInScratchOrAreFetched) {
   shape.transformed = true;
   StreamedModel model(7, shape);
   for (const uint64_t homes : {uint64_t{0}, model.bytes() / 2, model.bytes()}) {
-    Limits l = limits(3 * model.largest_unit_bytes(), model.bytes() / 4);
+    PlanLimits l = limits(3 * model.largest_unit_bytes(), model.bytes() / 4);
     l.home_bytes = homes;
     EngineOptions options;
     options.poison = true;
@@ -221,7 +221,7 @@ TEST(Engine, AnAbortedPassIsRecovered) {
 
 TEST(Engine, LookaheadZeroLoadsOnDemandOnly) {
   StreamedModel model;
-  Limits l = limits(3 * model.largest_unit_bytes(), 0);
+  PlanLimits l = limits(3 * model.largest_unit_bytes(), 0);
   l.lookahead_units = 0;
   Engine& engine = model.open(model.plan(l));
   for (int pass = 0; pass < 2; ++pass) ASSERT_EQ(model.pass(model.all_units()), "");
@@ -257,7 +257,7 @@ TEST(Engine, AFileThatChangedIsFoundBeforeThePass) {
 
 TEST(Engine, AnInterruptEndsTheWaitAndTheEngineGoesOn) {
   StreamedModel model;
-  Limits on_demand = limits(3 * model.largest_unit_bytes(), 0);
+  PlanLimits on_demand = limits(3 * model.largest_unit_bytes(), 0);
   on_demand.lookahead_units = 0;  // so that each acquire waits
   on_demand.read_ahead_bytes = 0;
   Engine& engine = model.open(model.plan(on_demand));
@@ -320,7 +320,7 @@ TEST(Engine, AWaitForCopiesIsAWaitForTheLink) {
   ModelShape shape{.units = 3, .tensors_per_unit = 1, .encloses_units = {}};
   shape.least_tensor_bytes = shape.most_tensor_bytes = 400 * kChunk;
   StreamedModel model(1, shape);
-  Limits wide = limits(2 * model.largest_unit_bytes(), 0, 800 * kChunk);
+  PlanLimits wide = limits(2 * model.largest_unit_bytes(), 0, 800 * kChunk);
   wide.device_bytes = 2 * model.bytes();
   EngineOptions options;
   options.direct = DirectMode::kOff;

@@ -48,7 +48,7 @@ uint64_t following(uint64_t nth, uint64_t calls) {
 class Life {
  public:
   explicit Life(ReaderChoice reader) : reader_(reader) {
-    Limits limits;
+    PlanLimits limits;
     limits.device_bytes = 64 * kMiB;
     limits.arena_bytes = 2 * model_.largest_unit_bytes() + 8 * kKiB;
     limits.home_bytes = model_.bytes() / 3;

@@ -21,12 +21,12 @@ using testing::uniform_model;
 
 constexpr uint64_t kLayer = 100 * kMiB;
 
-DeviceHomes homes_of(const ModelSpec& spec, const Limits& limits) {
+DeviceHomes homes_of(const ModelSpec& spec, const PlanLimits& limits) {
   validate(spec);
   return choose_device_homes(spec, limits);
 }
 
-std::string refusal(const ModelSpec& spec, const Limits& limits) {
+std::string refusal(const ModelSpec& spec, const PlanLimits& limits) {
   try {
     homes_of(spec, limits);
   } catch (const InvalidArgument& error) {
@@ -199,7 +199,7 @@ TEST(DeviceHomes, MoreMemoryNeverStreamsMore) {
   uint64_t streamed_before = UINT64_MAX;
   for (uint64_t budget = 1; budget <= 30; ++budget) {
     uint64_t streamed = 0;
-    const Limits limits{.device_bytes = budget * kLayer, .lookahead_units = 1};
+    const PlanLimits limits{.device_bytes = budget * kLayer, .lookahead_units = 1};
     for (const Place& place : homes_of(spec, limits).places) streamed += place.bytes;
     EXPECT_LE(streamed, streamed_before) << budget;
     streamed_before = streamed;
@@ -228,7 +228,7 @@ TEST(DeviceHomes, TheLeastThatIsNamedWorks) {
     SCOPED_TRACE(concat("seed ", seed));
     std::mt19937_64 random(seed);
     const ModelSpec spec = random_model(random, (1 + random() % 64) * kMiB);
-    Limits limits;
+    PlanLimits limits;
     if (random() % 3 == 0) limits.home_bytes = random() % (32 * kMiB);
     const std::string message = refusal(spec, limits);
     if (message == "accepted") continue;  // no bytes at all

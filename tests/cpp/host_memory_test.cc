@@ -30,7 +30,7 @@ ModelSpec aligned_model(uint64_t layer_bytes = 4 * kChunk) {
   return model.spec;
 }
 
-Limits streaming(uint64_t host_bytes) {
+PlanLimits streaming(uint64_t host_bytes) {
   return {.device_bytes = 12 * kChunk, .host_bytes = host_bytes, .home_bytes = 0};
 }
 
@@ -64,7 +64,7 @@ TEST(HostMemory, AMixtureTakesAnEighthForTheRing) {
 }
 
 TEST(HostMemory, WithoutACacheTheRingTakesAll) {
-  Limits limits = streaming(30 * kChunk);
+  PlanLimits limits = streaming(30 * kChunk);
   limits.cache_bytes = 0;
   EXPECT_EQ(make_plan(aligned_model(), limits).slot_count, 30u);
   limits.host_bytes = 1000 * kChunk;
@@ -95,7 +95,7 @@ TEST(HostMemory, WhatLiesInMemoryIsReadInLargerChunks) {
 
 TEST(HostMemory, AHugeModelIsReadInLargerChunks) {
   const auto chunk = [](uint64_t tensor_bytes) {
-    Limits limits = streaming(8 * kGiB);
+    PlanLimits limits = streaming(8 * kGiB);
     limits.device_bytes = 16 * kGiB;
     return make_plan(uniform_model(64, 1, tensor_bytes), limits).chunk_bytes;
   };
@@ -126,7 +126,7 @@ TEST(HostMemory, TooSmallNamesTheLeast) {
 }
 
 TEST(HostMemory, TheRingIsAsLargeAsAskedFor) {
-  Limits limits = streaming(20 * kChunk);
+  PlanLimits limits = streaming(20 * kChunk);
   limits.staging_bytes = 6 * kChunk;
   const Plan plan = make_plan(aligned_model(), limits);
   EXPECT_EQ(plan.staging_bytes(), 6 * kChunk);
@@ -137,7 +137,7 @@ TEST(HostMemory, TheRingIsAsLargeAsAskedFor) {
 }
 
 TEST(HostMemory, WarnsOfARingThatCannotBe) {
-  Limits limits = streaming(20 * kChunk);
+  PlanLimits limits = streaming(20 * kChunk);
   limits.staging_bytes = 21 * kChunk;
   const Plan large = make_plan(aligned_model(), limits);
   EXPECT_EQ(large.staging_bytes(), 20 * kChunk);
@@ -150,7 +150,7 @@ TEST(HostMemory, WarnsOfARingThatCannotBe) {
 }
 
 TEST(HostMemory, ChunksAreAsLargeAsAskedFor) {
-  Limits limits = streaming(40 * kMiB);
+  PlanLimits limits = streaming(40 * kMiB);
   limits.chunk_bytes = 3000000;
   const Plan plan = make_plan(aligned_model(), limits);
   EXPECT_EQ(plan.chunk_bytes, align_down(3000000, 4096));
@@ -159,7 +159,7 @@ TEST(HostMemory, ChunksAreAsLargeAsAskedFor) {
 
 TEST(HostMemory, WarnsOfChunksThatCannotBe) {
   for (const uint64_t asked : {uint64_t{1}, 64 * kKiB - 1, kSegmentBytes + 4096, 11 * kMiB}) {
-    Limits limits = streaming(20 * kMiB);
+    PlanLimits limits = streaming(20 * kMiB);
     limits.chunk_bytes = asked;
     const Plan plan = make_plan(aligned_model(), limits);
     ASSERT_EQ(plan.warnings.size(), 1u) << asked;
@@ -194,7 +194,7 @@ TEST(HostMemory, CachedBytesAreSpreadEvenly) {
 // What lies between is read in long stretches, and what lies in the cache is copied so.
 TEST(HostMemory, AChunkIsCachedWithItsNeighbours) {
   const ModelSpec spec = uniform_model(64, 1, 128 * kMiB);
-  Limits limits = streaming(4 * kGiB);
+  PlanLimits limits = streaming(4 * kGiB);
   limits.device_bytes = kGiB;
   const Plan plan = make_plan(spec, limits);
   uint64_t stretches = 0;
@@ -205,7 +205,7 @@ TEST(HostMemory, AChunkIsCachedWithItsNeighbours) {
 }
 
 TEST(HostMemory, SegmentsEndAtChunks) {
-  Limits limits = streaming(1000 * kChunk);
+  PlanLimits limits = streaming(1000 * kChunk);
   limits.chunk_bytes = 48 * kMiB;
   limits.host_bytes = 16 * kGiB;
   limits.device_bytes = 128 * kMiB;

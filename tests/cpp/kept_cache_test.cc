@@ -42,13 +42,13 @@ uint64_t found_bytes(const Plan& plan, const KeptCache& kept) {
   return bytes;
 }
 
-Limits limits(uint64_t device, uint64_t host) {
+PlanLimits limits(uint64_t device, uint64_t host) {
   return {.device_bytes = device, .host_bytes = host};
 }
 
 TEST(KeptCache, TheSameBudgetsKeepAll) {
   const ModelSpec spec = uniform_model(12, 4, kTensor);
-  Limits l = limits(100 * kMiB, 120 * kMiB);
+  PlanLimits l = limits(100 * kMiB, 120 * kMiB);
   const Plan before = make_plan(spec, l);
   l.kept_cache = full_cache(before);
   const Plan after = make_plan(spec, l);
@@ -62,7 +62,7 @@ TEST(KeptCache, MemoryThatHoldsNothingYetIsTakenOverInItsPieces) {
     KeptCache kept = full_cache(make_plan(spec, limits(100 * kMiB, host * kMiB)));
     ASSERT_FALSE(kept.ranges.empty());
     kept.ranges.clear();
-    Limits more = limits(100 * kMiB, (host + 13) * kMiB);
+    PlanLimits more = limits(100 * kMiB, (host + 13) * kMiB);
     more.kept_cache = kept;
     for (const Chunk& chunk : make_plan(spec, more).chunks) {
       if (chunk.home != Home::kHost) continue;
@@ -77,7 +77,7 @@ TEST(KeptCache, MemoryThatHoldsNothingYetIsTakenOverInItsPieces) {
 TEST(KeptCache, MoreDeviceMemoryKeepsWhatStillStreams) {
   const ModelSpec spec = uniform_model(12, 4, kTensor);
   const Plan before = make_plan(spec, limits(100 * kMiB, 120 * kMiB));
-  Limits l = limits(140 * kMiB, 120 * kMiB);
+  PlanLimits l = limits(140 * kMiB, 120 * kMiB);
   l.kept_cache = full_cache(before);
   const Plan after = make_plan(spec, l);
   EXPECT_GT(after.device_home_bytes, before.device_home_bytes);
@@ -94,7 +94,7 @@ TEST(KeptCache, MoreDeviceMemoryKeepsWhatStillStreams) {
 TEST(KeptCache, MoreHostMemoryKeepsAllAndAddsBehind) {
   const ModelSpec spec = uniform_model(12, 4, kTensor);
   const Plan before = make_plan(spec, limits(100 * kMiB, 80 * kMiB));
-  Limits l = limits(100 * kMiB, 120 * kMiB);
+  PlanLimits l = limits(100 * kMiB, 120 * kMiB);
   l.kept_cache = full_cache(before);
   const Plan after = make_plan(spec, l);
   EXPECT_EQ(found_bytes(after, l.kept_cache), before.host_home_bytes);
@@ -108,7 +108,7 @@ TEST(KeptCache, MoreHostMemoryKeepsAllAndAddsBehind) {
 TEST(KeptCache, LessHostMemoryKeepsWhatLiesBelowTheLimit) {
   const ModelSpec spec = uniform_model(12, 4, kTensor);
   const Plan before = make_plan(spec, limits(100 * kMiB, 120 * kMiB));
-  Limits l = limits(100 * kMiB, 80 * kMiB);
+  PlanLimits l = limits(100 * kMiB, 80 * kMiB);
   l.kept_cache = full_cache(before);
   const Plan after = make_plan(spec, l);
   EXPECT_LE(after.cache_bytes + after.staging_bytes(), 80 * kMiB);
@@ -119,7 +119,7 @@ TEST(KeptCache, LessHostMemoryKeepsWhatLiesBelowTheLimit) {
 TEST(KeptCache, MemoryBehindTheLastPlaceIsGivenBack) {
   const ModelSpec spec = uniform_model(12, 4, kTensor);
   const Plan before = make_plan(spec, limits(32 * kMiB, 300 * kMiB));
-  Limits l = limits(300 * kMiB, 300 * kMiB);
+  PlanLimits l = limits(300 * kMiB, 300 * kMiB);
   l.kept_cache = full_cache(before);
   const Plan after = make_plan(spec, l);
   EXPECT_EQ(after.device_home_bytes, after.model_bytes);
@@ -134,7 +134,7 @@ TEST(KeptCache, PlacesNeverMeet) {
     SCOPED_TRACE(concat("seed ", seed));
     std::mt19937_64 random(seed);
     const ModelSpec spec = random_model(random, 2 * kMiB);
-    Limits l;
+    PlanLimits l;
     for (int step = 0; step < 4; ++step) {
       l.device_bytes = random() % (80 * kMiB);
       l.host_bytes = random() % (80 * kMiB);

@@ -26,10 +26,10 @@ uint64_t random_budget(std::mt19937_64& random, uint64_t most) {
   return random() % 10 == 0 ? most : random() % most;
 }
 
-Limits random_limits(std::mt19937_64& random, uint64_t model_bytes) {
+PlanLimits random_limits(std::mt19937_64& random, uint64_t model_bytes) {
   const auto maybe = [&] { return random() % 6 == 0; };
   const uint64_t most = model_bytes + 64 * kMiB;
-  Limits limits;
+  PlanLimits limits;
   limits.device_bytes = random_budget(random, most);
   limits.host_bytes = random_budget(random, most);
   if (maybe()) limits.arena_bytes = random_budget(random, most);
@@ -120,7 +120,7 @@ TEST_P(PlanProperty, HoldsEverythingItPromises) {
     SCOPED_TRACE(concat("seed ", seed));
     std::mt19937_64 random(seed);
     const ModelSpec spec = random_model(random, (1 + random() % 64) << (10 + random() % 13));
-    const Limits limits = random_limits(random, bytes_of(spec));
+    const PlanLimits limits = random_limits(random, bytes_of(spec));
     try {
       const Plan plan = make_plan(spec, limits);
       ++planned;
@@ -138,7 +138,7 @@ TEST_P(PlanProperty, BringsTheRightBytes) {
     SCOPED_TRACE(concat("seed ", seed));
     std::mt19937_64 random(seed);
     const ModelSpec spec = random_model(random, 100 * kKiB);
-    Limits limits{.device_bytes = 24 * kMiB, .host_bytes = 128 * kKiB + random() % (8 * kMiB)};
+    PlanLimits limits{.device_bytes = 24 * kMiB, .host_bytes = 128 * kKiB + random() % (8 * kMiB)};
     limits.home_bytes = random() % (bytes_of(spec) + 1);
     Plan plan;
     try {
@@ -206,7 +206,7 @@ TEST(Planner, WhatFitsIsLoadedOnceInLoadOrder) {
 TEST(Planner, TwelveLayersThroughExactlyTwo) {
   const uint64_t layer = 96 * kMiB;
   const ModelSpec spec = uniform_model(12, 6, layer / 6);
-  const Limits limits{.device_bytes = 2 * layer, .host_bytes = 4 * kGiB};
+  const PlanLimits limits{.device_bytes = 2 * layer, .host_bytes = 4 * kGiB};
   const Plan plan = make_plan(spec, limits);
   expect_sound(spec, limits, plan);
   EXPECT_EQ(plan.lookahead_units, 1u);
@@ -337,7 +337,7 @@ TEST(Planner, RefusesAPlanThatNoMemoryCouldHold) {
 TEST(Planner, IsDeterministic) {
   std::mt19937_64 random(5);
   const ModelSpec spec = random_model(random, 8 * kMiB);
-  const Limits limits{.device_bytes = 100 * kMiB, .host_bytes = 20 * kMiB};
+  const PlanLimits limits{.device_bytes = 100 * kMiB, .host_bytes = 20 * kMiB};
   const Plan a = make_plan(spec, limits);
   const Plan b = make_plan(spec, limits);
   ASSERT_EQ(a.chunks.size(), b.chunks.size());
@@ -351,7 +351,7 @@ TEST(Planner, IsDeterministic) {
 TEST(Planner, LargeModelsArePlannedLikeSmallOnes) {
   const auto plan_of = [](uint64_t times) {
     const ModelSpec spec = uniform_model(static_cast<uint32_t>(100 * times), 10, 2 * kMiB);
-    const Limits limits{
+    const PlanLimits limits{
         .device_bytes = 50 * times * 20 * kMiB, .host_bytes = 64 * kMiB, .lookahead_units = 1};
     const Plan plan = make_plan(spec, limits);
     testing::expect_budgets_held(limits, plan);

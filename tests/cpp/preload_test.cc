@@ -156,10 +156,10 @@ TEST(Preload, TheBudgetHoldsBothItAndThePlan) {
   if (no_direct_reads(model)) GTEST_SKIP() << "no direct reads here";
   for (const uint64_t room : {uint64_t{0}, kSpan, 3 * kSpan}) {
     const auto ahead = read(paths_of(model), kAll, spans_bytes(model));
-    const Limits limits{.device_bytes = 10 * kMiB,
-                        .host_bytes = 24 * kMiB + room,
-                        .staging_bytes = 16 * kMiB,
-                        .cache_bytes = 8 * kMiB};
+    const PlanLimits limits{.device_bytes = 10 * kMiB,
+                            .host_bytes = 24 * kMiB + room,
+                            .staging_bytes = 16 * kMiB,
+                            .cache_bytes = 8 * kMiB};
     Engine& engine = model.open(model.plan(limits), {}, make_host_device(), ahead);
     EXPECT_LE(engine.memory().host_bytes, limits.host_bytes);
     EXPECT_EQ(ahead->held_bytes() > 0, room > 0);

@@ -22,7 +22,7 @@ constexpr ModelShape kShape{.units = 24,
                             .in_memory = false,
                             .encloses_units = {}};
 
-Limits limits(uint64_t device, uint64_t host) {
+PlanLimits limits(uint64_t device, uint64_t host) {
   return {.device_bytes = device, .host_bytes = host, .chunk_bytes = 128 * kKiB};
 }
 
@@ -111,7 +111,7 @@ TEST(Resize, RandomBudgetsOneAfterAnother) {
     std::mt19937_64 random(seed);
     StreamedModel model(seed, kShape);
     const auto budgets = [&] {
-      Limits l = limits((12 + random() % 30) * kMiB, (1 + random() % 45) * kMiB);
+      PlanLimits l = limits((12 + random() % 30) * kMiB, (1 + random() % 45) * kMiB);
       if (random() % 3 == 0) l.home_bytes = 0;
       return l;
     };
@@ -126,7 +126,7 @@ TEST(Resize, RandomBudgetsOneAfterAnother) {
       }
       EngineOptions options;
       options.poison = true;
-      const Limits l = budgets();
+      const PlanLimits l = budgets();
       model.resize(l, options);
       load(model);
       EXPECT_LE(model.engine().memory().host_bytes, l.host_bytes);

@@ -76,7 +76,7 @@ TEST(Simulate, CopiesAloneTakeWhatTheLinkTakes) {
   EXPECT_NEAR(s.h2d_s, 8 * 0.1, 1e-9);
   EXPECT_EQ(s.h2d_bytes, 8000u);
   EXPECT_EQ(s.disk_bytes, 0u);
-  EXPECT_EQ(s.limit, Limit::kH2d);
+  EXPECT_EQ(s.bottleneck, Bottleneck::kH2d);
   EXPECT_NEAR(s.h2d_stall_s, 0.8, 1e-9);
 }
 
@@ -107,7 +107,7 @@ TEST(Simulate, CopiesHideBehindCompute) {
   for (int i = 0; i < 4; ++i) b.unit(i % 2 * 2000, kTwoCached);
   const Simulated s = simulate(b.plan, rates(1, 0.1, {1, 1, 1, 1}));
   EXPECT_NEAR(s.pass_s, 4, 1e-9);
-  EXPECT_EQ(s.limit, Limit::kCompute);
+  EXPECT_EQ(s.bottleneck, Bottleneck::kCompute);
   EXPECT_NEAR(s.h2d_stall_s + s.disk_stall_s + s.arena_stall_s, 0, 1e-9);
 }
 
@@ -141,7 +141,7 @@ TEST(Simulate, ReadsAloneTakeWhatTheDiskTakes) {
   EXPECT_NEAR(s.pass_s, 8, 1e-6);
   EXPECT_NEAR(s.disk_s, 8, 1e-9);
   EXPECT_EQ(s.disk_bytes, 8000u);
-  EXPECT_EQ(s.limit, Limit::kDisk);
+  EXPECT_EQ(s.bottleneck, Bottleneck::kDisk);
   EXPECT_NEAR(s.disk_stall_s + s.h2d_stall_s, 8, 1e-6);
 }
 
@@ -236,7 +236,7 @@ TEST(Simulate, APassIsNeverFasterThanItsSlowestLink) {
   for (uint64_t i = 0; i < 600; ++i) {
     std::mt19937_64 random(i);
     const ModelSpec spec = random_model(random, 4 * kMiB);
-    Limits limits{.device_bytes = random() % (64 * kMiB), .host_bytes = random() % (64 * kMiB)};
+    PlanLimits limits{.device_bytes = random() % (64 * kMiB), .host_bytes = random() % (64 * kMiB)};
     if (random() % 2) limits.home_bytes = 0;
     Plan plan;
     try {

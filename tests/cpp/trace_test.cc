@@ -385,8 +385,8 @@ TEST(Trace, ThreadsWriteWhileItStartsAndStops) {
 }
 
 // Two units at once, of several chunks each.
-Limits limits_of(const StreamedModel& model, uint64_t cache = 0) {
-  Limits limits;
+PlanLimits limits_of(const StreamedModel& model, uint64_t cache = 0) {
+  PlanLimits limits;
   limits.device_bytes = 64 * kMiB;
   limits.arena_bytes = 2 * model.largest_unit_bytes() + 8 * kKiB;
   limits.home_bytes = 0;
@@ -398,7 +398,7 @@ Limits limits_of(const StreamedModel& model, uint64_t cache = 0) {
 }
 
 // No byte moves but for an acquire that waits.
-Limits on_demand(Limits limits) {
+PlanLimits on_demand(PlanLimits limits) {
   limits.lookahead_units = 0;
   limits.read_ahead_bytes = 0;
   return limits;

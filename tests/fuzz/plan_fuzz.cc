@@ -137,8 +137,8 @@ uint64_t budget(Input& in, uint64_t model_bytes) {
   return in.take<uint32_t>() * (most / UINT16_MAX) / UINT16_MAX;
 }
 
-Limits make_limits(Input& in, uint64_t model_bytes) {
-  Limits limits;
+PlanLimits make_limits(Input& in, uint64_t model_bytes) {
+  PlanLimits limits;
   limits.device_bytes = budget(in, model_bytes);
   limits.host_bytes = budget(in, model_bytes);
   const uint8_t set = in.byte();
@@ -182,7 +182,7 @@ void expect_cache_sound(const Plan& plan) {
 
 // The plan after this one, with other budgets, which takes the cache over.
 void resize(Input& in, const ModelSpec& spec, const Plan& before) {
-  Limits limits = make_limits(in, before.model_bytes);
+  PlanLimits limits = make_limits(in, before.model_bytes);
   limits.kept_cache = kept_of(in, before);
   const Plan plan = make_plan(spec, limits);
   testing::expect_budgets_held(limits, plan);
@@ -220,7 +220,7 @@ void simulate_some(Input& in, const ModelSpec& spec, const Plan& plan) {
 void plan_one(Input& in) {
   const ModelSpec spec = ModelMaker(in).make();
   const uint64_t model_bytes = used_bytes(spec);
-  Limits limits = make_limits(in, model_bytes);
+  PlanLimits limits = make_limits(in, model_bytes);
   const uint8_t then = in.byte();
   const uint64_t most_pieces = then == 254 ? kMostPieces : kUsualPieces;
   if (model_bytes / kLeastChunk > most_pieces) {

@@ -79,7 +79,7 @@ def predict(
         compute_seconds=simulated.compute_seconds if rates.compute is not None else None,
         disk_bytes=simulated.disk_bytes,
         h2d_bytes=simulated.h2d_bytes,
-        limit=simulated.limit if streams(planned.plan) else "compute",
+        limit=simulated.bottleneck if streams(planned.plan) else "compute",
         gain_device_per_gib=gain(_GIB, 0),
         gain_host_per_gib=gain(0, _GIB),
         rates=rates,

@@ -319,7 +319,7 @@ class Chaos {
     log_.calm = true;
     model_.close();
     held_.clear();
-    const Limits before = limits_;
+    const PlanLimits before = limits_;
     limits_ = draw_limits(draws_, model_.spec());
     const EngineOptions options = draw_options(draws_, terrain_, faults_);
     std::optional<Plan> plan;
@@ -336,7 +336,7 @@ class Chaos {
 
   void resize() {
     log_.calm = true;  // so that all reads end, and the memory can be handed over
-    const Limits limits = draw_limits(draws_, model_.spec());
+    const PlanLimits limits = draw_limits(draws_, model_.spec());
     const EngineOptions options = draw_options(draws_, terrain_, faults_);
     try {
       model_.resize(limits, options);
@@ -375,7 +375,7 @@ class Chaos {
   FaultyOptions faults_;
   FaultyDeviceOptions device_;
   FaultLog& log_;
-  Limits limits_;
+  PlanLimits limits_;
   std::vector<uint32_t> order_;
   std::vector<uint32_t> held_;  // as often as they were acquired
   Tally tally_;

@@ -63,7 +63,7 @@ inline void expect_moves_bring(std::vector<Fragment> fragments, std::vector<Move
   EXPECT_EQ(next, moves.size());
 }
 
-inline void expect_budgets_held(const Limits& limits, const Plan& plan) {
+inline void expect_budgets_held(const PlanLimits& limits, const Plan& plan) {
   uint64_t device_bytes = device_block_bytes(plan.arena_bytes);
   for (const HomeBlock& block : plan.home_blocks) device_bytes += device_block_bytes(block.bytes);
   EXPECT_LE(device_bytes, limits.device_bytes);
@@ -233,7 +233,7 @@ inline void expect_bytes_covered(const ModelSpec& spec, const Plan& plan) {
 }
 
 // No further tensor fits, but for one whose unit would leave the cycle: that takes another layout.
-inline void expect_device_budget_used(const ModelSpec& spec, const Limits& limits,
+inline void expect_device_budget_used(const ModelSpec& spec, const PlanLimits& limits,
                                       const Plan& plan) {
   std::vector<bool> candidate(spec.tensors.size(), false);
   HomeBlocks homes(limits.home_bytes.value_or(UINT64_MAX));
@@ -262,7 +262,8 @@ inline void expect_device_budget_used(const ModelSpec& spec, const Limits& limit
 }
 
 // No further chunk fits into the cache.
-inline void expect_host_budget_used(const ModelSpec& spec, const Limits& limits, const Plan& plan) {
+inline void expect_host_budget_used(const ModelSpec& spec, const PlanLimits& limits,
+                                    const Plan& plan) {
   const uint64_t most =
       std::min(limits.host_bytes - plan.staging_bytes(), limits.cache_bytes.value_or(UINT64_MAX));
   const uint64_t granule = host_granule_bytes(spec);
@@ -273,7 +274,7 @@ inline void expect_host_budget_used(const ModelSpec& spec, const Limits& limits,
   }
 }
 
-inline void expect_sound(const ModelSpec& spec, const Limits& limits, const Plan& plan) {
+inline void expect_sound(const ModelSpec& spec, const PlanLimits& limits, const Plan& plan) {
   expect_budgets_held(limits, plan);
   expect_device_budget_used(spec, limits, plan);
   expect_host_budget_used(spec, limits, plan);

@@ -139,7 +139,7 @@ DrawnModel draw_model(Draws& draws, const Ground& ground) {
   return ModelDraw(draws, ground).draw();
 }
 
-Limits draw_limits(Draws& draws, const ModelSpec& spec) {
+PlanLimits draw_limits(Draws& draws, const ModelSpec& spec) {
   uint64_t largest = 0, all = 0, exclusive = 0;
   for (const UnitSpec& unit : spec.units) {
     const uint64_t bytes = image_bytes(spec, unit);
@@ -151,7 +151,7 @@ Limits draw_limits(Draws& draws, const ModelSpec& spec) {
   for (const ShardSpec& shard : spec.shards) {
     least_chunk = std::max<uint64_t>(least_chunk, 2 * shard.alignment);
   }
-  Limits l;
+  PlanLimits l;
   l.device_bytes = 1 * kGiB;
   // From less than can work to room for all, in steps of half the largest unit.
   l.arena_bytes = exclusive + largest / 2 * draws.one_of<uint64_t>({4, 2, 3, 5, 6, 8, 30, 1});

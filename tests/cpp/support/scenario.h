@@ -52,7 +52,7 @@ struct DrawnModel {
 };
 
 DrawnModel draw_model(Draws& draws, const Ground& ground);
-Limits draw_limits(Draws& draws, const ModelSpec& spec);
+PlanLimits draw_limits(Draws& draws, const ModelSpec& spec);
 FaultyOptions draw_faults(Draws& draws, const Terrain& terrain);
 FaultyDeviceOptions draw_device(Draws& draws, const Terrain& terrain);
 // Over readers with these faults, or, where the terrain allows it, now and then the real ones.

@@ -69,8 +69,8 @@ Engine& StreamedModel::open(const Plan& plan, EngineOptions options, std::unique
   return start(plan, std::move(options), std::move(handoff), {});
 }
 
-Engine& StreamedModel::resize(const Limits& limits, EngineOptions options) {
-  Limits following = limits;
+Engine& StreamedModel::resize(const PlanLimits& limits, EngineOptions options) {
+  PlanLimits following = limits;
   following.kept_cache = engine_->kept_cache();
   const Plan before = engine_->plan();
   const Plan after = make_plan(spec_, following);

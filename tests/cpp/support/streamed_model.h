@@ -39,7 +39,7 @@ class StreamedModel {
   uint64_t largest_unit_bytes() const { return largest_unit_; }
   std::string shard_path(uint32_t shard) const { return spec_.shards[shard].path; }
 
-  Plan plan(const Limits& limits) const { return make_plan(spec_, limits); }
+  Plan plan(const PlanLimits& limits) const { return make_plan(spec_, limits); }
   // Opens an engine by a plan; the memory is the model's, and lives on when the engine is closed.
   Engine& open(const Plan& plan, EngineOptions options = {},
                std::unique_ptr<Device> device = make_host_device(),
@@ -47,7 +47,7 @@ class StreamedModel {
   // Opens an engine by a plan that follows the present one's; it takes over the cache, and the
   // homes whose tensors stay and were loaded. Throws, and changes nothing, where the budgets are
   // too small.
-  Engine& resize(const Limits& limits, EngineOptions options = {});
+  Engine& resize(const PlanLimits& limits, EngineOptions options = {});
   void load_resident();
   Engine& engine() const { return *engine_; }
   void close() { engine_.reset(); }
