@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-LIMIT_S = 240  # below pytest's own limit, which does not say what was waited for
+LIMIT_S = 500  # below pytest's own limit, which does not say what was waited for
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include "support/wait_until.h"
 #include "support/watchdog.h"
 #include "util/align.h"
 #include "util/check.h"
@@ -16,7 +17,7 @@ TEST(Chaos, BitsAreRightOrTheErrorIsThatOfAFault) {
   const uint64_t first = test_seed();
   const Ground ground(400 * kKiB + 1);
   const Terrain terrain{.ground = ground, .real_readers = true};
-  Watchdog watchdog(std::chrono::seconds(60));
+  Watchdog watchdog(kHangLimit);
   Tally tally;
   for (uint64_t seed = first; seed < first + kScenarios; ++seed) {
     watchdog.step(concat("WSM_TEST_SEED=", seed));

@@ -16,6 +16,7 @@
 #include "storage/block_read.h"
 #include "support/contains.h"
 #include "support/temp_file.h"
+#include "support/wait_until.h"
 #include "util/align.h"
 
 namespace wsm::testing {
@@ -91,7 +92,7 @@ bool is_ready(const Reader& reader) {
 }
 
 std::vector<ReadCompletion> wait_for(Reader& reader, size_t count) {
-  constexpr int kLimitMs = 30'000;
+  constexpr int kLimitMs = std::chrono::milliseconds(kHangLimit).count();
   std::vector<ReadCompletion> all;
   std::array<ReadCompletion, 3> some;  // fewer than are there: the rest must come too
   while (all.size() < count) {

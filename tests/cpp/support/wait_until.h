@@ -8,7 +8,7 @@
 
 namespace wsm::testing {
 
-constexpr std::chrono::seconds kHangLimit{100};  // below CTest's own, which does not say what hung
+constexpr std::chrono::seconds kHangLimit{500};  // below CTest's own, which does not say what hung
 
 template <typename Condition>
 void wait_until(Condition condition, const char* what) {
