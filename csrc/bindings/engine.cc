@@ -121,6 +121,7 @@ EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t 
 
 }  // namespace
 
+// Long: a line or two for each name.
 void bind_engine(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   // The context of a GPU takes up to a second to make, and stays while this does.

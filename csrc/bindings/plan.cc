@@ -75,6 +75,7 @@ uint64_t device_bytes(const PlannedModel& planned) {
 
 }  // namespace
 
+// Long: a line or two for each name.
 void bind_plan(py::module_& m) {
   py::class_<KeptCache>(m, "KeptCache");
   py::class_<PlanLimits>(m, "PlanLimits")

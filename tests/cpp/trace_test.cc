@@ -414,6 +414,31 @@ uint64_t bytes(const std::vector<TraceRecord>& records) {
   return sum;
 }
 
+// In between its unit was loaded: read, then copied, then used. Reads have the host's clock, all
+// else the device's, which are tied as closely as the host looks.
+void check_was_loaded(const Timeline& timeline, const TraceRecord& pass,
+                      const TraceRecord& forward) {
+  const int64_t slack_ns = timeline.clock_error_ns;
+  const auto of_the_unit = [&](TraceKind kind) {
+    std::vector<TraceRecord> records = of_kind(timeline, kind);
+    std::erase_if(records, [&](const TraceRecord& record) {
+      return record.unit != forward.unit || record.begin_ns < pass.begin_ns - slack_ns ||
+             record.begin_ns > pass.end_ns + slack_ns;
+    });
+    return records;
+  };
+  int64_t read_ns = INT64_MAX, copied_ns = 0;
+  for (const TraceRecord& read : of_the_unit(TraceKind::kRead)) {
+    read_ns = std::min(read_ns, read.end_ns);
+  }
+  for (const TraceRecord& copy : of_the_unit(TraceKind::kCopy)) {
+    EXPECT_GE(copy.begin_ns + slack_ns, read_ns);
+    copied_ns = std::max(copied_ns, copy.end_ns);
+  }
+  EXPECT_LE(copied_ns, forward.begin_ns);
+  EXPECT_GT(copied_ns, 0);
+}
+
 TEST(EngineTrace, PassesOnDemandShowEveryReadCopyAndForward) {
   StreamedModel model;
   Engine& engine = model.open(model.plan(on_demand(limits_of(model))));
@@ -438,8 +463,6 @@ TEST(EngineTrace, PassesOnDemandShowEveryReadCopyAndForward) {
     EXPECT_EQ(count(forwards, unit), 2) << unit;
   }
   ASSERT_EQ(forwards.size(), 16u);
-  // Reads have the host's clock, all else the device's: they are tied as closely as the host looks.
-  const int64_t slack_ns = timeline.clock_error_ns;
   for (size_t i = 0; i < forwards.size(); ++i) {
     SCOPED_TRACE(i);
     const TraceRecord& forward = forwards[i];
@@ -450,22 +473,7 @@ TEST(EngineTrace, PassesOnDemandShowEveryReadCopyAndForward) {
     if (i > 0) {
       EXPECT_GE(forward.begin_ns, forwards[i - 1].end_ns);
     }
-    // It was loaded in between: read, then copied, then used.
-    const auto within = [&](const TraceRecord& record) {
-      return record.unit == forward.unit && record.begin_ns >= pass.begin_ns - slack_ns &&
-             record.begin_ns <= pass.end_ns + slack_ns;
-    };
-    int64_t read_ns = INT64_MAX, copied_ns = 0;
-    for (const TraceRecord& read : reads) {
-      if (within(read)) read_ns = std::min(read_ns, read.end_ns);
-    }
-    for (const TraceRecord& copy : copies) {
-      if (!within(copy)) continue;
-      EXPECT_GE(copy.begin_ns + slack_ns, read_ns);
-      copied_ns = std::max(copied_ns, copy.end_ns);
-    }
-    EXPECT_LE(copied_ns, forward.begin_ns);
-    EXPECT_GT(copied_ns, 0);
+    check_was_loaded(timeline, pass, forward);
   }
   for (const TraceRecord& record : timeline.records) {
     EXPECT_LE(record.begin_ns, record.end_ns);

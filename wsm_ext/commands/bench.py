@@ -101,6 +101,35 @@ class Run:
         }
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Runs of so many passes of one shape, and what they took."""
+
+    shards: list[Path]
+    device: torch.device
+    batch: int
+    tokens: int
+    count: int
+
+    def forwards(self, model: Any, count: int) -> None:
+        vocab = model.config.get_text_config().vocab_size
+        ids = torch.randint(0, vocab, (self.batch, self.tokens), device=self.device)
+        with torch.inference_mode():
+            for _ in range(count):
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        synchronize(self.device)
+
+    def run(self, name: str, model: Any, *, cold: bool = False) -> Run:
+        self.forwards(model, 1)  # fills the cache
+        if cold:
+            _drop(self.shards)
+        before = model.stats()
+        begin = time.perf_counter()
+        self.forwards(model, self.count)
+        seconds = time.perf_counter() - begin
+        return _difference(name, before, model.stats(), seconds, self.count, model.plan.streams)
+
+
 def run_bench(
     folder: Path,
     *,
@@ -121,47 +150,28 @@ def run_bench(
     link = measure_link(device)
     step("the disk")
     disk = measure_disk(shards)
-
-    def forwards(model: Any, count: int) -> None:
-        vocab = model.config.get_text_config().vocab_size
-        ids = torch.randint(0, vocab, (batch, tokens), device=device)
-        with torch.inference_mode():
-            for _ in range(count):
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        synchronize(device)
-
-    def passes_of(name: str, model: Any, cold: bool) -> Run:
-        forwards(model, 1)  # fills the cache
-        if cold:
-            _drop(shards)
-        before = model.stats()
-        begin = time.perf_counter()
-        forwards(model, passes)
-        seconds = time.perf_counter() - begin
-        return _difference(name, before, model.stats(), seconds, passes, model.plan.streams)
-
+    measured = Passes(shards, device, batch, tokens, passes)
     runs: list[Run] = []
     skipped: dict[str, str] = {}
     step("passes by your budgets")
     with open_model() as model:
         plan = model.plan
-        runs.append(passes_of("your budgets", model, cold=False))
+        runs.append(measured.run("your budgets", model))
     arena = 2 * (max(unit.bytes for unit in plan.units) + MIB // 16)
     alone = {"arena_bytes": arena, "home_bytes": 0}
     staging = min(STAGING_BYTES, max(plan.model_bytes // 4, 2 * MIB)) // MIB
     whole = plan.model_bytes + plan.model_bytes // 64 + 8 * MIB + staging * MIB
     device_bytes = arena + 24 * MIB
-    compute_s = 0.0
     step("passes from a cold disk")
     config = {**alone, "cpu_cache_cap_layers": 0, "staging_mb": staging}
     with open_model(device_memory=device_bytes, host_memory=staging * MIB, config=config) as model:
-        runs.append(passes_of("from disk", model, cold=True))
+        runs.append(measured.run("from disk", model, cold=True))
         step("one layer again and again")
-        compute_s = layer_seconds(model, lambda: forwards(model, 1), device)
+        compute_s = layer_seconds(model, lambda: measured.forwards(model, 1), device)
     if whole <= host_available():
         step("passes from RAM")
         with open_model(device_memory=device_bytes, host_memory=whole, config=alone) as model:
-            runs.append(passes_of("from RAM", model, cold=False))
+            runs.append(measured.run("from RAM", model))
     else:
         skipped["from RAM"] = f"{format_bytes(whole)} of host memory are not free"
     return {
@@ -172,7 +182,7 @@ def run_bench(
         "link_bytes_per_s": link,
         "disk": asdict(disk),
         "compute_s_per_pass": compute_s,
-        "runs": [_closeness(run_, link, disk.bytes_per_s, compute_s) for run_ in runs],
+        "runs": [_closeness(run, link, disk.bytes_per_s, compute_s) for run in runs],
         "skipped": skipped,
     }
 
