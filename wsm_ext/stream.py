@@ -50,9 +50,9 @@ def stream(
         checkpoint: a safetensors file, a folder of them (with an index or without), a list of
             files, or an open `Checkpoint`. None: the weights that the module holds in RAM.
         device: "cuda", "cuda:1", or "cpu" (the host device); None: "cuda" where there is one.
-        device_memory: bytes, or "12GiB", for weights on the device: what stays there, and the arena
-            that the rest passes through. "auto": what is free, less a guard, and less what
-            activations need: as the workload tells, else 15 %.
+        device_memory: bytes, or "12GiB", for weights on the device: what stays there, the arena
+            that the rest passes through, and the module's buffers. "auto": what is free, less a
+            guard, and less what activations need: as the workload tells, else 15 %.
         host_memory: the same for pinned host memory: the host cache and the staging ring.
         units: what is loaded at once: "auto", "layer", "group" (attention, MLP), "leaf", or the
             names of modules.
@@ -118,6 +118,7 @@ class StreamedModule(nn.Module):
         self._asked: tuple[int | str, int | str] = (device_memory, host_memory)
         self._request = StreamRequest.of(module, checkpoint, device, config)
         self._planner = Replanner(self._request, units, workload)
+        self._planner.check_buffers(device_memory)
         self._moved_buffers = Buffers(
             module, self._request.checkpoint, self._request.device, self._request.checker
         )
@@ -193,7 +194,8 @@ class StreamedModule(nn.Module):
         """
         wanted = parse_bytes(nbytes, "nbytes")
         taken = self._planned.device_bytes
-        left = taken + (self._planner.activation_bytes or 0) - wanted
+        beside = (self._planner.activation_bytes or 0) + self._planner.buffer_bytes
+        left = taken + beside - wanted
         if left <= 0:
             raise ValueError(f"shrink({nbytes!r}): the weights take {format_bytes(taken)} in all")
         self._replan(left, None, None)
@@ -278,7 +280,8 @@ class StreamedModule(nn.Module):
             "memory": {
                 "device_bytes": device_bytes,
                 "device_peak_bytes": device_bytes,
-                "device_budget_bytes": self._planned.device_budget_bytes,
+                "device_budget_bytes": self._plan.device_budget_bytes,
+                "buffer_bytes": self._planner.buffer_bytes,
                 "host_bytes": memory.host_bytes,
                 "host_pinned_bytes": memory.host_pinned_bytes,
                 "host_peak_bytes": memory.host_peak_bytes,

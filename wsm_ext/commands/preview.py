@@ -101,6 +101,7 @@ def preview_of(
     sources.check_surplus(module, checkpoint)
     request = StreamRequest(module, checkpoint, device, settings, checker=None)
     planner = Replanner(request, units, workload)
+    planner.check_buffers(device_memory)
     if device.type == "cuda" and device_memory == "auto":  # as from_pretrained does
         buffers = Buffers(module, checkpoint, device)
         try:

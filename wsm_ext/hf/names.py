@@ -42,7 +42,7 @@ def place(
     main_dtype: torch.dtype,
 ) -> tuple[dict[str, TensorImage], dict[str, torch.Tensor]]:
     """An image for every parameter of the model, under all of its names, and for its buffers; the
-    values of parameters that transformers computes, and does not save.
+    values of those that the checkpoint need not have, since transformers computes them.
 
     Ties the model's parameters, and gives them the dtypes that transformers would.
     """
@@ -52,7 +52,18 @@ def place(
     computed = _check_names(model, images, surplus)
     _check_shapes(model, images)
     _settle_dtypes(model, images, main_dtype, first_of)
-    return images, _compute(model, computed)
+    absent = {name: t for name, t in _buffers_saved(model).items() if name not in images}
+    return images, _compute(model, computed) | absent
+
+
+def _buffers_saved(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers, by all of their names."""
+    return {
+        f"{path}.{key}" if path else key: buffer
+        for path, owner in model.named_modules(remove_duplicate=False)
+        for key, buffer in owner._buffers.items()
+        if buffer is not None and key not in owner._non_persistent_buffers_set
+    }
 
 
 def meta_parameter(like: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -239,13 +250,37 @@ def _settle_dtypes(
         return dtype
 
     settled: dict[int, TensorImage] = {}  # tied names share an image: that of the first
+    lost: list[str] = []
     for name, image in images.items():
         if id(image) not in settled:
-            settled[id(image)] = cast(image, wanted(name))
+            dtype = wanted(name)
+            if not _keeps_its_sense(image.dtype, dtype):
+                lost.append(f"{name} (file {image.dtype}, model {dtype})")
+            settled[id(image)] = cast(image, dtype)
+    if lost:
+        raise CheckpointError(
+            f"{type(model).__name__}: a cast would make other values of {_listed(lost)}. Is the"
+            " checkpoint quantised, or another model's?"
+        )
     images.update({name: settled[id(image)] for name, image in images.items()})
     for name, parameter in list(model.named_parameters()):
         if name in images and images[name].dtype != parameter.dtype:
             _replace_parameter(model, parameter, meta_parameter(parameter, images[name].dtype))
+
+
+def _keeps_its_sense(file: torch.dtype, model: torch.dtype) -> bool:
+    """Whether a cast keeps values, but for their precision. Whole numbers that are to be fractions
+    were made so by a scale."""
+    if file == model:
+        return True
+    if file.is_complex or model.is_complex:
+        return file.is_complex == model.is_complex
+    if file.is_floating_point or model.is_floating_point:
+        return file.is_floating_point and model.is_floating_point
+    if torch.bool in (file, model):
+        return file == torch.bool
+    narrow, wide = torch.iinfo(file), torch.iinfo(model)
+    return wide.min <= narrow.min and narrow.max <= wide.max
 
 
 def _replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

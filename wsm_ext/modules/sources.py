@@ -91,18 +91,19 @@ def live(slot: Slot) -> torch.Tensor:
     return parameter
 
 
-def from_checkpoint(units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
+def from_checkpoint(module: nn.Module, units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
     """Match every slot with its tensor by name, shape and dtype.
 
-    A tied parameter may be in the checkpoint under any one of its names. If it is there under
-    several, equal tensors become one image; unequal ones stay apart.
+    A parameter may be in the checkpoint under any one of its names: it may be tied, or its module
+    be there twice. If it is there under several, equal tensors become one image; unequal ones
+    stay apart.
 
     Raises CheckpointError naming what is missing, or has another shape or dtype.
     """
     slots = [slot for unit in units for slot in unit.slots]
     tied: dict[int, list[str]] = {}
-    for slot in slots:
-        tied.setdefault(id(live(slot)), []).append(slot.name)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
     chosen: dict[str, str] = {}
     problems: list[str] = []
     for slot in slots:
@@ -113,11 +114,11 @@ def from_checkpoint(units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
             problems.append(f"{slot.name} is not in the checkpoint")
             continue
         name = slot.name if slot.name in names else names[0]
-        if name != names[0] and _same_bytes(checkpoint, names[0], name):
+        if name != names[0] and same_bytes(checkpoint, names[0], name):
             name = names[0]
         chosen[slot.name] = name
         problems += _mismatch(slot, checkpoint.tensors[name])
-    _raise_for(problems)
+    raise_for(problems)
     source = _source_of_images(
         checkpoint, {slot: checkpoint.tensors[name] for slot, name in chosen.items()}
     )
@@ -164,7 +165,8 @@ def _mismatch(slot: Slot, image: TensorImage) -> list[str]:
     return problems
 
 
-def _raise_for(problems: list[str]) -> None:
+def raise_for(problems: list[str]) -> None:
+    """Raise CheckpointError naming them."""
     if problems:
         listed = first_of(problems, _MOST_NAMED, "\n  ")
         raise CheckpointError(f"the checkpoint does not fit the module:\n  {listed}")
@@ -198,7 +200,7 @@ def extents_of(image: TensorImage) -> list[Extent]:
     return [Extent(e.shard, e.offset, e.nbytes, e.tensor_offset) for e in image.extents]
 
 
-def _same_bytes(checkpoint: Checkpoint, a: str, b: str) -> bool:
+def same_bytes(checkpoint: Checkpoint, a: str, b: str) -> bool:
     one, two = checkpoint.tensors[a], checkpoint.tensors[b]
     if (one.dtype, one.shape, one.arrival) != (two.dtype, two.shape, two.arrival):
         return False
@@ -282,9 +284,12 @@ def _add_shard(source: Source, name: str, data: torch.Tensor) -> int:
 
 
 def surplus(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """The checkpoint's tensors that are neither a parameter nor a buffer of the module."""
+    """The checkpoint's tensors that are neither a parameter nor a persistent buffer of the
+    module."""
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        kept = owner._buffers.keys() - owner._non_persistent_buffers_set
+        known |= {f"{prefix}.{key}" if prefix else key for key in kept}
     return sorted(set(checkpoint.tensors) - known)
 
 

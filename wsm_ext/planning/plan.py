@@ -67,6 +67,8 @@ class PlanSummary:
         self.host_budget_bytes: int = planned.host_budget_bytes
         # What a forward of the workload allocates beside the weights; None: nobody said.
         self.activation_bytes: int | None = None
+        # What the module's buffers take on the device, within the same budget.
+        self.buffer_bytes = 0
         self.warnings: list[str] = list(planned.warnings)
         self.units: list[UnitPlan] = [
             UnitPlan(
@@ -111,6 +113,7 @@ class PlanSummary:
             (
                 "device memory",
                 f"{format_bytes(self.homes_bytes)} homes + {format_bytes(self.arena_bytes)} arena"
+                f" + {format_bytes(self.buffer_bytes)} buffers"
                 f" of {format_bytes(self.device_budget_bytes)}",
             ),
             (

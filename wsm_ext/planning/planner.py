@@ -14,6 +14,7 @@ from .. import _engine
 from ..checkpoints.checkpoint import Checkpoint
 from ..config import Config
 from ..modules import sources
+from ..modules.buffers import NO_BUFFERS, BufferSizes
 from ..modules.sources import Source
 from ..modules.spec import model_spec, unit_place_bytes
 from ..modules.units import Unit, find_units
@@ -24,6 +25,7 @@ from .limits import choose_units, make_limits
 _MIB = 1 << 20
 # If nobody says what activations and the KV cache need, they get the rest.
 _CUDA_DEVICE_SHARE = 0.85
+_SMALL_BLOCK_BYTES = 1 << 20  # torch's allocator puts several of them into one segment
 # Finer units mean more hooks and log lines: they must shorten the pass to this at least.
 _FINER_IS_WORTH = 0.98
 
@@ -45,7 +47,8 @@ NOTHING_HELD = HeldBytes()
 class Budgets:
     """Device and host bytes, and whether the user named them.
 
-    `activation_bytes` is what a forward needs beside the weights, if that is known.
+    `activation_bytes` is what a forward needs beside the weights, if that is known. The module's
+    `buffers` are taken off a budget that is named; what is free no longer has them.
     """
 
     def __init__(
@@ -56,14 +59,16 @@ class Budgets:
         config: Config,
         activation_bytes: int | None = None,
         held: HeldBytes = NOTHING_HELD,
+        buffers: BufferSizes = NO_BUFFERS,
     ) -> None:
         self.explicit_device = device_memory != "auto"
         self.explicit_host = host_memory != "auto"
         self.activation_bytes = activation_bytes
+        self.buffers = buffers if self.explicit_device else NO_BUFFERS
         self.device_bytes = 0
         self.host_bytes = 0
         if self.explicit_device:
-            self.device_bytes = parse_bytes(device_memory, "device_memory")
+            self.device_bytes = left_by_buffers(device_memory, buffers)
             self._leave_room()
         if self.explicit_host:
             self.host_bytes = parse_bytes(host_memory, "host_memory")
@@ -99,6 +104,23 @@ class Budgets:
         else:
             self.device_bytes = max(self.device_bytes - self.activation_bytes, 0)
 
+    @property
+    def beside_bytes(self) -> int:
+        """What was taken off a named device budget."""
+        taken = (self.activation_bytes or 0) if self.explicit_device else 0
+        return taken + self.buffers.device_bytes
+
+
+def left_by_buffers(device_memory: int | str, buffers: BufferSizes) -> int:
+    """Bytes of a named budget. Raises ValueError where buffers take all of it."""
+    nbytes = parse_bytes(device_memory, "device_memory")
+    if buffers.device_bytes >= nbytes:
+        raise ValueError(
+            f"device_memory = {format_bytes(nbytes)} is too small: the module's {buffers}; give"
+            " more, or make them parameters"
+        )
+    return nbytes - buffers.device_bytes
+
 
 @dataclass(frozen=True)
 class ModulePlan:
@@ -126,6 +148,7 @@ class Planner:
         config: Config,
     ) -> None:
         self._module = module
+        self.buffers = BufferSizes.of(module)
         self._checkpoint = checkpoint
         self._config = config
         chosen, self._unheeded = choose_units(config, units)
@@ -192,7 +215,7 @@ class Planner:
                 unit.slots = [slot for slot in unit.slots if sources.live(slot).numel() > 0]
             units = [unit for unit in units if unit.slots]
             if self._checkpoint is not None:
-                source = sources.from_checkpoint(units, self._checkpoint)
+                source = sources.from_checkpoint(self._module, units, self._checkpoint)
             else:
                 source = sources.from_module(units)
             self._sources[index] = units, source
@@ -209,11 +232,34 @@ class Planner:
         limits, warned = self._limits(units, source, budgets)
         if kept_cache is not None:
             limits.kept_cache = kept_cache
-        try:
-            plan = _engine.plan_model(model_spec(units, source), limits, rates)
-        except ValueError as error:
-            raise ValueError(_in_terms_of_arguments(str(error))) from None
+        plan = self._plan_beside_buffers(model_spec(units, source), limits, rates, budgets)
         return ModulePlan(units, source, plan, self._modes[index], self._unheeded + warned)
+
+    @staticmethod
+    def _plan_beside_buffers(
+        spec: _engine.ModelSpec,
+        limits: _engine.PlanLimits,
+        rates: _engine.Rates,
+        budgets: Budgets,
+    ) -> _engine.Plan:
+        """A plan with the buffers beside it; if that is too much, one whose small blocks leave them
+        room in the segments that they take."""
+        buffer_bytes = budgets.buffers.device_bytes
+        try:
+            return _engine.plan_model(spec, limits, rates)
+        except ValueError as error:
+            refused = ValueError(_in_terms_of_arguments(str(error), budgets.beside_bytes))
+        if not 0 < buffer_bytes <= _SMALL_BLOCK_BYTES:
+            raise refused
+        limits.device_bytes += buffer_bytes
+        try:
+            plan = _engine.plan_model(spec, limits, rates)
+        except ValueError as error:
+            beside = budgets.beside_bytes - buffer_bytes
+            raise ValueError(_in_terms_of_arguments(str(error), beside)) from None
+        if buffer_bytes > _unused_bytes(plan):
+            raise refused
+        return plan
 
     def _limits(
         self, units: list[Unit], source: Source, budgets: Budgets
@@ -242,8 +288,21 @@ def streams(plan: _engine.Plan) -> bool:
     return plan.host_home_bytes + plan.disk_home_bytes > 0
 
 
-def _in_terms_of_arguments(message: str) -> str:
-    """The planner's message with the names and sizes that the caller knows."""
+def _unused_bytes(plan: _engine.Plan) -> int:
+    """What is left of the segments of small blocks, for other small blocks."""
+    blocks = [plan.arena_bytes, *(block.nbytes for block in plan.home_blocks)]
+    small = [nbytes for nbytes in blocks if 0 < nbytes <= _SMALL_BLOCK_BYTES]
+    return sum(_engine.device_block_bytes(nbytes) - nbytes for nbytes in small)
+
+
+def _in_terms_of_arguments(message: str, beside_bytes: int = 0) -> str:
+    """The planner's message with the names and sizes that the caller knows: with what was taken off
+    the device budget before."""
+    message = re.sub(
+        r"(device_bytes = )(\d+)( is too small: it takes at least )(\d+)",
+        lambda m: f"{m[1]}{int(m[2]) + beside_bytes}{m[3]}{int(m[4]) + beside_bytes}",
+        message,
+    )
     for planner, argument in (("device_bytes", "device_memory"), ("host_bytes", "host_memory")):
         message = message.replace(planner, argument)
     return re.sub(

@@ -17,6 +17,7 @@ from ..planning.planner import (
     HeldBytes,
     ModulePlan,
     Planner,
+    left_by_buffers,
     streams,
 )
 from ..planning.predict import Prediction, files_of, measuring_matters, predict
@@ -61,6 +62,11 @@ class Replanner:
         return self._activation_bytes
 
     @property
+    def buffer_bytes(self) -> int:
+        """What the module's buffers take on the device."""
+        return self._planner.buffers.device_bytes
+
+    @property
     def read_method(self) -> ReadMethod:
         """How the disk is read the fastest."""
         return DEFAULT_READ_METHOD if self._rates is None else self._rates.read_method
@@ -80,10 +86,20 @@ class Replanner:
     def budgets(
         self, device_memory: int | str, host_memory: int | str, held: HeldBytes = NOTHING_HELD
     ) -> Budgets:
-        request, activations = self._request, self._activation_bytes
         return Budgets(
-            request.device, device_memory, host_memory, request.config, activations, held
+            self._request.device,
+            device_memory,
+            host_memory,
+            self._request.config,
+            self._activation_bytes,
+            held,
+            self._planner.buffers,
         )
+
+    def check_buffers(self, device_memory: int | str) -> None:
+        """Raises ValueError where the module's buffers leave nothing of a named budget."""
+        if device_memory != "auto":
+            left_by_buffers(device_memory, self._planner.buffers)
 
     @without_modes()
     def plan(
@@ -150,6 +166,9 @@ class Replanner:
         predicted = self.predict(planned, budgets) if known else None
         plan = PlanSummary(planned.plan, planned.units, planned.source, predicted)
         plan.activation_bytes = self._activation_bytes
+        plan.buffer_bytes = self.buffer_bytes
+        if plan.device_budget_bytes >= budgets.device_bytes:  # no count of layers is below it
+            plan.device_budget_bytes = budgets.device_bytes + budgets.buffers.device_bytes
         plan.warnings[:0] = planned.warnings
         return plan
 
