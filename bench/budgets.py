@@ -14,7 +14,7 @@ rate of 16 MiB pinned copies; the resident model's (on a CPU as it was just befo
 Beside it the same with the disk's rate into as much memory as the staging ring has, as who keeps
 what he reads cannot read into the same few MiB for ever. What is read is counted between two
 moments at which nothing moves, and must be the plan's bytes to the byte. Memory is watched from
-another process. Beside it: what LRU would give, by the simulator, with the same rates.
+another process.
 """
 
 from __future__ import annotations
@@ -157,7 +157,6 @@ def judge(
         "compute_s": compute_s,
     }
     floors_large = {**floors, "disk_s": run["plan_disk_bytes"] / large}
-    lru = _engine.simulate(planned, rates, policy="lru")
     return {
         **run,
         "disk_bytes_per_s": rates.disk_bytes_per_s,
@@ -166,14 +165,12 @@ def judge(
         "disk_large_bytes_per_s": large,
         "ratio_large": run["seconds_per_pass"] / max(floors_large.values()),
         "simulated_s": _engine.simulate(planned, rates).pass_seconds,
-        "simulated_lru_s": lru.pass_seconds,
-        "simulated_lru_disk_bytes": lru.disk_bytes,
     }
 
 
 def print_runs(runs: list[dict[str, Any]]) -> None:
     header = ("in RAM", "s/pass", "disk", "link", "compute", "ratio", "into the ring's memory")
-    header += ("simulated", "LRU", "bytes")
+    header += ("simulated", "bytes")
     rows = []
     for run in runs:
         floors = run["floors"]
@@ -185,7 +182,6 @@ def print_runs(runs: list[dict[str, Any]]) -> None:
                 f"{run['ratio']:.3f}",
                 f"{run['ratio_large']:.3f}",
                 f"{run['simulated_s']:.3f}",
-                f"{run['simulated_lru_s']:.3f}",
                 "the plan's" if run["to_the_byte"] else f"{run['read_bytes_per_pass']:.0f} !",
             )
         )

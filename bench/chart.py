@@ -182,14 +182,13 @@ def draw_cases(records: list[dict[str, Any]], out: Path) -> None:
 
 
 def draw_budgets(record: dict[str, Any], out: Path) -> None:
-    """Seconds of a pass by the share in RAM: measured, the slowest link alone, LRU simulated."""
+    """Seconds of a pass by the share in RAM: measured, and the slowest link alone."""
     runs = record["results"]["runs"]
     if not runs:
         raise ValueError("the record has no run")
     shares = [run["share"] for run in runs]
     figure, axes = _figure(8)
     floors = [max(run["floors"].values()) for run in runs]
-    axes.plot(shares, [run["simulated_lru_s"] for run in runs], "--", color=MISSED, label="LRU")
     axes.plot(shares, floors, color=OTHERS, label="the slowest link alone")
     measured = [run["seconds_per_pass"] for run in runs]
     axes.plot(shares, measured, "o", color=OURS, label="wsm, measured")

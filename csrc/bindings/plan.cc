@@ -175,15 +175,11 @@ void bind_simulator(py::module_& m) {
       py::arg("planned"), py::arg("rates"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "simulate",
-      [](const PlannedModel& planned, const Rates& rates, const std::vector<uint32_t>& order,
-         const std::string& policy) {
-        check(policy == "fixed" || policy == "lru", "policy is 'fixed' or 'lru', not '", policy,
-              "'");
-        const auto kind = policy == "lru" ? CachePolicy::kLru : CachePolicy::kFixed;
-        return simulate(planned.plan, rates, order, kind);
+      [](const PlannedModel& planned, const Rates& rates, const std::vector<uint32_t>& order) {
+        return simulate(planned.plan, rates, order);
       },
       py::arg("planned"), py::arg("rates"), py::arg("order") = std::vector<uint32_t>{},
-      py::arg("policy") = "fixed", py::call_guard<py::gil_scoped_release>());
+      py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace wsm

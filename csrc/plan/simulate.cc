@@ -4,10 +4,8 @@
 #include <cmath>
 #include <deque>
 #include <iterator>
-#include <list>
 #include <map>
 #include <numeric>
-#include <unordered_map>
 #include <vector>
 
 #include "util/check.h"
@@ -22,48 +20,22 @@ constexpr int kAveraged = 4;        // passes, where they never get alike
 // Which chunks are in the host cache when they are used.
 class Cache {
  public:
-  Cache(const Plan& plan, CachePolicy policy)
-      : plan_(plan), policy_(policy), filled_(plan.chunks.size()) {}
+  explicit Cache(const Plan& plan) : plan_(plan), filled_(plan.chunks.size()) {}
 
-  // Uses the chunk: true when its bytes were there. Afterwards they are, as far as the policy goes.
+  // Uses the chunk: true when its bytes were there. Afterwards they are, if the host is its home.
   bool use(uint32_t chunk) {
-    if (policy_ == CachePolicy::kLru) return use_lru(chunk);
-    if (plan_.chunks[chunk].home != Home::kHost) return false;
+    if (through_slot(chunk)) return false;
     const bool was_there = filled_[chunk];
     filled_[chunk] = true;
     return was_there;
   }
 
   // A chunk that is read passes through a slot, unless it has its place in the cache.
-  bool through_slot(uint32_t chunk) const {
-    return policy_ == CachePolicy::kLru || plan_.chunks[chunk].home != Home::kHost;
-  }
+  bool through_slot(uint32_t chunk) const { return plan_.chunks[chunk].home != Home::kHost; }
 
  private:
-  bool use_lru(uint32_t chunk) {
-    const uint64_t bytes = plan_.chunks[chunk].read_bytes;
-    if (const auto found = where_.find(chunk); found != where_.end()) {
-      recent_.splice(recent_.begin(), recent_, found->second);
-      return true;
-    }
-    if (bytes > plan_.cache_bytes) return false;
-    while (used_ + bytes > plan_.cache_bytes) {
-      used_ -= plan_.chunks[recent_.back()].read_bytes;
-      where_.erase(recent_.back());
-      recent_.pop_back();
-    }
-    recent_.push_front(chunk);
-    where_[chunk] = recent_.begin();
-    used_ += bytes;
-    return false;
-  }
-
   const Plan& plan_;
-  const CachePolicy policy_;
   std::vector<bool> filled_;
-  std::list<uint32_t> recent_;
-  std::unordered_map<uint32_t, std::list<uint32_t>::iterator> where_;
-  uint64_t used_ = 0;
 };
 
 // One use of a unit that streams: when things happened.
@@ -82,12 +54,11 @@ struct Waits {
 
 class Simulator {
  public:
-  Simulator(const Plan& plan, const Rates& rates, const std::vector<uint32_t>& order,
-            CachePolicy policy)
+  Simulator(const Plan& plan, const Rates& rates, const std::vector<uint32_t>& order)
       : plan_(plan),
         rates_(rates),
         order_(order),
-        cache_(plan, policy),
+        cache_(plan),
         present_(plan.units.size(), false),
         last_use_(plan.units.size()),
         slot_free_(std::max(plan.slot_count, 2u) - 1, 0.0) {
@@ -334,15 +305,14 @@ void check_rates(const Plan& plan, const Rates& rates, const std::vector<uint32_
 
 }  // namespace
 
-Simulated simulate(const Plan& plan, const Rates& rates, const std::vector<uint32_t>& order,
-                   CachePolicy policy) {
+Simulated simulate(const Plan& plan, const Rates& rates, const std::vector<uint32_t>& order) {
   check_rates(plan, rates, order);
   std::vector<uint32_t> all;
   if (order.empty()) {
     all.resize(plan.units.size());
     std::iota(all.begin(), all.end(), 0);
   }
-  return Simulator(plan, rates, order.empty() ? all : order, policy).run();
+  return Simulator(plan, rates, order.empty() ? all : order).run();
 }
 
 }  // namespace wsm

@@ -29,9 +29,6 @@ struct Rates {
   bool host_computes = false;      // the host device: a forward holds up the caller
 };
 
-// What the host cache does. kLru is what others do, for comparison.
-enum class CachePolicy : uint8_t { kFixed, kLru };
-
 enum class Bottleneck : uint8_t { kDisk, kH2d, kCompute };
 
 struct Simulated {
@@ -54,7 +51,6 @@ struct Simulated {
 // may occur more than once. Throws InvalidArgument for rates that are not positive and finite,
 // times that are no times, compute times that do not match the units, or an order that names a unit
 // that is not there.
-Simulated simulate(const Plan& plan, const Rates& rates, const std::vector<uint32_t>& order = {},
-                   CachePolicy policy = CachePolicy::kFixed);
+Simulated simulate(const Plan& plan, const Rates& rates, const std::vector<uint32_t>& order = {});
 
 }  // namespace wsm

@@ -190,18 +190,6 @@ TEST(Simulate, ReadsStayWithinTheirWindow) {
   EXPECT_GT(simulate(b.plan, r).pass_s, free_s + 0.5);
 }
 
-TEST(Simulate, LruOnACycleLargerThanTheCacheNeverHits) {
-  PlanBuilder b(4, 1);
-  for (int i = 0; i < 4; ++i) b.unit(i % 2 * 2000, {Home::kDisk, Home::kHost});
-  const Simulated fixed = simulate(b.plan, rates());
-  const Simulated lru = simulate(b.plan, rates(), {}, CachePolicy::kLru);
-  EXPECT_EQ(fixed.disk_bytes, 4000u);
-  EXPECT_EQ(lru.disk_bytes, 8000u);
-  EXPECT_NEAR(lru.pass_s, 8, 1e-6);
-  b.plan.cache_bytes = 8000;
-  EXPECT_EQ(simulate(b.plan, rates(), {}, CachePolicy::kLru).disk_bytes, 0u);
-}
-
 TEST(Simulate, AnOrderMayRepeatAndSkipUnits) {
   PlanBuilder b(4, 1);
   for (int i = 0; i < 4; ++i) b.unit(i % 2 * 2000, kTwoCached);

@@ -211,8 +211,7 @@ void simulate_some(Input& in, const ModelSpec& spec, const Plan& plan) {
   for (uint32_t uses = in.below(24); uses > 0; --uses) {
     order.push_back(in.below(static_cast<uint32_t>(spec.units.size()) + in.once_in(16)));
   }
-  const auto policy = in.once_in(4) ? CachePolicy::kLru : CachePolicy::kFixed;
-  const Simulated simulated = simulate(plan, make_rates(in, spec), order, policy);
+  const Simulated simulated = simulate(plan, make_rates(in, spec), order);
   EXPECT_GE(simulated.pass_s, 0);
   EXPECT_GE(simulated.first_pass_s, 0);
 }
