@@ -172,6 +172,19 @@ def test_everything_fits_and_then_no_more(device: torch.device, net: Net, folder
         check(streamed, net, device)
 
 
+def test_finer_units_of_tied_weights_are_found_later(tmp_path: Path) -> None:
+    """When all fits, the units of other modes are not looked at before the first resize."""
+    net = make_net(layers=2, hidden=1024, tied=True)
+    save(net, tmp_path)
+    module = on_meta(net, layers=2, hidden=1024, tied=True)
+    budgets = {"device_memory": "200MiB", "host_memory": "16MiB"}
+    with wsm.stream(module, tmp_path, device="cpu", **budgets) as streamed:
+        streamed.resize(device_memory="24MiB")
+        assert len(streamed.plan.units) > 5
+        assert streamed.plan.model_bytes == sum(p.nbytes for p in net.parameters())
+        assert torch.equal(streamed(tokens()), net(tokens()))
+
+
 def test_random_budgets_one_after_another(device: torch.device, net: Net, folder: Path) -> None:
     seed = random.SystemRandom().randrange(1 << 30)
     print("seed", seed)

@@ -5,7 +5,7 @@ The result is what the planner takes: shards, tensor images, and for each slot i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -91,23 +91,31 @@ def live(slot: Slot) -> torch.Tensor:
     return parameter
 
 
-def from_checkpoint(module: nn.Module, units: Iterable[Unit], checkpoint: Checkpoint) -> Source:
+def names_of_parameters(module: nn.Module) -> dict[str, list[str]]:
+    """By each name of a parameter: all of its names. It may be tied, or its module be there
+    twice."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: together for together in names.values() for name in together}
+
+
+def from_checkpoint(
+    names_of: Mapping[str, list[str]], units: Iterable[Unit], checkpoint: Checkpoint
+) -> Source:
     """Match every slot with its tensor by name, shape and dtype.
 
-    A parameter may be in the checkpoint under any one of its names: it may be tied, or its module
-    be there twice. If it is there under several, equal tensors become one image; unequal ones
-    stay apart.
+    A parameter may be in the checkpoint under any one of its names. If it is there under several,
+    equal tensors become one image; unequal ones stay apart.
 
     Raises CheckpointError naming what is missing, or has another shape or dtype.
     """
     slots = [slot for unit in units for slot in unit.slots]
-    tied: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
     chosen: dict[str, str] = {}
     problems: list[str] = []
     for slot in slots:
-        names = [name for name in tied[id(live(slot))] if name in checkpoint.tensors]
+        known = names_of.get(slot.name, [slot.name])
+        names = [name for name in known if name in checkpoint.tensors]
         if not names and slot.name in checkpoint.computed:
             continue
         if not names:

@@ -149,6 +149,7 @@ class Planner:
     ) -> None:
         self._module = module
         self.buffers = BufferSizes.of(module)
+        self._names_of = sources.names_of_parameters(module)
         self._checkpoint = checkpoint
         self._config = config
         chosen, self._unheeded = choose_units(config, units)
@@ -215,7 +216,7 @@ class Planner:
                 unit.slots = [slot for slot in unit.slots if sources.live(slot).numel() > 0]
             units = [unit for unit in units if unit.slots]
             if self._checkpoint is not None:
-                source = sources.from_checkpoint(self._module, units, self._checkpoint)
+                source = sources.from_checkpoint(self._names_of, units, self._checkpoint)
             else:
                 source = sources.from_module(units)
             self._sources[index] = units, source
