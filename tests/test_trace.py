@@ -16,7 +16,7 @@ from nets import Net, make_net, on_meta, save, tokens
 
 import wsm_ext as wsm
 from wsm_ext.runtime import trace
-from wsm_ext.runtime.timeline import lanes_of, rates
+from wsm_ext.runtime.timeline import rates, rows_of
 from wsm_ext.runtime.trace import usual_events
 
 MIB = 1 << 20
@@ -328,12 +328,12 @@ def test_where_nothing_streams_it_says_so(net: Net, folder: Path, tmp_path: Path
     assert spans_of(tmp_path / "trace.json") == {}
 
 
-def test_lanes() -> None:
+def test_rows() -> None:
     spans = [(0, 10), (2, 4), (3, 12), (4, 6), (10, 11), (11, 13)]
-    assert lanes_of(spans) == [0, 1, 2, 1, 0, 0]
+    assert rows_of(spans) == [0, 1, 2, 1, 0, 0]
     # Inside, beside, and across the end of the outer one.
-    assert lanes_of([(0, 10), (2, 4), (4, 10), (6, 9), (8, 12)], nested=True) == [0, 0, 0, 0, 1]
-    assert lanes_of([]) == []
+    assert rows_of([(0, 10), (2, 4), (4, 10), (6, 9), (8, 12)], nested=True) == [0, 0, 0, 0, 1]
+    assert rows_of([]) == []
 
 
 def test_rates_share_bytes_out_over_windows() -> None:

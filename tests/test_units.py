@@ -69,19 +69,19 @@ def decoder(layer=Layer, count: int = 3) -> Holder:
 
 
 def check(module: nn.Module, units: list[Unit]) -> None:
-    """What holds in every mode: each slot once, true names, exclusive where units lie inside."""
-    slots = [(id(slot.owner), slot.key) for unit in units for slot in unit.slots]
+    """What holds in every mode: each entry once, true names, exclusive where units lie inside."""
+    entries = [(id(entry.owner), entry.key) for unit in units for entry in unit.entries]
     expected = [
         (id(m), k) for m in module.modules() for k, p in m._parameters.items() if p is not None
     ]
-    assert sorted(slots) == sorted(expected)
+    assert sorted(entries) == sorted(expected)
     modules = [unit.module for unit in units]
     for unit in units:
         assert module.get_submodule(unit.name) is unit.module
-        assert unit.slots
-        for slot in unit.slots:
-            owner, _, key = slot.name.rpartition(".")
-            assert (module.get_submodule(owner), key) == (slot.owner, slot.key)
+        assert unit.entries
+        for entry in unit.entries:
+            owner, _, key = entry.name.rpartition(".")
+            assert (module.get_submodule(owner), key) == (entry.owner, entry.key)
         inside = [m for m in unit.module.modules() if m is not unit.module]
         assert unit.encloses_units == any(m is other for m in inside for other in modules)
     order = list(module.modules())
@@ -100,8 +100,8 @@ def labels(units: dict[str, Unit]) -> list[str]:
     return [unit.label for unit in units.values()]
 
 
-def slots(unit: Unit) -> list[str]:
-    return [slot.name for slot in unit.slots]
+def entries(unit: Unit) -> list[str]:
+    return [entry.name for entry in unit.entries]
 
 
 # Modes
@@ -119,7 +119,7 @@ def test_layers_are_whole_and_the_rest_is_by_owner(mode):
         "unit=lm_head",
     ]
     assert [unit.layer for unit in units.values()] == [None, 0, 1, 2, None, None]
-    assert slots(units["model.layers.1"]) == [
+    assert entries(units["model.layers.1"]) == [
         "model.layers.1.self_attn.up.weight",
         "model.layers.1.self_attn.down.weight",
         "model.layers.1.mlp.up.weight",
@@ -149,7 +149,7 @@ def test_a_layers_own_parameters_are_an_exclusive_group():
     units = find(decoder(Scaled, count=1), "group")
     layer = units["model.layers.0"]
     assert (layer.label, layer.encloses_units) == ("layer=0", True)
-    assert slots(layer) == ["model.layers.0.scale"]
+    assert entries(layer) == ["model.layers.0.scale"]
     assert not units["model.layers.0.mlp"].encloses_units
 
 
@@ -216,7 +216,7 @@ def test_names_choose_modules_whole():
         "unit=model.norm",
         "unit=lm_head",
     ]
-    assert len(units["model.layers.0"].slots) == 5
+    assert len(units["model.layers.0"].entries) == 5
 
 
 @pytest.mark.parametrize("names", [["model", "model.layers.0"], ["model.layers.0", "model"]])
@@ -225,15 +225,15 @@ def test_a_name_inside_another_is_carved_out(names):
     assert list(units) == ["model", "model.layers.0", "lm_head"]
     assert units["model"].encloses_units
     assert not units["model.layers.0"].encloses_units
-    assert len(units["model.layers.0"].slots) == 5
-    assert len(units["model"].slots) == 2 + 5
+    assert len(units["model.layers.0"].entries) == 5
+    assert len(units["model"].entries) == 2 + 5
 
 
 def test_the_whole_module_is_named_by_the_empty_name():
     module = decoder(count=1)
     units = find(module, [""])
     assert labels(units) == ["unit=Holder"]
-    assert len(units[""].slots) == 8
+    assert len(units[""].entries) == 8
 
 
 def test_no_names_at_all_leave_all_by_owner():
@@ -345,7 +345,7 @@ def test_a_module_with_parameters_and_units_inside_is_exclusive():
     units = find(net, "layer")
     assert labels(units) == ["unit=Holder", "layer=0", "layer=1"]
     assert units[""].encloses_units
-    assert slots(units[""]) == ["token"]
+    assert entries(units[""]) == ["token"]
 
 
 @pytest.mark.parametrize("mode", ["layer", "leaf", "group", []])
@@ -353,7 +353,7 @@ def test_modules_that_read_their_children_are_whole(mode):
     attention = nn.MultiheadAttention(4, 2)
     units = find(Holder(pool=attention), mode)
     assert list(units) == ["pool"]
-    assert "pool.out_proj.weight" in slots(units["pool"])
+    assert "pool.out_proj.weight" in entries(units["pool"])
 
 
 @pytest.mark.parametrize("mode", ["layer", "leaf", "group"])
@@ -369,8 +369,8 @@ def test_parameters_of_containers_go_to_the_module_that_runs(mode):
     net.inner.scales = nn.ParameterDict({"a": torch.zeros(1)})
     units = find(net, mode)
     assert list(units) == ["inner"]
-    assert slots(units["inner"]) == ["inner.box.w.0", "inner.box.w.1", "inner.scales.a"]
-    assert units["inner"].slots[0].owner is net.inner.box["w"]
+    assert entries(units["inner"]) == ["inner.box.w.0", "inner.box.w.1", "inner.scales.a"]
+    assert units["inner"].entries[0].owner is net.inner.box["w"]
 
 
 def test_parameters_with_nothing_that_runs_above_are_refused():
@@ -390,7 +390,7 @@ def test_modules_and_slots_without_parameters_are_left_out():
     )
     units = find(net, "layer")
     assert list(units) == ["out"]
-    assert slots(units["out"]) == ["out.weight"]
+    assert entries(units["out"]) == ["out.weight"]
     assert find_units(nn.ReLU(), "layer") == []
 
 
@@ -401,8 +401,8 @@ def test_a_tied_parameter_has_a_slot_in_each_unit():
     net = decoder(count=1)
     net.lm_head.weight = net.model.embed.weight
     units = find(net, "layer")
-    assert slots(units["model.embed"]) == ["model.embed.weight"]
-    assert slots(units["lm_head"]) == ["lm_head.weight"]
+    assert entries(units["model.embed"]) == ["model.embed.weight"]
+    assert entries(units["lm_head"]) == ["lm_head.weight"]
 
 
 @pytest.mark.parametrize("mode", ["layer", "leaf", "group", []])
@@ -410,7 +410,7 @@ def test_a_module_at_two_places_counts_once_by_its_first_name(mode):
     shared = nn.Linear(4, 4)
     units = find(Holder(first=shared, again=shared), mode)
     assert list(units) == ["first"]
-    assert len(units["first"].slots) == 2
+    assert len(units["first"].entries) == 2
 
 
 def test_a_layer_that_repeats_counts_once():
@@ -426,7 +426,7 @@ def test_a_module_inside_two_layers_is_a_unit_of_its_own():
     units = find(net, "layer")
     assert list(units) == ["layers.0", "layers.0.shared", "layers.1", "layers.2"]
     assert [unit.encloses_units for unit in units.values()] == [True, False, False, True]
-    assert len(units["layers.0.shared"].slots) == 2
+    assert len(units["layers.0.shared"].entries) == 2
     assert units["layers.0.shared"].label == "layer=0 unit=shared"
 
 
@@ -444,7 +444,7 @@ def test_what_is_shared_inside_the_shared_is_carved_out_in_turn():
     net.layers[2].only = shared.up
     units = find(net, "layer")
     assert list(units)[:3] == ["layers.0", "layers.0.shared", "layers.0.shared.up"]
-    assert slots(units["layers.0.shared"]) == ["layers.0.shared.down.weight"]
+    assert entries(units["layers.0.shared"]) == ["layers.0.shared.down.weight"]
 
 
 # What is refused

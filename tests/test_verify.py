@@ -22,9 +22,9 @@ from wsm_ext.checkpoints.checkpoint import Checkpoint
 from wsm_ext.checkpoints.hashes import (
     SIDECAR,
     ByteRun,
-    Piece,
+    ExtentToHash,
     Recorded,
-    hash_pieces,
+    hash_extents,
     read_sidecar,
     write_sidecar,
 )
@@ -330,17 +330,17 @@ def test_any_stretch_is_read_whole_in_blocks(
         (ByteRun(0, 1), ByteRun(5, 30_000), ByteRun(40_000, 1)),
         (ByteRun(61_000, 800),),
     )
-    pieces = [Piece(*span, parts=runs if span[2] > 60_000 else ()) for span in spans]
+    extents = [ExtentToHash(*span, shares=runs if span[2] > 60_000 else ()) for span in spans]
     seen: list[int] = []
-    found = hash_pieces(files, pieces, seen.append)
-    for piece, got in zip(pieces, found, strict=True):
-        whole = data[piece.offset : piece.offset + piece.nbytes]
+    found = hash_extents(files, extents, seen.append)
+    for extent, got in zip(extents, found, strict=True):
+        whole = data[extent.offset : extent.offset + extent.nbytes]
         assert got.digest == xxhash.xxh3_128(whole).hexdigest()
-        assert got.parts == [
+        assert got.shares == [
             xxhash.xxh3_128(b"".join(whole[run.offset : run.end] for run in part)).hexdigest()
-            for part in piece.parts
+            for part in extent.shares
         ]
-    assert seen[-1] == sum(piece.nbytes for piece in pieces)
+    assert seen[-1] == sum(extent.nbytes for extent in extents)
 
 
 @pytest.mark.parametrize("refused", ["", "open"])
@@ -360,8 +360,8 @@ def test_the_page_cache_is_left_as_it_was(
     if refused:
         refuse_direct(monkeypatch, refused)
     last = size - 4096
-    pieces = [Piece(0, last, size - last)]
-    found = hash_pieces([file], pieces)
+    extents = [ExtentToHash(0, last, size - last)]
+    found = hash_extents([file], extents)
     assert _engine.in_page_cache(fd, last, size - last) == cached
     assert found[0].digest == xxhash.xxh3_128(file.read_bytes()[last:]).hexdigest()
     os.close(fd)
@@ -387,13 +387,13 @@ def test_a_file_that_ends_early_or_changes_is_an_error(folder: Path, monkeypatch
     with pytest.raises(OSError, match="ends at offset"):
         verify(checkpoint)
     shard.write_bytes(content)
-    real = hashes._hash_piece
+    real = hashes._hash_extent
 
-    def touching(piece: Piece, blocks: Any) -> Any:
+    def touching(extent: ExtentToHash, blocks: Any) -> Any:
         os.utime(shard, ns=(1, 1))
-        return real(piece, blocks)
+        return real(extent, blocks)
 
-    monkeypatch.setattr(hashes, "_hash_piece", touching)
+    monkeypatch.setattr(hashes, "_hash_extent", touching)
     with pytest.raises(OSError, match="was changed while it was read"):
         verify(checkpoint)
 
@@ -408,9 +408,9 @@ def test_a_read_that_never_ends_is_a_timeout(folder: Path, monkeypatch: Any) -> 
     monkeypatch.setattr(bulk_reads.os, "preadv", hang)
     checkpoint = Checkpoint.open(folder)
     others = set(threading.enumerate())
-    pieces = [Piece(0, checkpoint.tensors["a"].extents[0].offset, 8)]
+    extents = [ExtentToHash(0, checkpoint.tensors["a"].extents[0].offset, 8)]
     with pytest.raises(TimeoutError, match="offset"):
-        bulk_reads.read_all(checkpoint.shards, pieces, hashes._hash_piece, patience_s=0.2)
+        bulk_reads.read_all(checkpoint.shards, extents, hashes._hash_extent, patience_s=0.2)
     ended.set()
     for thread in set(threading.enumerate()) - others:
         thread.join(LIMIT_S)

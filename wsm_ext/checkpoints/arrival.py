@@ -14,7 +14,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Part:
+class ArrivingTensor:
     """A tensor of the checkpoint among the bytes that arrive."""
 
     offset: int
@@ -30,25 +30,25 @@ class Part:
 class Arrival:
     """What arrives, and what makes the parameter of it.
 
-    `convert` takes the parts in the parameter's dtype. None: there is one part, of the parameter's
+    `convert` takes the tensors in the parameter's dtype. None: there is one, of the parameter's
     shape, and it is cast.
     """
 
-    parts: tuple[Part, ...]
+    tensors: tuple[ArrivingTensor, ...]
     convert: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def write(self, arrived: torch.Tensor, parameter: torch.Tensor) -> None:
         """Make `parameter` of the bytes in `arrived` (uint8, on the same device)."""
         with torch.no_grad():
-            parts = [
-                arrived[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
-                for part in self.parts
+            tensors = [
+                arrived[each.offset : each.offset + each.nbytes].view(each.dtype).view(each.shape)
+                for each in self.tensors
             ]
             if self.convert is None:
-                parameter.copy_(parts[0])
+                parameter.copy_(tensors[0])
             else:
-                parameter.copy_(self.convert([part.to(parameter.dtype) for part in parts]))
+                parameter.copy_(self.convert([tensor.to(parameter.dtype) for tensor in tensors]))

@@ -1,6 +1,6 @@
-"""Reads stretches of files past the page cache, at the speed of the disk, in little memory.
+"""Reads extents of files past the page cache, at the speed of the disk, in little memory.
 
-A few threads each take one stretch after another and hand its blocks to whoever wants them, in
+A few threads each take one extent after another and hand its blocks to whoever wants them, in
 order. Direct reads if the file allows them; else what the page cache did not have before is
 dropped from it again, so that other files stay there.
 """
@@ -25,7 +25,7 @@ _LOOK_S = 0.1
 _PATIENCE_S = 30.0
 
 
-class Stretch(Protocol):
+class FileExtent(Protocol):
     """Bytes of a file."""
 
     @property
@@ -36,40 +36,38 @@ class Stretch(Protocol):
     def nbytes(self) -> int: ...
 
 
-S = TypeVar("S", bound=Stretch)
+S = TypeVar("S", bound=FileExtent)
 R = TypeVar("R")
 Blocks = Iterator[memoryview]
 
 
 def read_all(
     files: Sequence[Path],
-    stretches: Sequence[S],
+    extents: Sequence[S],
     use: Callable[[S, Blocks], R],
     progress: Callable[[int], None] | None = None,
     patience_s: float = _PATIENCE_S,
 ) -> list[R]:
-    """What `use` makes of each stretch, in their order.
+    """What `use` makes of each extent, in their order.
 
-    `use` runs on several threads, and takes the blocks of its stretch to the end; a block is valid
+    `use` runs on several threads, and takes the blocks of its extent to the end; a block is valid
     until the next one. `progress` is called on this thread with the bytes done.
 
     Raises OSError if a read fails or a file changes meanwhile, TimeoutError if nothing is
     read for `patience_s`, and whatever `use` raises.
     """
-    return _Reading(files, stretches, use).run(progress, patience_s)
+    return _Reading(files, extents, use).run(progress, patience_s)
 
 
 class _Reading:
     def __init__(
-        self, files: Sequence[Path], stretches: Sequence[S], use: Callable[[S, Blocks], R]
+        self, files: Sequence[Path], extents: Sequence[S], use: Callable[[S, Blocks], R]
     ) -> None:
-        self._stretches = stretches
+        self._extents = extents
         self._use = use
-        self._results: list[R | None] = [None] * len(stretches)
+        self._results: list[R | None] = [None] * len(extents)
         # As they lie in the files: neighbours are read by several threads at about the same time.
-        order = sorted(
-            range(len(stretches)), key=lambda i: (stretches[i].shard, stretches[i].offset)
-        )
+        order = sorted(range(len(extents)), key=lambda i: (extents[i].shard, extents[i].offset))
         self._next = iter(order)
         self._lock = threading.Lock()
         self._done = 0
@@ -77,13 +75,13 @@ class _Reading:
         self._error: BaseException | None = None
         self._stop = False
         self._paths = files
-        # By shard: open while stretches of it are left, so never many at once.
+        # By shard: open while extents of it are left, so never many at once.
         self._files: dict[int, _File] = {}
-        self._left = Counter(stretch.shard for stretch in stretches)
+        self._left = Counter(extent.shard for extent in extents)
 
     def run(self, progress: Callable[[int], None] | None, patience_s: float) -> list[R]:
         # Daemons: a read that never ends must not keep the process.
-        count = min(THREADS, max(1, len(self._stretches)))
+        count = min(THREADS, max(1, len(self._extents)))
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         for thread in threads:
             thread.start()
@@ -127,10 +125,10 @@ class _Reading:
                     index = next(self._next, None)
                 if index is None:
                     break
-                stretch = self._stretches[index]
-                file = self._open(stretch.shard)
-                self._results[index] = self._use(stretch, self._blocks(file, stretch, buffer))
-                self._done_with(stretch.shard, file)
+                extent = self._extents[index]
+                file = self._open(extent.shard)
+                self._results[index] = self._use(extent, self._blocks(file, extent, buffer))
+                self._done_with(extent.shard, file)
         except BaseException as error:
             with self._lock:
                 self._error = self._error or error
@@ -152,8 +150,8 @@ class _Reading:
         file.check_unchanged()
         file.close()
 
-    def _blocks(self, file: _File, stretch: Stretch, buffer: mmap.mmap) -> Blocks:
-        offset, end = stretch.offset, stretch.offset + stretch.nbytes
+    def _blocks(self, file: _File, extent: FileExtent, buffer: mmap.mmap) -> Blocks:
+        offset, end = extent.offset, extent.offset + extent.nbytes
         while offset < end:
             if self._stop:
                 raise InterruptedError("another thread's read has failed")

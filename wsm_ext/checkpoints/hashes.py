@@ -72,51 +72,51 @@ class ByteRun(NamedTuple):
         return self.offset + self.nbytes
 
 
-Part = tuple[ByteRun, ...]  # ascending
+Share = tuple[ByteRun, ...]  # of a tensor's bytes; ascending
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor's bytes in a shard, and parts of them that get hashes of their own."""
+class ExtentToHash:
+    """A tensor's extent, and shares of it that get hashes of their own."""
 
     shard: int
     offset: int
     nbytes: int
-    parts: tuple[Part, ...] = ()
+    shares: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True)
-class PieceHash:
-    """Of all of a piece, and of its parts, in hexadecimal."""
+class ExtentHashes:
+    """Of all of an extent, and of its shares, in hexadecimal."""
 
     digest: str
-    parts: list[str]
+    shares: list[str]
 
 
-def hash_pieces(
+def hash_extents(
     files: Sequence[Path],
-    pieces: Sequence[Piece],
+    extents: Sequence[ExtentToHash],
     progress: Callable[[int], None] | None = None,
-) -> list[PieceHash]:
-    """Of each piece, in their order. Raises as `read_all` does."""
+) -> list[ExtentHashes]:
+    """Of each extent, in their order. Raises as `read_all` does."""
     new_hash()
-    return read_all(files, pieces, _hash_piece, progress)
+    return read_all(files, extents, _hash_extent, progress)
 
 
-def _hash_piece(piece: Piece, blocks: Blocks) -> PieceHash:
+def _hash_extent(extent: ExtentToHash, blocks: Blocks) -> ExtentHashes:
     whole = new_hash()
-    parts = [new_hash() for _ in piece.parts]
+    shares = [new_hash() for _ in extent.shares]
     begin = 0
     for block in blocks:
         whole.update(block)
         end = begin + len(block)
-        for part, runs in zip(parts, piece.parts, strict=True):
+        for share, runs in zip(shares, extent.shares, strict=True):
             for run in runs:
                 first, last = max(begin, run.offset), min(end, run.end)
                 if first < last:
-                    part.update(block[first - begin : last - begin])
+                    share.update(block[first - begin : last - begin])
         begin = end
-    return PieceHash(whole.hexdigest(), [part.hexdigest() for part in parts])
+    return ExtentHashes(whole.hexdigest(), [share.hexdigest() for share in shares])
 
 
 def hash_tensors(
@@ -132,8 +132,8 @@ def hash_tensors(
                 f"{image.name!r} is made of tensors of the files: hash these, by the checkpoint as"
                 " it was opened"
             )
-    pieces = [Piece(e.shard, e.offset, e.nbytes) for image in images for e in image.extents]
-    hashed = iter(hash_pieces(checkpoint.shards, pieces, progress))
+    extents = [ExtentToHash(e.shard, e.offset, e.nbytes) for image in images for e in image.extents]
+    hashed = iter(hash_extents(checkpoint.shards, extents, progress))
     nothing = new_hash().hexdigest()
     return {
         image.name: Recorded(

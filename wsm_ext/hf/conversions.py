@@ -1,7 +1,7 @@
 """Tensor images of what a conversion makes of a checkpoint's tensors.
 
 A conversion is run once on tensors without bytes that remember where they come from. What it only
-moves, in large enough pieces, is an image of several extents: the reads put every byte where it
+moves, in large enough boxes, is an image of several extents: the reads put every byte where it
 belongs. All else becomes an arrival transform: the conversion runs on the device, on each arrival.
 """
 
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..checkpoints.arrival import Arrival, Part
+from ..checkpoints.arrival import Arrival, ArrivingTensor
 from ..checkpoints.image import Extent, TensorImage
 
-# Every piece is a copy of its own. Many small ones cost more than to transform what arrives whole.
+# Every box is a copy of its own. Many small ones cost more than to transform what arrives whole.
 _MANY_PIECES = 1024
 _SMALL_PIECE = 64 << 10
 
@@ -33,7 +33,7 @@ def cast(image: TensorImage, dtype: torch.dtype) -> TensorImage:
     """The image of the same tensor in `dtype`."""
     if image.dtype == dtype:
         return image
-    arrival = image.arrival or Arrival((Part(0, image.dtype, image.shape),))
+    arrival = image.arrival or Arrival((ArrivingTensor(0, image.dtype, image.shape),))
     return replace(image, dtype=dtype, arrival=arrival)
 
 
@@ -62,19 +62,19 @@ def _transformed(
 ) -> TensorImage:
     """An image of all sources whole, one after another, and the conversion at their arrival."""
     extents: list[Extent] = []
-    parts: dict[int, Part] = {}
+    arriving: dict[int, ArrivingTensor] = {}
     position = 0
     # The widest first: then each begins at a multiple of its own items.
     for index in sorted(range(len(sources)), key=lambda i: -sources[i].dtype.itemsize):
         source = sources[index]
-        parts[index] = Part(position, source.dtype, source.shape)
+        arriving[index] = ArrivingTensor(position, source.dtype, source.shape)
         extents += [replace(e, tensor_offset=e.tensor_offset + position) for e in source.extents]
         position += source.nbytes
 
     def make(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return conversion(tensors)[name]
 
-    arrival = Arrival(tuple(parts[index] for index in range(len(sources))), make)
+    arrival = Arrival(tuple(arriving[index] for index in range(len(sources))), make)
     return TensorImage(name, sources[0].dtype, tuple(shape), tuple(extents), arrival)
 
 
@@ -85,7 +85,7 @@ class _NotMovedError(Exception):
     """The conversion does more than to move bytes in ways that are followed here."""
 
 
-class _Piece(NamedTuple):
+class _Box(NamedTuple):
     """A box of a tensor, and the elements of a source that lie in it."""
 
     start: tuple[int, ...]
@@ -94,19 +94,19 @@ class _Piece(NamedTuple):
 
 
 class _Moved(torch.Tensor):
-    """A tensor without bytes, in pieces of its sources.
+    """A tensor without bytes, in boxes of its sources.
 
-    Joins of such tensors are followed, and any view of one that is a single piece.
+    Joins of such tensors are followed, and any view of one that is a single box.
     """
 
-    pieces: list[_Piece]
+    boxes: list[_Box]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, pieces: list[_Piece]) -> _Moved:
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, boxes: list[_Box]) -> _Moved:
         tensor = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=torch.device("meta")
         )
-        tensor.pieces = pieces
+        tensor.boxes = boxes
         return tensor
 
     def __init__(self, *_: object) -> None:
@@ -115,7 +115,7 @@ class _Moved(torch.Tensor):
     @classmethod
     def whole(cls, index: int, source: TensorImage) -> _Moved:
         view = torch.empty(source.shape, dtype=source.dtype, device="meta")
-        return cls(source.shape, source.dtype, [_Piece((0,) * view.ndim, view, index)])
+        return cls(source.shape, source.dtype, [_Box((0,) * view.ndim, view, index)])
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -135,84 +135,84 @@ class _Moved(torch.Tensor):
         if not isinstance(moved, _Moved):
             raise _NotMovedError(str(func))
         if func in _SAME:
-            return _Moved(moved.shape, moved.dtype, moved.pieces)
+            return _Moved(moved.shape, moved.dtype, moved.boxes)
         return _viewed(func, moved, args[1:], kwargs or {})
 
 
 def _concatenated(tensors: Sequence[_Moved], dim: int = 0) -> _Moved:
     dim %= tensors[0].ndim
-    pieces: list[_Piece] = []
+    boxes: list[_Box] = []
     position = 0
     for tensor in tensors:
-        for piece in tensor.pieces:
-            start = list(piece.start)
+        for box in tensor.boxes:
+            start = list(box.start)
             start[dim] += position
-            pieces.append(piece._replace(start=tuple(start)))
+            boxes.append(box._replace(start=tuple(start)))
         position += tensor.shape[dim]
     shape = list(tensors[0].shape)
     shape[dim] = position
-    return _Moved(shape, tensors[0].dtype, pieces)
+    return _Moved(shape, tensors[0].dtype, boxes)
 
 
 def _stacked(tensors: Sequence[_Moved], dim: int = 0) -> _Moved:
     dim %= tensors[0].ndim + 1
     shape = list(tensors[0].shape)
     shape.insert(dim, len(tensors))
-    pieces = [
-        _Piece((*p.start[:dim], index, *p.start[dim:]), p.view.unsqueeze(dim), p.source)
+    boxes = [
+        _Box((*p.start[:dim], index, *p.start[dim:]), p.view.unsqueeze(dim), p.source)
         for index, tensor in enumerate(tensors)
-        for p in tensor.pieces
+        for p in tensor.boxes
     ]
-    return _Moved(shape, tensors[0].dtype, pieces)
+    return _Moved(shape, tensors[0].dtype, boxes)
 
 
 def _viewed(func: Any, moved: _Moved, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(moved.pieces) != 1:
+    if len(moved.boxes) != 1:
         raise _NotMovedError(str(func))
-    piece = moved.pieces[0]
-    storage = piece.view.untyped_storage()._cdata
+    box = moved.boxes[0]
+    storage = box.view.untyped_storage()._cdata
 
     def wrap(view: torch.Tensor) -> _Moved:
         if view.untyped_storage()._cdata != storage or view.dtype != moved.dtype:
             raise _NotMovedError(str(func))
-        return _Moved(view.shape, view.dtype, [_Piece((0,) * view.ndim, view, piece.source)])
+        return _Moved(view.shape, view.dtype, [_Box((0,) * view.ndim, view, box.source)])
 
     try:
-        result = func(piece.view, *args, **kwargs)
+        result = func(box.view, *args, **kwargs)
     except RuntimeError as error:  # a shape that no strides can give
         raise _NotMovedError(str(func)) from error
     return tree_map_only(torch.Tensor, wrap, result)
 
 
-# From pieces to extents
+# From boxes to extents
 
 
 def _placed(name: str, moved: torch.Tensor, sources: Sequence[TensorImage]) -> TensorImage | None:
-    """The image whose extents are the pieces; None if these are many and small."""
+    """The image whose extents are the boxes; None if these are many and small."""
     if not isinstance(moved, _Moved):
         return None
-    runs = [_run(piece, moved.shape) for piece in moved.pieces if piece.view.numel()]
-    count = sum(prod(piece.view.shape[:dims]) for piece, (dims, _) in _with(runs, moved))
+    runs = [_run(box, moved.shape) for box in moved.boxes if box.view.numel()]
+    count = sum(prod(box.view.shape[:dims]) for box, (dims, _) in _with(runs, moved))
     if count > _MANY_PIECES and moved.numel() * moved.dtype.itemsize < count * _SMALL_PIECE:
         return None
     extents = [
         extent
-        for piece, (dims, items) in _with(runs, moved)
-        for extent in _extents(piece, dims, items, moved.shape, sources[piece.source])
+        for box, (dims, items) in _with(runs, moved)
+        for extent in _extents(box, dims, items, moved.shape, sources[box.source])
     ]
     return TensorImage(name, moved.dtype, tuple(moved.shape), tuple(extents))
 
 
-def _with(runs: list[tuple[int, int]], moved: _Moved) -> Iterator[tuple[_Piece, tuple[int, int]]]:
-    return zip((piece for piece in moved.pieces if piece.view.numel()), runs, strict=True)
+def _with(runs: list[tuple[int, int]], moved: _Moved) -> Iterator[tuple[_Box, tuple[int, int]]]:
+    return zip((box for box in moved.boxes if box.view.numel()), runs, strict=True)
 
 
-def _run(piece: _Piece, shape: Sequence[int]) -> tuple[int, int]:
-    """How many outer dimensions the piece's runs of bytes are cut by, and the items of each run."""
+def _run(box: _Box, shape: Sequence[int]) -> tuple[int, int]:
+    """How many outer dimensions the box's runs of bytes are cut by, and the items of each run."""
     items = 1
     for dim in reversed(range(len(shape))):
-        size = piece.view.shape[dim]
-        if size > 1 and piece.view.stride(dim) != items:
+        size = box.view.shape[dim]
+        if size > 1 and box.view.stride(dim) != items:
             return dim + 1, items
         items *= size
         if size != shape[dim]:
@@ -221,15 +221,15 @@ def _run(piece: _Piece, shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _extents(
-    piece: _Piece, dims: int, items: int, shape: Sequence[int], source: TensorImage
+    box: _Box, dims: int, items: int, shape: Sequence[int], source: TensorImage
 ) -> Iterator[Extent]:
     itemsize = source.dtype.itemsize
     strides = torch.empty(tuple(shape), device="meta").stride()
-    first = sum(start * stride for start, stride in zip(piece.start, strides, strict=True))
-    begin_of_all = int(piece.view.storage_offset())
-    for index in product(*(range(size) for size in piece.view.shape[:dims])):
+    first = sum(start * stride for start, stride in zip(box.start, strides, strict=True))
+    begin_of_all = int(box.view.storage_offset())
+    for index in product(*(range(size) for size in box.view.shape[:dims])):
         at = first + sum(i * s for i, s in zip(index, strides, strict=False))
-        begin = begin_of_all + sum(i * s for i, s in zip(index, piece.view.stride(), strict=False))
+        begin = begin_of_all + sum(i * s for i, s in zip(index, box.view.stride(), strict=False))
         yield from _cut(source, begin * itemsize, items * itemsize, at * itemsize)
 
 

@@ -19,7 +19,7 @@ _SMALL_STEP, _LARGE_STEP, _LARGE = 512, 2 << 20, 10 << 20
 
 
 @dataclass(frozen=True)
-class BufferSlot:
+class BufferEntry:
     """One entry of `owner._buffers`, under one of the owner's names."""
 
     name: str
@@ -33,14 +33,14 @@ class Buffer:
     """A tensor, and all the entries that hold it."""
 
     tensor: torch.Tensor
-    slots: list[BufferSlot] = field(default_factory=list)
+    entries: list[BufferEntry] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return self.slots[0].name
+        return self.entries[0].name
 
     def names_in(self, checkpoint: Checkpoint) -> list[str]:
-        return [s.name for s in self.slots if s.persistent and s.name in checkpoint.tensors]
+        return [s.name for s in self.entries if s.persistent and s.name in checkpoint.tensors]
 
 
 @dataclass
@@ -72,7 +72,7 @@ def find_buffers(module: nn.Module) -> list[BufferStorage]:
                 storages.setdefault(place, BufferStorage()).buffers.append(known[view])
             name = f"{prefix}.{key}" if prefix else key
             persistent = key not in owner._non_persistent_buffers_set
-            known[view].slots.append(BufferSlot(name, owner, key, persistent))
+            known[view].entries.append(BufferEntry(name, owner, key, persistent))
     return list(storages.values())
 
 
@@ -118,7 +118,7 @@ def buffer_problems(storages: list[BufferStorage], checkpoint: Checkpoint) -> li
                         f"buffers {names[0]!r} and {name!r} are one tensor in the module, and two"
                         " values in the checkpoint"
                     )
-            persistent = [slot.name for slot in buffer.slots if slot.persistent]
+            persistent = [entry.name for entry in buffer.entries if entry.persistent]
             if persistent and not names and not checkpoint.computed.keys() & set(persistent):
                 problems.append(
                     f"buffer {persistent[0]} is not in the checkpoint; if the module computes it,"

@@ -1,6 +1,6 @@
 """Where the bytes of a module's parameters come from: a checkpoint, or its own tensors in RAM.
 
-The result is what the planner takes: shards, tensor images, and for each slot its image.
+The result is what the planner takes: shards, tensor images, and for each entry its image.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import nn
 
 from .. import _engine
 from .._engine import Extent, ShardSpec, TensorSpec
-from ..checkpoints.arrival import Arrival, Part
+from ..checkpoints.arrival import Arrival, ArrivingTensor
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.image import CheckpointError, TensorImage
 from ..wording import first_of
 from .raw_memory import address_of, empty_in_ram
-from .units import Slot, Unit
+from .units import ParameterEntry, Unit
 
 _MOST_NAMED = 10
 _COMPARE_BYTES = 16 << 20
@@ -68,12 +68,12 @@ class RamParameter:
 
 @dataclass
 class Source:
-    """Shards and tensor images for `_engine.plan_model`, and which slot has which image."""
+    """Shards and tensor images for `_engine.plan_model`, and which entry has which image."""
 
     shards: list[ShardSpec] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)  # by shard: its address, or 0 for a file
     tensors: list[TensorSpec] = field(default_factory=list)
-    index_of: dict[str, int] = field(default_factory=dict)  # slot name -> index into tensors
+    index_of: dict[str, int] = field(default_factory=dict)  # entry name -> index into tensors
     arrivals: dict[int, Arrival] = field(default_factory=dict)  # by index into tensors
     kept: list[torch.Tensor] = field(default_factory=list)  # what `memory` points to besides
     # The module's own tensors by shard, if the bytes come from RAM.
@@ -84,9 +84,9 @@ class Source:
         return bool(self.ram_parameters)
 
 
-def live(slot: Slot) -> torch.Tensor:
-    """The parameter that the slot holds now."""
-    parameter = slot.owner._parameters[slot.key]
+def live(entry: ParameterEntry) -> torch.Tensor:
+    """The parameter that the entry holds now."""
+    parameter = entry.owner._parameters[entry.key]
     assert parameter is not None
     return parameter
 
@@ -103,38 +103,38 @@ def names_of_parameters(module: nn.Module) -> dict[str, list[str]]:
 def from_checkpoint(
     names_of: Mapping[str, list[str]], units: Iterable[Unit], checkpoint: Checkpoint
 ) -> Source:
-    """Match every slot with its tensor by name, shape and dtype.
+    """Match every entry with its tensor by name, shape and dtype.
 
     A parameter may be in the checkpoint under any one of its names. If it is there under several,
     equal tensors become one image; unequal ones stay apart.
 
     Raises CheckpointError naming what is missing, or has another shape or dtype.
     """
-    slots = [slot for unit in units for slot in unit.slots]
+    entries = [entry for unit in units for entry in unit.entries]
     chosen: dict[str, str] = {}
     problems: list[str] = []
-    for slot in slots:
-        known = names_of.get(slot.name, [slot.name])
+    for entry in entries:
+        known = names_of.get(entry.name, [entry.name])
         names = [name for name in known if name in checkpoint.tensors]
-        if not names and slot.name in checkpoint.computed:
+        if not names and entry.name in checkpoint.computed:
             continue
         if not names:
-            problems.append(f"{slot.name} is not in the checkpoint")
+            problems.append(f"{entry.name} is not in the checkpoint")
             continue
-        name = slot.name if slot.name in names else names[0]
+        name = entry.name if entry.name in names else names[0]
         if name != names[0] and same_bytes(checkpoint, names[0], name):
             name = names[0]
-        chosen[slot.name] = name
-        problems += _mismatch(slot, checkpoint.tensors[name])
+        chosen[entry.name] = name
+        problems += _mismatch(entry, checkpoint.tensors[name])
     raise_for(problems)
     source = _source_of_images(
-        checkpoint, {slot: checkpoint.tensors[name] for slot, name in chosen.items()}
+        checkpoint, {own: checkpoint.tensors[name] for own, name in chosen.items()}
     )
-    for slot in slots:
-        if slot.name not in chosen:
-            value = checkpoint.computed[slot.name]
+    for entry in entries:
+        if entry.name not in chosen:
+            value = checkpoint.computed[entry.name]
             source.kept.append(value)
-            source.index_of[slot.name] = _add_shard(source, slot.name, value)
+            source.index_of[entry.name] = _add_shard(source, entry.name, value)
     return source
 
 
@@ -154,20 +154,20 @@ def _not_plain(name: str, parameter: torch.Tensor) -> str | None:
     )
 
 
-def _mismatch(slot: Slot, image: TensorImage) -> list[str]:
-    parameter = live(slot)
-    refused = _not_plain(slot.name, parameter)
+def _mismatch(entry: ParameterEntry, image: TensorImage) -> list[str]:
+    parameter = live(entry)
+    refused = _not_plain(entry.name, parameter)
     if refused:
         return [refused]
     problems = []
     if tuple(parameter.shape) != tuple(image.shape):
         problems.append(
-            f"{slot.name} has shape {list(parameter.shape)}, the checkpoint's {image.name}"
+            f"{entry.name} has shape {list(parameter.shape)}, the checkpoint's {image.name}"
             f" has {list(image.shape)}"
         )
     if parameter.dtype != image.dtype:
         problems.append(
-            f"{slot.name} is {parameter.dtype}, the checkpoint's {image.name} is {image.dtype};"
+            f"{entry.name} is {parameter.dtype}, the checkpoint's {image.name} is {image.dtype};"
             " build the module with the checkpoint's dtype"
         )
     return problems
@@ -244,18 +244,18 @@ def from_module(units: Iterable[Unit]) -> Source:
     source = Source()
     index: dict[int, int] = {}
     for unit in units:
-        for slot in unit.slots:
-            parameter = live(slot)
+        for entry in unit.entries:
+            parameter = live(entry)
             if parameter.device.type != "cpu":
                 raise ValueError(
-                    f"parameter {slot.name!r} is on {parameter.device}: without a checkpoint,"
+                    f"parameter {entry.name!r} is on {parameter.device}: without a checkpoint,"
                     " stream() takes the weights from RAM. Give a checkpoint, or move the module to"
                     " the CPU"
                 )
             if id(parameter) not in index:
                 index[id(parameter)] = len(source.tensors)
-                _add_memory(source, slot.name, parameter)
-            source.index_of[slot.name] = index[id(parameter)]
+                _add_memory(source, entry.name, parameter)
+            source.index_of[entry.name] = index[id(parameter)]
     _mark_shared(list(source.ram_parameters.values()))
     return source
 
@@ -323,6 +323,6 @@ def read_tensor(
     arrived = torch.frombuffer(data, dtype=torch.uint8).clone()
     if check is not None:
         check(arrived)
-    arrival = image.arrival or Arrival((Part(0, image.dtype, image.shape),))
+    arrival = image.arrival or Arrival((ArrivingTensor(0, image.dtype, image.shape),))
     arrival.write(arrived, tensor)
     return tensor

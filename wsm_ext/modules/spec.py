@@ -19,8 +19,8 @@ def model_spec(units: Sequence[Unit], source: Source) -> _engine.ModelSpec:
 
 
 def unit_tensors(unit: Unit, source: Source) -> list[int]:
-    """The unit's tensors, each once, in the order of its slots."""
-    return list(dict.fromkeys(source.index_of[slot.name] for slot in unit.slots))
+    """The unit's tensors, each once, in the order of its entries."""
+    return list(dict.fromkeys(source.index_of[entry.name] for entry in unit.entries))
 
 
 def unit_bytes(unit: Unit, source: Source) -> int:

@@ -1,7 +1,7 @@
 """Which parameters are loaded and released together: the units of a module.
 
 A set of modules, the roots, is chosen by the mode. A parameter belongs to the nearest root on the
-path from the top of the module to the module that owns it. So every slot is in exactly one unit,
+path from the top of the module to the module that owns it. So every entry is in exactly one unit,
 and a unit inside another is carved out of it.
 """
 
@@ -27,8 +27,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
-class Slot:
-    """One entry of `owner._parameters`. A tied parameter has a slot in each of its owners."""
+class ParameterEntry:
+    """One entry of `owner._parameters`. A tied parameter has an entry in each of its owners."""
 
     name: str
     owner: nn.Module
@@ -42,7 +42,7 @@ class Unit:
     name: str
     module: nn.Module
     label: str
-    slots: list[Slot]
+    entries: list[ParameterEntry]
     # Units lie inside the module: this one stays acquired while they run.
     encloses_units: bool
     # The index of the layer that it is or lies in, and the name of the stack that holds this layer.
@@ -286,18 +286,18 @@ def _shared(top: _Node, roots_of: dict[int, list[_Node | None]]) -> set[int]:
 
 
 def _make_units(nodes: list[_Node], root_of: dict[int, _Node | None], grouped: bool) -> list[Unit]:
-    slots: dict[int, list[Slot]] = {}
+    entries: dict[int, list[ParameterEntry]] = {}
     for node in nodes:
         for key, parameter in node.module._parameters.items():
             if parameter is not None:
                 root = root_of[id(node)]
-                slot = Slot(_join(node.name, key), node.module, key)
-                slots.setdefault(id(root), []).append(slot)
+                entry = ParameterEntry(_join(node.name, key), node.module, key)
+                entries.setdefault(id(root), []).append(entry)
     several = len({node.stack for node in nodes if node.stack is not None}) > 1
     labels: set[str] = set()
     units: list[Unit] = []
     for node in nodes:
-        if id(node) not in slots:
+        if id(node) not in entries:
             continue
         label = _label(node, several, grouped, labels)
         labels.add(label)
@@ -306,8 +306,8 @@ def _make_units(nodes: list[_Node], root_of: dict[int, _Node | None], grouped: b
                 node.name,
                 node.module,
                 label,
-                slots[id(node)],
-                encloses_units=any(id(other) in slots for other in _below(node)),
+                entries[id(node)],
+                encloses_units=any(id(other) in entries for other in _below(node)),
                 layer=_layer_of(node).index,
                 stack=_layer_of(node).stack,
             )

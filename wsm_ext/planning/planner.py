@@ -213,8 +213,8 @@ class Planner:
         if index not in self._sources:
             units = find_units(self._module, self._modes[index])
             for unit in units:
-                unit.slots = [slot for slot in unit.slots if sources.live(slot).numel() > 0]
-            units = [unit for unit in units if unit.slots]
+                unit.entries = [entry for entry in unit.entries if sources.live(entry).numel() > 0]
+            units = [unit for unit in units if unit.entries]
             if self._checkpoint is not None:
                 source = sources.from_checkpoint(self._names_of, units, self._checkpoint)
             else:

@@ -76,8 +76,8 @@ class Buffers:
         for buffer, value, there in zip(storage.buffers, values, placed, strict=True):
             if self._checker is not None and value is not buffer.tensor:
                 self._checker.check_copy(value, there, f"buffer {buffer.name!r}")
-            for slot in buffer.slots:
-                self._replace(slot.owner._buffers, slot.key, there)
+            for entry in buffer.entries:
+                self._replace(entry.owner._buffers, entry.key, there)
 
     def _place(self, storage: BufferStorage, values: list[torch.Tensor]) -> list[torch.Tensor]:
         """The values on the device: where there are several, as the same views of one storage."""

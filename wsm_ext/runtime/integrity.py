@@ -1,14 +1,14 @@
 """Checks the bytes of each unit against the checkpoint's hashes, where they lie when they are used.
 
 What is hashed is what is known by a hash: a tensor of the checkpoint. A parameter may be made of
-many, and of parts of some:
+many, and of a share of some:
 
-    tensors in the files   | q        | k        |     | qkv: q part | k part | v part |
-    image on the device    | q bytes    k bytes  |     | q part |  <- no hash is known of it
+    tensors in the files   | q        | k        |     | qkv: q share | k share | v share |
+    image on the device    | q bytes    k bytes  |     | q share |  <- no hash is known of it
 
-Where an image has a tensor whole, in whatever pieces, they are hashed in the order of the file.
-Where it has a part alone, the tensor is read once at start and checked as a whole; the hash of the
-part, found on the way, is what later loads are compared with.
+Where an image has a tensor whole, its extents are hashed in the order of the file.
+Where it has a share alone, the tensor is read once at start and checked as a whole; the hash of the
+share, found on the way, is what later loads are compared with.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .. import _engine
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hashes import (
     ByteRun,
-    Part,
-    Piece,
+    ExtentToHash,
     Recorded,
-    hash_pieces,
+    Share,
+    hash_extents,
     new_hash,
     read_sidecar,
     sidecar_of,
@@ -65,7 +65,7 @@ class _Run(NamedTuple):
 
 
 @dataclass
-class _Part:
+class _ImageShare:
     """Bytes of one tensor in an image: its runs, ascending and apart. `expected` is their hash."""
 
     tensor: _Stored
@@ -77,7 +77,7 @@ class _Part:
         return sum(run.inner.nbytes for run in self.runs)
 
     @property
-    def inner(self) -> Part:
+    def inner(self) -> Share:
         return tuple(run.inner for run in self.runs)
 
     @property
@@ -101,9 +101,9 @@ class Counts:
 class Image:
     """What is known of one tensor image."""
 
-    def __init__(self, checker: Checker, parts: list[_Part], nbytes: int) -> None:
+    def __init__(self, checker: Checker, shares: list[_ImageShare], nbytes: int) -> None:
         self._checker = checker
-        self._parts = parts
+        self._shares = shares
         self._checked = False
         self.nbytes = nbytes
 
@@ -111,10 +111,10 @@ class Image:
         """Raise IntegrityError where `memory` (uint8, on any device, in the order of its stream)
         has other bytes. `where` says what they were loaded for."""
         assert memory.numel() == self.nbytes
-        for part in self._parts:
-            digest = self._checker.hash_of(memory, part.runs)
-            if digest != part.expected:
-                self._checker.refuse(part, digest, where)
+        for share in self._shares:
+            digest = self._checker.hash_of(memory, share.runs)
+            if digest != share.expected:
+                self._checker.refuse(share, digest, where)
         self._checker.counts.bytes += self.nbytes
 
     def check_once(self, memory: torch.Tensor, where: str) -> None:
@@ -194,54 +194,54 @@ class Checker:
             self._begins.append([tensor.offset for tensor in stored])
             self._images.update(zip(stored, (i for i in shard if i.extents), strict=True))
             self._recorded.update((tensor, recorded.get(tensor.name)) for tensor in stored)
-        self._known: dict[tuple[_Stored, Part], str] = {}
+        self._known: dict[tuple[_Stored, Share], str] = {}
         self._bounce: torch.Tensor | None = None
 
     # -- what is expected --------------------------------------------------------------------------
 
     def images_of(self, source: Source) -> list[Image]:
         """Of each of the source's tensors. May read those from the files of which images have
-        parts alone, and then raises as reading does, or IntegrityError."""
+        shares alone, and then raises as reading does, or IntegrityError."""
         ram = {tensor.data_ptr(): tensor for tensor in source.kept}
-        parts: list[list[_Part]] = []
+        shares: list[list[_ImageShare]] = []
         for tensor in source.tensors:
             extents = tensor.extents
             computed = ram.get(source.memory[extents[0].shard]) if extents else None
             if computed is None:
-                parts.append(self._parts_of(extents))
+                shares.append(self._shares_of(extents))
             else:  # no file has it: what was computed is what should arrive
-                part = _all_of(_Stored(tensor.name, -1, 0, tensor.nbytes))
-                part.expected = self.hash_of(computed.reshape(-1).view(torch.uint8), part.runs)
-                parts.append([part])
-        self._learn([part for image in parts for part in image])
+                share = _all_of(_Stored(tensor.name, -1, 0, tensor.nbytes))
+                share.expected = self.hash_of(computed.reshape(-1).view(torch.uint8), share.runs)
+                shares.append([share])
+        self._learn([share for image in shares for share in image])
         return [
             Image(self, image, tensor.nbytes)
-            for image, tensor in zip(parts, source.tensors, strict=True)
+            for image, tensor in zip(shares, source.tensors, strict=True)
         ]
 
     def image_of(self, image: TensorImage) -> Image:
-        parts = self._parts_of(extents_of(image))
-        self._learn(parts)
-        return Image(self, parts, image.arriving_bytes)
+        shares = self._shares_of(extents_of(image))
+        self._learn(shares)
+        return Image(self, shares, image.arriving_bytes)
 
-    def _parts_of(self, extents: Iterable[_engine.Extent]) -> list[_Part]:
-        """The extents by tensor. Bytes that an image has twice are in two parts."""
+    def _shares_of(self, extents: Iterable[_engine.Extent]) -> list[_ImageShare]:
+        """The extents by tensor. Bytes that an image has twice are in two shares."""
         runs_of: dict[_Stored, list[_Run]] = {}
         for extent in extents:
             for tensor, run in self._cut(extent):
                 runs_of.setdefault(tensor, []).append(run)
-        parts: list[_Part] = []
+        shares: list[_ImageShare] = []
         for tensor, runs in runs_of.items():
-            open_parts: list[_Part] = []
+            open_shares: list[_ImageShare] = []
             for run in sorted(runs):
-                for part in open_parts:
-                    if part.runs[-1].inner.end <= run.inner.offset:
-                        part.runs.append(run)
+                for share in open_shares:
+                    if share.runs[-1].inner.end <= run.inner.offset:
+                        share.runs.append(run)
                         break
                 else:
-                    open_parts.append(_Part(tensor, [run]))
-            parts += open_parts
-        return parts
+                    open_shares.append(_ImageShare(tensor, [run]))
+            shares += open_shares
+        return shares
 
     def _cut(self, extent: _engine.Extent) -> Iterable[tuple[_Stored, _Run]]:
         """The extent's runs of bytes, and the tensor that each belongs to."""
@@ -260,20 +260,20 @@ class Checker:
             begin += length
             at += length
 
-    def _learn(self, parts: Iterable[_Part]) -> None:
-        """Finds what each part's hash should be."""
-        unknown: dict[_Stored, dict[Part, None]] = {}
-        for part in parts:
-            if part.expected:
+    def _learn(self, shares: Iterable[_ImageShare]) -> None:
+        """Finds what each share's hash should be."""
+        unknown: dict[_Stored, dict[Share, None]] = {}
+        for share in shares:
+            if share.expected:
                 continue
-            recorded = self._recorded_of(part.tensor)
-            if part.whole:
-                part.expected = recorded.digest
-            elif (part.tensor, part.inner) not in self._known:
-                unknown.setdefault(part.tensor, {})[part.inner] = None
+            recorded = self._recorded_of(share.tensor)
+            if share.whole:
+                share.expected = recorded.digest
+            elif (share.tensor, share.inner) not in self._known:
+                unknown.setdefault(share.tensor, {})[share.inner] = None
         self._read(unknown)
-        for part in parts:
-            part.expected = part.expected or self._known[part.tensor, part.inner]
+        for share in shares:
+            share.expected = share.expected or self._known[share.tensor, share.inner]
 
     def _recorded_of(self, tensor: _Stored) -> Recorded:
         recorded, image = self._recorded[tensor], self._images[tensor]
@@ -290,21 +290,21 @@ class Checker:
             " checkpoint. `wsm verify` compares the two, and with --update records anew"
         )
 
-    def _read(self, unknown: dict[_Stored, dict[Part, None]]) -> None:
-        pieces = [
-            Piece(tensor.shard, tensor.offset, tensor.nbytes, tuple(parts))
-            for tensor, parts in unknown.items()
+    def _read(self, unknown: dict[_Stored, dict[Share, None]]) -> None:
+        extents = [
+            ExtentToHash(tensor.shard, tensor.offset, tensor.nbytes, tuple(shares))
+            for tensor, shares in unknown.items()
         ]
-        if not pieces:
+        if not extents:
             return
-        hashed = hash_pieces(self._files, pieces)
-        for (tensor, parts), hashes in zip(unknown.items(), hashed, strict=True):
+        hashed = hash_extents(self._files, extents)
+        for (tensor, shares), hashes in zip(unknown.items(), hashed, strict=True):
             whole = _all_of(tensor)
             whole.expected = self._recorded_of(tensor).digest
             if hashes.digest != whole.expected:
                 self.refuse(whole, hashes.digest, "the file, before anything was loaded")
-            for part, digest in zip(parts, hashes.parts, strict=True):
-                self._known[tensor, part] = digest
+            for share, digest in zip(shares, hashes.shares, strict=True):
+                self._known[tensor, share] = digest
 
     # -- what is found -----------------------------------------------------------------------------
 
@@ -335,24 +335,24 @@ class Checker:
                 " the device's memory damaged them. Run again; if it comes back, test the device"
             )
 
-    def refuse(self, part: _Part, digest: str, where: str) -> NoReturn:
-        tensor = part.tensor
+    def refuse(self, share: _ImageShare, digest: str, where: str) -> NoReturn:
+        tensor = share.tensor
         if tensor.shard < 0:
             source, advice = "computed, in RAM", _DAMAGED
         else:
             source = f"{self._files[tensor.shard]}, offset {tensor.offset}, {tensor.nbytes} bytes"
             advice = self._advice(tensor)
-        share = "" if part.whole else f" in {part.nbytes} of its bytes"
+        within = "" if share.whole else f" in {share.nbytes} of its bytes"
         raise IntegrityError(
-            f"tensor {tensor.name!r} is not as it was recorded{share}: its hash is {digest}, not"
-            f" {part.expected} ({where}; {source}). {advice}"
+            f"tensor {tensor.name!r} is not as it was recorded{within}: its hash is {digest}, not"
+            f" {share.expected} ({where}; {source}). {advice}"
         )
 
     def _advice(self, tensor: _Stored) -> str:
         """Where the fault is, by another look at the file."""
         try:
-            piece = Piece(tensor.shard, tensor.offset, tensor.nbytes)
-            [now] = hash_pieces(self._files, [piece])
+            extent = ExtentToHash(tensor.shard, tensor.offset, tensor.nbytes)
+            [now] = hash_extents(self._files, [extent])
         except (OSError, TimeoutError) as error:
             return f"The file cannot be read now: {error}"
         if now.digest == self._recorded_of(tensor).digest:
@@ -370,8 +370,8 @@ _DAMAGED = (
 )
 
 
-def _all_of(tensor: _Stored) -> _Part:
-    return _Part(tensor, [_Run(ByteRun(0, tensor.nbytes), 0)])
+def _all_of(tensor: _Stored) -> _ImageShare:
+    return _ImageShare(tensor, [_Run(ByteRun(0, tensor.nbytes), 0)])
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ class ParameterSwapper:
         self._warned: set[str] = set()
         # By unit and tensor in the unit: the image, where its bytes are to be checked.
         self._checks: dict[tuple[int, int], tuple[Image, str]] = {}
-        # By slot name: its unit, its tensor in the unit, and the parameter on the device.
+        # By entry name: its unit, its tensor in the unit, and the parameter on the device.
         self._placed: dict[str, tuple[int, int, bool, nn.Parameter]] = {}
         self._streamed: dict[int, StreamedUnit] = {}
         self._active: list[int] = []  # units whose forwards run, outermost first
@@ -74,7 +74,7 @@ class ParameterSwapper:
             self._end_lingering,
         )
         self._arena_storage = memory.arena.untyped_storage().data_ptr()
-        # By slot name: what makes the parameter. By unit: what is made when it arrives.
+        # By entry name: what makes the parameter. By unit: what is made when it arrives.
         self._made: dict[str, Arrival] = {}
         self._arriving: dict[int, list[Arriving]] = {}
         try:
@@ -175,39 +175,39 @@ class ParameterSwapper:
         places = self._planned.tensor_places(index)
         swaps: list[Swap] = []
         made: set[int] = set()
-        for slot in unit.slots:
-            tensor = tensor_of[source.index_of[slot.name]]
+        for entry in unit.entries:
+            tensor = tensor_of[source.index_of[entry.name]]
             place = places[tensor]
             resident = place.block is not None
-            arrival = source.arrivals.get(source.index_of[slot.name])
-            found = live(slot)
+            arrival = source.arrivals.get(source.index_of[entry.name])
+            found = live(entry)
             nbytes = found.numel() * found.element_size()
             held = arena if place.block is None else memory.homes[place.block]
             with torch.inference_mode(False):
                 view = held[place.offset : place.offset + nbytes].view(found.dtype)
                 placed = nn.Parameter(view.view(found.shape), requires_grad=False)
-            parameters: dict[str, Any] = slot.owner._parameters
-            self._undo.append(functools.partial(parameters.__setitem__, slot.key, found))
-            self._placed[slot.name] = (index, tensor, resident, placed)
+            parameters: dict[str, Any] = entry.owner._parameters
+            self._undo.append(functools.partial(parameters.__setitem__, entry.key, found))
+            self._placed[entry.name] = (index, tensor, resident, placed)
             if arrival is not None:
-                self._made[slot.name] = arrival
+                self._made[entry.name] = arrival
                 if tensor not in made and resident:
                     whole = empty_in_ram(found.shape, found.dtype)
                     self._fetch(index, tensor, arrival, whole)
                     placed.copy_(whole)
                     if self._checker is not None:
-                        self._checker.check_copy(whole, placed, f"parameter {slot.name!r}")
+                        self._checker.check_copy(whole, placed, f"parameter {entry.name!r}")
                 elif tensor not in made:
                     end = place.image_offset + arrival.nbytes
                     arrived = memory.arena[place.image_offset : end]
                     self._arriving.setdefault(index, []).append((arrival, arrived, placed))
                 made.add(tensor)
             if resident:
-                parameters[slot.key] = placed
+                parameters[entry.key] = placed
                 continue
-            absent = StreamedParameter(found.shape, found.dtype, placed.device, slot.name, self)
-            parameters[slot.key] = absent
-            swaps.append((parameters, slot.key, placed, absent))
+            absent = StreamedParameter(found.shape, found.dtype, placed.device, entry.name, self)
+            parameters[entry.key] = absent
+            swaps.append((parameters, entry.key, placed, absent))
         return swaps
 
     @contextmanager
@@ -311,7 +311,7 @@ class ParameterSwapper:
 
     def _streamed_forward(self, unit: Unit, streamed: StreamedUnit) -> Callable[..., Any]:
         forward = unit.module.forward
-        index, names = streamed.index, [slot.name for slot in unit.slots]
+        index, names = streamed.index, [entry.name for entry in unit.entries]
         passes, backward, current_stream = self.passes, self._backward, self._current_stream
         active = self._active
 

@@ -1,6 +1,6 @@
 """A trace as a picture: the JSON of trace events that ui.perfetto.dev and chrome://tracing open.
 
-One process, a thread for each kind of thing. What overlaps lies in several threads (lanes) of one
+One process, a thread for each kind of thing. What overlaps lies in several threads (rows) of one
 name, each thing in the lowest that is free; forwards may lie inside each other.
 """
 
@@ -48,15 +48,15 @@ def document(timeline: _engine.Timeline, names: Names, device: str) -> dict[str,
     thread = 0
     for kind, track, nested in _TRACKS:
         track_records = [record for record in records if record.kind == kind]
-        lanes = lanes_of([(record.begin_ns, record.end_ns) for record in track_records], nested)
-        for lane in range(max(lanes, default=0) + 1):
-            title = track if lane == 0 else f"{track} {lane + 1}"
-            events.append(_named("thread_name", thread + lane, name=title))
-            events.append(_named("thread_sort_index", thread + lane, sort_index=thread + lane))
-        for index, (record, lane) in enumerate(zip(track_records, lanes, strict=True)):
+        rows = rows_of([(record.begin_ns, record.end_ns) for record in track_records], nested)
+        for row in range(max(rows, default=0) + 1):
+            title = track if row == 0 else f"{track} {row + 1}"
+            events.append(_named("thread_name", thread + row, name=title))
+            events.append(_named("thread_sort_index", thread + row, sort_index=thread + row))
+        for index, (record, row) in enumerate(zip(track_records, rows, strict=True)):
             event = _event(record, names, f"pass {index + 1}")
-            events.append({"pid": _PID, "tid": thread + lane, **event})
-        thread += max(lanes, default=0) + 1
+            events.append({"pid": _PID, "tid": thread + row, **event})
+        thread += max(rows, default=0) + 1
     for kind, title in _COUNTERS:
         events += _counter(title, [record for record in records if record.kind == kind], timeline)
     if timeline.dropped:
@@ -74,24 +74,24 @@ def document(timeline: _engine.Timeline, names: Names, device: str) -> dict[str,
     }
 
 
-def lanes_of(spans: Sequence[tuple[int, int]], nested: bool = False) -> list[int]:
-    """For each span, in the order of their begins, the lowest lane where it overlaps with none.
+def rows_of(spans: Sequence[tuple[int, int]], nested: bool = False) -> list[int]:
+    """For each span, in the order of their begins, the lowest row where it overlaps with none.
 
     `nested`: or lies inside those that it overlaps with.
     """
-    open_ends: list[list[int]] = []  # by lane, outermost first
-    lanes: list[int] = []
+    open_ends: list[list[int]] = []  # by row, outermost first
+    rows: list[int] = []
     for begin, end in spans:
         for ends in open_ends:
             while ends and ends[-1] <= begin:
                 ends.pop()
         free = (not ends or (nested and end <= ends[-1]) for ends in open_ends)
-        lane = next((lane for lane, fits in enumerate(free) if fits), len(open_ends))
-        if lane == len(open_ends):
+        row = next((row for row, fits in enumerate(free) if fits), len(open_ends))
+        if row == len(open_ends):
             open_ends.append([])
-        open_ends[lane].append(end)
-        lanes.append(lane)
-    return lanes
+        open_ends[row].append(end)
+        rows.append(row)
+    return rows
 
 
 def rates(spans: Sequence[tuple[int, int, int]], window_ns: int, length_ns: int) -> list[float]:
