@@ -25,7 +25,7 @@ TARGET ?= plan
 RUNS ?= 1000000
 FUZZ_CXX ?= $(firstword $(shell for v in '' -19 -18 -17 -16 -15; do command -v clang++$$v; done; true))
 
-.PHONY: help setup build test test-cpp test-py test-gpu cycles soak hostile fuzz compatibility bench \
+.PHONY: help setup build test test-cpp test-py test-gpu cycles interrupts soak hostile fuzz compatibility bench \
 	demo lint format clean
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make test-cpp | test-py | lint | format"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails without one"
 	@echo "make cycles CYCLES=1000  open, use and close a stream so often; nothing may be left behind"
+	@echo "make interrupts INTERRUPTS=50000  Ctrl-C at so many random moments of each kind of work"
 	@echo "make soak SECONDS=3600 [SANITIZER=asan|tsan]  random passes over faulty storage for so long"
 	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
 	@echo "make hostile COUNT=100000 SEED=1  spoiled checkpoints, judged against safetensors"
@@ -79,6 +80,10 @@ CYCLES ?= 1000
 cycles: export WSM_TEST_CYCLES := $(CYCLES)
 cycles: build
 	$(BIN)/python -m pytest -o timeout=36000 tests/test_processes.py -k nothing_is_left
+
+INTERRUPTS ?= 50000
+interrupts: build
+	$(BIN)/python tests/interrupts.py --count $(INTERRUPTS) --seed $(SEED)
 
 SECONDS ?= 3600
 SOAK_PRESET = $(or $(SANITIZER),release)

@@ -79,10 +79,7 @@ def same_gradients(
 
 
 def nothing_is_held(streamed: Any) -> None:
-    swapper = streamed._wsm_streamed._session.swapper
-    assert swapper.passes.depth == 0
-    assert not swapper._backward.under_way
-    assert all(unit._acquired == 0 for unit in swapper._streamed.values())
+    assert streamed._wsm_streamed._session.swapper.seam.idle
 
 
 def through_layers(net: Any, x: torch.Tensor) -> torch.Tensor:

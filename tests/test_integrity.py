@@ -23,7 +23,7 @@ from wsm_ext.checkpoints.image import CheckpointError, Extent, TensorImage
 from wsm_ext.checkpoints.verify import verify
 from wsm_ext.hf.synthetic import make_llama_checkpoint
 from wsm_ext.runtime import integrity
-from wsm_ext.runtime.integrity import IntegrityError, UnitCheck
+from wsm_ext.runtime.integrity import IntegrityError
 
 SIZE: dict[str, Any] = {"layers": 4, "hidden": 160}
 POISON = {"chunk_mb": 0.25, "poison": True, "home_bytes": 0}
@@ -128,7 +128,7 @@ def test_without_verify_nothing_is_checked(net: Net, folder: Path, device: torch
     with open_net(net, folder, "disk", device, verify=None) as streamed:
         run(streamed, device)
         assert streamed.stats()["verified"] == {"units": 0, "bytes": 0}
-        assert {unit._check for unit in streamed._session.swapper._streamed.values()} == {None}
+        assert not streamed._session.swapper.arrivals
 
 
 def test_a_resize_checks_what_is_loaded_by_it(net: Net, folder: Path, device: torch.device) -> None:
@@ -216,26 +216,23 @@ def test_fetch_checks_too(net: Net, folder: Path, device: torch.device) -> None:
 
 
 class Poke:
-    """An engine that turns a bit in the arena when a unit is acquired for the n-th time."""
+    """Turns a bit in the arena when a unit has come for the n-th time, just before the check."""
 
     def __init__(self, streamed: Any, name: str, at: int, nth: int) -> None:
-        swapper = streamed._session.swapper
-        [self._unit] = [u for u in swapper._streamed.values() if u.name == name]
-        self._engine = self._unit._engine
-        self._arena = streamed._session.memory.arena
-        self._begin = swapper._planned.place(self._unit.index).offset + at
+        session = streamed._session
+        [index] = [i for i, unit in enumerate(session.planned.units) if unit.name == name]
+        arrivals = session.swapper.arrivals[index]
+        self._check = arrivals.check
+        self._arena = session.memory.arena
+        self._begin = session.planned.plan.place(index).offset + at
         self._left = nth
-        self._unit._engine = self
+        arrivals.check = self
 
-    def acquire(self, unit: int, stream: int) -> bool:
-        loaded = self._engine.acquire(unit, stream)
+    def __call__(self, unchecked: bool) -> None:
         self._left -= 1
         if self._left == 0:
             self._arena[self._begin].bitwise_xor_(1)
-        return loaded
-
-    def release(self, unit: int, stream: int) -> None:
-        self._engine.release(unit, stream)
+        self._check(unchecked)
 
 
 @pytest.mark.parametrize("budget", ["disk", "cache"])
@@ -284,23 +281,30 @@ def test_a_bit_that_flips_for_the_backward_is_found(
 
 
 def test_a_check_that_was_interrupted_is_still_due(net: Net, folder: Path) -> None:
-    class Image:
-        calls = 0
+    cpu = torch.device("cpu")
+    asked: list[bool] = []
 
-        def check(self, *_: object) -> None:
-            self.calls += 1
-            if self.calls == 1:
+    class Interrupted:
+        """The check of a unit; the first one is interrupted."""
+
+        def __init__(self, check: Any) -> None:
+            self._check = check
+
+        def __call__(self, unchecked: bool) -> None:
+            asked.append(unchecked)
+            if len(asked) == 1:
                 raise KeyboardInterrupt
+            self._check(unchecked)
 
-    image, counts = Image(), integrity.Counts()
-    check = UnitCheck(None, 0, "unit 'x'", [(image, None)], counts)  # type: ignore[arg-type,list-item]
-    check(False)
-    assert image.calls == 0
-    with pytest.raises(KeyboardInterrupt):
-        check(True)
-    check(False)
-    check(False)
-    assert (image.calls, counts.units) == (2, 1)
+    with open_net(net, folder, "disk", cpu, units="layer") as streamed:
+        [index] = [i for i, u in enumerate(streamed._session.planned.units) if u.name == "layers.2"]
+        arrivals = streamed._session.swapper.arrivals[index]
+        arrivals.check = Interrupted(arrivals.check)
+        with pytest.raises(KeyboardInterrupt):
+            run(streamed, cpu)
+        assert torch.equal(run(streamed, cpu), expected(net, cpu))
+        assert asked == [True, True]
+        assert streamed._session.swapper.seam.idle
 
 
 # -- parameters that are made of tensors -----------------------------------------------------------

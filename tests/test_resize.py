@@ -243,17 +243,25 @@ def test_not_inside_a_forward(net: Net, folder: Path) -> None:
         assert seen == ["asked"]
 
 
+class TellsWhoWaits:
+    """A stream's seam, but it tells when somebody is about to wait for the end of a pass."""
+
+    def __init__(self, streamed: Any, waiting: threading.Event) -> None:
+        self._seam, self._waiting = streamed._session.swapper.seam, waiting
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._seam, name)
+
+    def between(self) -> Any:
+        self._waiting.set()
+        return self._seam.between()
+
+
 def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
     cpu = torch.device("cpu")
     with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
         inside, waiting, go_on = threading.Event(), threading.Event(), threading.Event()
         order: list[str] = []
-        passes = streamed._session.swapper.passes
-        between = passes.between
-
-        def asked() -> Any:
-            waiting.set()
-            return between()
 
         def hook(*_: Any) -> None:
             inside.set()
@@ -269,7 +277,7 @@ def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
         passing.start()
         assert inside.wait(LIMIT_S)
         resizing = threading.Thread(target=resize)
-        passes.between = asked
+        streamed._session.swapper.seam = TellsWhoWaits(streamed, waiting)
         resizing.start()
         assert waiting.wait(LIMIT_S)
         go_on.set()
@@ -283,18 +291,13 @@ def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
 def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
     cpu = torch.device("cpu")
     streamed = streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB")
-    passes, engine = streamed._session.swapper.passes, streamed._session.engine
-    between = passes.between
+    engine = streamed._session.engine
     inside, waiting, go_on = threading.Event(), threading.Event(), threading.Event()
     raised: list[str] = []
 
     def hook(*_: Any) -> None:
         inside.set()
         assert go_on.wait(LIMIT_S)
-
-    def asked() -> Any:
-        waiting.set()
-        return between()
 
     def forward() -> None:
         with pytest.raises(wsm.EngineError, match="closed"):
@@ -306,7 +309,7 @@ def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
         raised.append(str(error.value))
 
     streamed.module.layers[2].mlp.register_forward_hook(hook)
-    passes.between = asked
+    streamed._session.swapper.seam = TellsWhoWaits(streamed, waiting)
     threads = [threading.Thread(target=work) for work in (forward, resize, streamed.close)]
     threads[0].start()
     assert inside.wait(LIMIT_S)

@@ -15,6 +15,7 @@ from torch import nn
 from waits import LIMIT_S, wait_for_engines_to_end
 
 import wsm_ext as wsm
+from wsm_ext.runtime import parameter_swapper
 
 MIB = 1 << 20
 LAYER = 7 * MIB  # of float32, a little more than it is
@@ -480,22 +481,37 @@ def test_close_while_another_thread_is_in_a_pass(
     assert streamed.stats()["passes"] > 0
 
 
-def test_a_failure_half_way_leaves_the_module_as_it_was(net: Net, folder: Path) -> None:
-    class Stubborn(type(net.norm)):  # type: ignore[misc]
+def test_a_module_that_freezes_its_attributes_streams(net: Net, folder: Path) -> None:
+    class Frozen(type(net.norm)):  # type: ignore[misc]
         def __setattr__(self, name: str, value: Any) -> None:
-            if name == "forward":
-                raise AttributeError("no forward of yours")
-            super().__setattr__(name, value)
+            raise AttributeError(f"no {name} of yours")
 
     module = on_meta(net)
-    module.norm.__class__ = Stubborn
-    found = {name: id(parameter) for name, parameter in module.named_parameters()}
-    with pytest.raises(AttributeError, match="no forward of yours"):
-        wsm.stream(module, folder, device="cpu", **options("disk"))
-    assert {name: id(parameter) for name, parameter in module.named_parameters()} == found
-    assert all("forward" not in inner.__dict__ for inner in module.modules())
-    assert all(buffer.device.type == "cpu" for buffer in module.buffers())
-    assert not hasattr(module, "_wsm_streamed")
+    module.norm.__class__ = Frozen
+    with wsm.stream(module, folder, device="cpu", **options("disk")) as streamed:
+        assert torch.equal(streamed(tokens(1, 4)), net(tokens(1, 4)))
+    assert "forward" not in module.norm.__dict__
+
+
+def test_a_failure_half_way_leaves_the_module_as_it_was(
+    net: Net, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrap = parameter_swapper.wrap_unit
+
+    def fail_at_the_norm(module: Any, *rest: Any) -> None:
+        if module is streamed.norm:
+            raise RuntimeError("not this one")
+        wrap(module, *rest)
+
+    monkeypatch.setattr(parameter_swapper, "wrap_unit", fail_at_the_norm)
+    streamed = on_meta(net)
+    found = {name: id(parameter) for name, parameter in streamed.named_parameters()}
+    with pytest.raises(RuntimeError, match="not this one"):
+        wsm.stream(streamed, folder, device="cpu", **options("disk"))
+    assert {name: id(parameter) for name, parameter in streamed.named_parameters()} == found
+    assert all("forward" not in inner.__dict__ for inner in streamed.modules())
+    assert all(buffer.device.type == "cpu" for buffer in streamed.buffers())
+    assert not hasattr(streamed, "_wsm_streamed")
 
 
 def test_settings_reach_the_wrapped_module(net: Net, folder: Path) -> None:

@@ -38,7 +38,8 @@ INCLUDES = {
     "device": {"util"},
     "memory": {"util", "device/device.h", "plan/plan.h", "plan/kept_cache.h"},
     "engine": {"util", "plan", "storage", "device", "memory"},
-    "bindings": {"util", "plan", "storage", "device", "memory", "engine"},
+    "seam": {"util"},
+    "bindings": {"util", "plan", "storage", "device", "memory", "engine", "seam"},
 }
 
 

@@ -293,3 +293,61 @@ def time_reads(
     chunk_bytes: int = ...,
 ) -> list[list[float]]: ...
 def usual_chunk_bytes(in_memory: bool) -> int: ...
+
+class Replacements:
+    def put(self, target: dict[str, Any], key: str, value: Any) -> None: ...
+    def undo(self) -> None: ...
+    def __len__(self) -> int: ...
+
+class ParameterSwap:
+    """A slot: the dict that holds it, its key, what is there while its unit is acquired, and what
+    is there at all other times."""
+
+    def __init__(self, parameters: dict[str, Any], key: str, placed: Any, absent: Any) -> None: ...
+
+class TorchCalls:
+    set_version: Any
+    versions_in_lists: bool
+    current_task: Callable[[], int]
+    is_grad_enabled: Callable[[], bool]
+    queue_callback: Any
+    raw_stream: Callable[[int], int] | None
+    device_index: int
+
+class Scope:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exception: Any) -> None: ...
+
+class LendScope:
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *exception: Any) -> None: ...
+
+class Seam:
+    inside: bool
+    idle: bool
+    depth: int
+    dissolved: bool
+    backward_under_way: bool
+    active: list[int]
+    def __init__(
+        self,
+        engine: Engine | None,
+        torch: TorchCalls,
+        turn_limit_s: float,
+        check_frozen: Callable[[], None],
+    ) -> None: ...
+    def add_unit(
+        self,
+        index: int,
+        name: str,
+        place: Place,
+        swaps: Sequence[ParameterSwap],
+        memory: Any,
+        arrive: Callable[[bool], None] | None,
+    ) -> None: ...
+    def unit(self, index: int) -> Scope: ...
+    def pass_scope(self) -> Scope: ...
+    def lend(self, unit: int) -> LendScope: ...
+    def between(self) -> Scope: ...
+    def hook_of(self, chain: Sequence[int]) -> Callable[..., None]: ...
+    def dissolve(self) -> None: ...

@@ -20,9 +20,9 @@ from .planning.planner import Budgets, HeldBytes, ModulePlan
 from .planning.workload import WorkloadSize
 from .runtime.buffers import Buffers
 from .runtime.integrity import Counts
-from .runtime.passes import out_of_memory
 from .runtime.replanner import Replanner
 from .runtime.request import CheckpointLike, StreamRequest
+from .runtime.seam import out_of_memory
 from .runtime.session import Progress, Session
 from .runtime.timeline import Names
 from .runtime.trace import Tracing, usual_events
@@ -162,7 +162,7 @@ class StreamedModule(nn.Module):
         """What runs when no other thread is in a pass any more: that thread may have resized."""
         while True:
             session = self._now()
-            with session.swapper.passes.between():
+            with session.swapper.seam.between():
                 if session is self._session:
                     yield session
                     return
@@ -206,7 +206,7 @@ class StreamedModule(nn.Module):
         host_memory: int | str | None,
         progress: Progress | None,
     ) -> None:
-        if self._now().swapper.passes.inside():
+        if self._now().swapper.seam.inside:
             raise RuntimeError("resize() is for between passes, not inside a forward")
         if self._tracing is not None:
             raise RuntimeError("resize() is not for inside a trace: end the trace first")
@@ -352,7 +352,7 @@ class StreamedModule(nn.Module):
         session = self._session
         if session is None:
             return
-        if not session.engine.closed and session.swapper.passes.inside():
+        if not session.engine.closed and session.swapper.seam.inside:
             raise RuntimeError(
                 "close() is for between passes, not inside a forward: let it return, or raise out"
                 " of it, first"

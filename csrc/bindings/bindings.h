@@ -14,6 +14,12 @@ struct PlannedModel {
   Plan plan;
 };
 
+// A unit's range in the arena.
+struct UnitPlace {
+  uint64_t offset;
+  uint64_t bytes;
+};
+
 // In this order: later ones take what earlier ones define as arguments.
 void bind_simulator(pybind11::module_& m);
 void bind_model(pybind11::module_& m);

@@ -4,6 +4,8 @@
 #include <exception>
 
 #include "bindings/bindings.h"
+#include "bindings/replacements.h"
+#include "bindings/seam.h"
 #include "device/device.h"
 #include "util/check.h"
 
@@ -47,6 +49,9 @@ PYBIND11_MODULE(_engine, m) {
   bind_trace(m);
   bind_readers(m);
   bind_engine(m);
+  bind_replacements(m);
+  bind_backward(m);
+  bind_seam(m);
   m.attr("__version__") = WSM_VERSION;
   m.attr("built_with_cuda") = built_with_cuda();
 #ifdef WSM_HAVE_LIBURING

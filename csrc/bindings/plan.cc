@@ -26,12 +26,7 @@ PlannedModel plan_model(const ModelSpec& spec, const PlanLimits& limits,
 }
 
 // A unit's range in the arena.
-struct Place {
-  uint64_t offset;
-  uint64_t bytes;
-};
-
-Place place_of(const PlannedModel& planned, uint32_t unit) {
+UnitPlace place_of(const PlannedModel& planned, uint32_t unit) {
   const UnitPlan& plan = planned.plan.units.at(unit);
   return {plan.place_offset, plan.place_bytes};
 }
@@ -91,9 +86,9 @@ void bind_plan(py::module_& m) {
       .def_readwrite("read_ahead_bytes", &PlanLimits::read_ahead_bytes)
       .def_readwrite("kept_cache", &PlanLimits::kept_cache);
 
-  py::class_<Place>(m, "Place")
-      .def_readonly("offset", &Place::offset)
-      .def_readonly("nbytes", &Place::bytes);
+  py::class_<UnitPlace>(m, "Place")
+      .def_readonly("offset", &UnitPlace::offset)
+      .def_readonly("nbytes", &UnitPlace::bytes);
   py::class_<PlacedTensor>(m, "TensorPlace")
       .def_readonly("block", &PlacedTensor::block)
       .def_readonly("offset", &PlacedTensor::offset)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Lender(Protocol):
     """Who has the bytes."""
 
-    def lend(self, name: str) -> AbstractContextManager[torch.Tensor]:
-        """The parameter, for as long as the context lasts. Raises outside a pass."""
+    def use(self, name: str, operation: Callable[[torch.Tensor], Any]) -> Any:
+        """What the operation makes of the parameter, while its bytes are there."""
 
     def own(self, values: Any) -> Any:
-        """The values, with copies of what would be overwritten after the context."""
+        """The values, with copies of what would be overwritten after the operation."""
 
 
 class StreamedParameter(torch.Tensor):
@@ -66,22 +65,14 @@ class StreamedParameter(torch.Tensor):
         if func is torch.ops.aten.detach.default:
             return args[0].detached()
         _refuse_writes(func, args, kwargs)
-        with ExitStack() as borrowed:
-
-            def borrow(parameter: StreamedParameter) -> torch.Tensor:
-                lender.append(parameter._lender)
-                return borrowed.enter_context(parameter._lender.lend(parameter.wsm_name))
-
-            lender: list[Lender] = []
-            args, kwargs = tree_map_only(StreamedParameter, borrow, (args, kwargs))
-            return lender[0].own(func(*args, **kwargs))
+        return _run(func, args, kwargs)
 
     def detached(self) -> StreamedParameter:
         return StreamedParameter(self.shape, self.dtype, self.device, self.wsm_name, self._lender)
 
     def _copy(self) -> torch.Tensor:
-        with self._lender.lend(self.wsm_name) as parameter:
-            return parameter.detach().clone()
+        copy: torch.Tensor = self._lender.use(self.wsm_name, lambda t: t.detach().clone())
+        return copy
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         return self._copy().cpu().numpy(*args, **kwargs)
@@ -118,6 +109,27 @@ class StreamedParameter(torch.Tensor):
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         self.__reduce_ex__(2)
+
+
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operation with true parameters for placeholders: borrowed one inside the other."""
+    absent = next(filter(_is_absent, tree_leaves((args, kwargs))), None)
+    if absent is None:
+        return func(*args, **kwargs)
+
+    def with_it(parameter: torch.Tensor) -> Any:
+        def put(leaf: StreamedParameter) -> torch.Tensor:
+            return parameter if leaf is absent else leaf
+
+        return absent._lender.own(
+            _run(func, *tree_map_only(StreamedParameter, put, (args, kwargs)))
+        )
+
+    return absent._lender.use(absent.wsm_name, with_it)
+
+
+def _is_absent(leaf: Any) -> bool:
+    return isinstance(leaf, StreamedParameter)
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -140,13 +140,11 @@ class UnitCheck:
         self._where = where
         self._images = images
         self._counts = counts
-        self._due = False
 
-    def __call__(self, loaded: bool) -> None:
-        """`loaded`: the unit was loaded since it was last acquired. Wrong bytes are dropped, so
-        that the next use reads them again."""
-        self._due |= loaded
-        if not self._due:
+    def __call__(self, unchecked: bool) -> None:
+        """`unchecked`: the unit was loaded since this has last succeeded. Wrong bytes are dropped,
+        so that the next use reads them again."""
+        if not unchecked:
             return
         try:
             for image, memory in self._images:
@@ -154,7 +152,6 @@ class UnitCheck:
         except IntegrityError:
             self._engine.discard(self._index)
             raise
-        self._due = False
         self._counts.units += 1
 
 

@@ -13,8 +13,9 @@ from ..modules.spec import unit_tensors
 from ..planning.device_memory import DeviceMemory
 from ..planning.planner import HeldBytes, ModulePlan
 from ..planning.read_method import ReadMethod, engine_options
-from .parameter_swapper import ParameterSwapper, stream_getter
+from .parameter_swapper import ParameterSwapper
 from .request import StreamRequest
+from .seam import stream_getter
 
 Progress = Callable[[int, int], None]
 
@@ -123,7 +124,7 @@ class Session:
         self.engine.close()  # what it loads ahead must not reach memory that is freed now
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # nor may a forward read it
-        with self.swapper.passes.between():
+        with self.swapper.seam.between():
             self.swapper.undo()
         self._finalizer.detach()
 

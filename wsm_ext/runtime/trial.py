@@ -29,15 +29,6 @@ _FRAGMENTATION = 1.05
 _WAIT_S = 60.0
 
 
-class _NoEngine:
-    """Stands in for the engine: every unit is always there."""
-
-    def _nothing(self, *_: Any) -> None:
-        pass
-
-    begin_pass = end_pass = acquire = release = _nothing
-
-
 def activation_bytes(
     module: nn.Module, planned: ModulePlan, device: torch.device, workload: Workload
 ) -> int:
@@ -54,7 +45,7 @@ def activation_bytes(
         planned.units,
         planned.source,
         planned.plan,
-        _NoEngine(),  # type: ignore[arg-type]
+        None,  # every unit is always there
         device,
         memory,
         _WAIT_S,
