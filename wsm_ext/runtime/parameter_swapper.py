@@ -1,7 +1,8 @@
 """Puts parameters into the module just before its forward, and takes them out after it.
 
 The engine decides when bytes are on the device, and the seam in C++ what stands in the module's
-slots. Here the parameters over device memory are made, and the placeholders that stand in for them.
+entries. Here the parameters over device memory are made, and the placeholders that stand in for
+them.
 """
 
 from __future__ import annotations
