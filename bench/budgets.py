@@ -141,7 +141,9 @@ def run_share(
             "memory_budget": budget,
             "within_budget": all(taken[key] <= budget[key] + MEMORY_SLACK for key in budget),
         }
-        return run, model._planned, plan.units
+        from wsm_ext import handle
+
+        return run, handle(model).session.planned.plan, plan.units
 
 
 def judge(

@@ -41,14 +41,14 @@ def main() -> None:
 
     torch_s = time.perf_counter() - BEGIN
     import wsm_ext as wsm
+    from wsm_ext.runtime.handle import StreamHandle
     from wsm_ext.runtime.replanner import Replanner
-    from wsm_ext.stream import StreamedModule
 
     wsm_s = time.perf_counter() - BEGIN
     timed(Replanner, "try_out")
     timed(Replanner, "plan")
-    timed(StreamedModule, "_start")
-    timed(StreamedModule, "__init__")
+    timed(StreamHandle, "_start")
+    timed(StreamHandle, "__init__")
     model = wsm.from_pretrained(arguments.folder, device=arguments.device)
     loaded_s = time.perf_counter() - BEGIN
     with model, torch.inference_mode():

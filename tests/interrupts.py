@@ -54,7 +54,7 @@ class Outcome:
 
 
 def seam_of(model: Any) -> Any:
-    return model._session.swapper.seam
+    return wsm.handle(model).session.swapper.seam
 
 
 def forward_work(folder: Path, name: str, **options: Any) -> Work:
@@ -121,19 +121,19 @@ def resize_work(folder: Path) -> Work:
 
     def run() -> torch.Tensor:
         model = state["model"]
-        if model._session is None:
+        if not isinstance(model, wsm.StreamedModule):
             model = open_again()
         state["budgets"] += 1
         model.resize(device_memory=("3MiB", "4MiB")[state["budgets"] % 2])
         return run_forward(model)
 
     def close() -> None:
-        if state["model"]._session is not None:
+        if isinstance(state["model"], wsm.StreamedModule):
             state["model"].close()
 
     def idle() -> bool:
         model = state["model"]
-        return model._session is None or bool(seam_of(model).idle)
+        return not isinstance(model, wsm.StreamedModule) or bool(seam_of(model).idle)
 
     return Work("resize", run, lambda found: torch.equal(found, expected), close, idle)
 

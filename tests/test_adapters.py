@@ -83,7 +83,7 @@ def test_lora_trains_to_the_same_bits(
     want = train(resident, 3, device, checkpointing)
     with open_streamed(folder, device, units) as streamed:
         assert streamed.plan.streams
-        model = peft.get_peft_model(streamed.module, lora())
+        model = peft.get_peft_model(streamed, lora())
         found = train(model, 3, device, checkpointing)
         assert len(found) == len(want)
         for number, (one, other) in enumerate(zip(found, want, strict=True)):
@@ -111,7 +111,7 @@ def test_adapters_are_loaded_and_the_base_cannot_be_merged(
     resident.save_pretrained(tmp_path)
     tokens = batch(device, 2)
     with open_streamed(folder, device) as streamed, torch.inference_mode():
-        model = peft.PeftModel.from_pretrained(streamed.module, tmp_path)
+        model = peft.PeftModel.from_pretrained(streamed, tmp_path)
         want = resident.eval()(tokens).logits
         assert torch.equal(model(tokens).logits, want)
         model.to(device)  # as trainers do
@@ -127,7 +127,7 @@ def test_the_model_cannot_be_saved_while_it_streams(
 ) -> None:
     with open_streamed(folder, device) as streamed:
         with pytest.raises((RuntimeError, TypeError), match=r"streamed.*close\(\)"):
-            streamed.module.save_pretrained(tmp_path / "copy")
+            streamed.save_pretrained(tmp_path / "copy")
         assert streamed.device.type == device.type
         assert streamed.dtype == torch.float32
 
@@ -150,7 +150,7 @@ def test_a_loglikelihood_loop(folder: Path, device: torch.device) -> None:
 
     resident = LlamaForCausalLM.from_pretrained(folder).to(device)
     with open_streamed(folder, device) as streamed:
-        assert scores(streamed.module) == scores(resident)
+        assert scores(streamed) == scores(resident)
 
 
 def test_a_real_model_and_its_pipeline(device: torch.device) -> None:
@@ -187,6 +187,6 @@ def test_a_real_model_and_its_pipeline(device: torch.device) -> None:
         assert torch.equal(embed(streamed), want)
         pipes = [
             pipeline("feature-extraction", model=model, tokenizer=tokenizer, device=device)
-            for model in (streamed.module, resident)
+            for model in (streamed, resident)
         ]
         assert pipes[0](sentences) == pipes[1](sentences)

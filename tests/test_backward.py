@@ -79,7 +79,7 @@ def same_gradients(
 
 
 def nothing_is_held(streamed: Any) -> None:
-    assert streamed._wsm_streamed._session.swapper.seam.idle
+    assert wsm.handle(streamed).session.swapper.seam.idle
 
 
 def through_layers(net: Any, x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_gradients_of_inputs(
     chosen: dict[str, Any], units: str, resident: Net, folder: Path, device: torch.device
 ) -> None:
     with open_(resident, folder, device, chosen, units=units) as streamed:
-        same_gradients(through_layers, streamed.module, resident)
+        same_gradients(through_layers, streamed, resident)
 
 
 def checkpointed(reentrant: bool, segment: int) -> Callable[[Any, torch.Tensor], torch.Tensor]:
@@ -122,7 +122,7 @@ def test_gradient_checkpointing(
     device: torch.device,
 ) -> None:
     with open_(resident, folder, device, chosen, units=units) as streamed:
-        same_gradients(checkpointed(reentrant, segment), streamed.module, resident, passes=2)
+        same_gradients(checkpointed(reentrant, segment), streamed, resident, passes=2)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -140,7 +140,7 @@ def test_checkpoints_inside_a_unit(
                 del layer.mlp.__dict__["forward"]
 
     with open_(resident, folder, device, NARROW, units="layer") as streamed:
-        same_gradients(run, streamed.module, resident, passes=2)
+        same_gradients(run, streamed, resident, passes=2)
 
 
 def test_a_checkpoint_whose_last_unit_is_not_used(
@@ -158,7 +158,7 @@ def test_a_checkpoint_whose_last_unit_is_not_used(
 
     for chosen in (NARROW, WIDE):
         with open_(resident, folder, device, chosen) as streamed:
-            same_gradients(run, streamed.module, resident, passes=2)
+            same_gradients(run, streamed, resident, passes=2)
 
 
 @dataclasses.dataclass
@@ -231,7 +231,7 @@ def test_inputs_and_outputs_of_all_kinds(tmp_path: Path, device: torch.device) -
     if device.type == "cuda":
         chosen["device_memory"] = 20 * MIB
     with wsm.stream(empty, tmp_path, device=device, **chosen) as streamed:
-        same_gradients(run, streamed.module, resident, passes=2)
+        same_gradients(run, streamed, resident, passes=2)
 
 
 def test_units_called_twice_skipped_and_nested(
@@ -247,7 +247,7 @@ def test_units_called_twice_skipped_and_nested(
 
     for units in (["layers.0", "layers.3.mlp"], "leaf"):
         with open_(resident, folder, device, NARROW, units=units) as streamed:
-            same_gradients(run, streamed.module, resident)
+            same_gradients(run, streamed, resident)
 
 
 def test_a_second_backward_and_parts_of_a_graph(
@@ -255,7 +255,7 @@ def test_a_second_backward_and_parts_of_a_graph(
 ) -> None:
     with open_(resident, folder, device, NARROW) as streamed:
         grads = []
-        for net in (streamed.module, resident):
+        for net in (streamed, resident):
             x = hidden(device)
             middle = net.layers[1](net.layers[0](x))
             end = net.layers[3](net.layers[2](middle)).sum()
@@ -265,7 +265,7 @@ def test_a_second_backward_and_parts_of_a_graph(
             grads.append([*found, x.grad])
         for one, other in zip(*grads, strict=True):
             assert torch.equal(one, other)
-        nothing_is_held(streamed.module)
+        nothing_is_held(streamed)
 
 
 def test_gradients_of_trainable_parts_between_units(
@@ -284,9 +284,9 @@ def test_gradients_of_trainable_parts_between_units(
 
     with open_(resident, folder, device, WIDE) as streamed:
         for _ in range(2):
-            for one, other in zip(run(streamed.module), run(resident), strict=True):
+            for one, other in zip(run(streamed), run(resident), strict=True):
                 assert torch.equal(one, other)
-        nothing_is_held(streamed.module)
+        nothing_is_held(streamed)
 
 
 def test_it_streams_in_reverse_and_learns_the_order(
@@ -294,10 +294,10 @@ def test_it_streams_in_reverse_and_learns_the_order(
 ) -> None:
     with open_(resident, folder, device, WIDE) as streamed:
         for _ in range(4):
-            through_layers(streamed.module, hidden(device)).backward()
+            through_layers(streamed, hidden(device)).backward()
         before = streamed.stats()
         for _ in range(3):
-            through_layers(streamed.module, hidden(device)).backward()
+            through_layers(streamed, hidden(device)).backward()
         after = streamed.stats()
         passes = after["passes"] - before["passes"]
         # 8 units each way. What was prefetched before counts when it has come.
@@ -312,17 +312,17 @@ def test_an_error_in_backward_lets_go_of_everything(
 ) -> None:
     with open_(resident, folder, device, NARROW) as streamed:
         x = hidden(device)
-        middle = streamed.module.layers[1](streamed.module.layers[0](x))
-        loss = streamed.module.layers[2](middle).sum()
+        middle = streamed.layers[1](streamed.layers[0](x))
+        loss = streamed.layers[2](middle).sum()
         middle.register_hook(lambda grad: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             loss.backward()
-        done = threading.Thread(target=lambda: streamed.module.layers[5](x.detach()))
+        done = threading.Thread(target=lambda: streamed.layers[5](x.detach()))
         done.start()
         done.join(LIMIT_S)
         assert not done.is_alive()
-        nothing_is_held(streamed.module)
-        same_gradients(through_layers, streamed.module, resident, passes=1)
+        nothing_is_held(streamed)
+        same_gradients(through_layers, streamed, resident, passes=1)
 
 
 def test_what_a_backward_cannot_use_is_an_error(
@@ -331,22 +331,22 @@ def test_what_a_backward_cannot_use_is_an_error(
     streamed = open_(resident, folder, device, NARROW)
     x = hidden(device)
     with pytest.raises(RuntimeError, match=r"create_graph.*'layers\.0'.*not supported"):
-        torch.autograd.grad(streamed.module.layers[0](x).sum(), x, create_graph=True)
-    nothing_is_held(streamed.module)
+        torch.autograd.grad(streamed.layers[0](x).sum(), x, create_graph=True)
+    nothing_is_held(streamed)
     # What left a unit by another way than its outputs: autograd finds that the weights are gone.
     inner: list[torch.Tensor] = []
-    handle = streamed.module.layers[0].mlp.register_forward_hook(
+    handle = streamed.layers[0].mlp.register_forward_hook(
         lambda module, args, out: inner.append(out)
     )
-    streamed.module.layers[1](streamed.module.layers[0](x))
+    streamed.layers[1](streamed.layers[0](x))
     handle.remove()
     with pytest.raises(RuntimeError, match="version"):
         inner[0].sum().backward()
-    loss = streamed.module.layers[0](x).sum()
+    loss = streamed.layers[0](x).sum()
     streamed.resize(device_memory=LAYER * 4)
     with pytest.raises(RuntimeError, match="closed or resized"):
         loss.backward()
-    loss = streamed.module.layers[0](x).sum()
+    loss = streamed.layers[0](x).sum()
     streamed.close()
     with pytest.raises(RuntimeError, match="closed or resized"):
         loss.backward()
@@ -367,7 +367,7 @@ def test_what_left_a_unit_by_another_way_may_be_used_beside_its_outputs(
         return loss
 
     with open_(resident, folder, device, NARROW) as streamed:
-        same_gradients(run, streamed.module, resident, passes=2)
+        same_gradients(run, streamed, resident, passes=2)
 
 
 def test_what_leaves_a_checkpoint_by_another_way(
@@ -386,26 +386,26 @@ def test_what_leaves_a_checkpoint_by_another_way(
         return inner[0].square().sum()
 
     with open_(resident, folder, device, NARROW) as streamed:
-        same_gradients(run, streamed.module, resident, passes=2)
+        same_gradients(run, streamed, resident, passes=2)
 
 
 def test_the_base_is_frozen(resident: Net, folder: Path, device: torch.device) -> None:
     with open_(resident, folder, device, MIXED) as streamed:
-        placed = [p for p in streamed.module.parameters() if type(p) is nn.Parameter]
-        absent = [p for p in streamed.module.parameters() if type(p) is not nn.Parameter]
+        placed = [p for p in streamed.parameters() if type(p) is nn.Parameter]
+        absent = [p for p in streamed.parameters() if type(p) is not nn.Parameter]
         assert placed
         assert absent
         for chosen in (placed, absent):
             for parameter in chosen:
                 parameter.requires_grad_(True)
             with pytest.raises(RuntimeError, match=r"requires grad.*frozen"):
-                through_layers(streamed.module, hidden(device)).backward()
+                through_layers(streamed, hidden(device)).backward()
             with torch.no_grad():
-                through_layers(streamed.module, hidden(device))
+                through_layers(streamed, hidden(device))
             for parameter in chosen:
                 parameter.requires_grad_(False)
-            nothing_is_held(streamed.module)
-        same_gradients(through_layers, streamed.module, resident, passes=1)
+            nothing_is_held(streamed)
+        same_gradients(through_layers, streamed, resident, passes=1)
 
 
 def test_a_graph_that_is_dropped_keeps_nothing(
@@ -413,10 +413,10 @@ def test_a_graph_that_is_dropped_keeps_nothing(
 ) -> None:
     with open_(resident, folder, device, WIDE) as streamed:
         for _ in range(3):
-            through_layers(streamed.module, hidden(device))
+            through_layers(streamed, hidden(device))
         gc.collect()
-        nothing_is_held(streamed.module)
-        same_gradients(through_layers, streamed.module, resident, passes=1)
+        nothing_is_held(streamed)
+        same_gradients(through_layers, streamed, resident, passes=1)
 
 
 def test_a_backward_inside_a_forward(net: Net, folder: Path) -> None:
@@ -434,4 +434,4 @@ def test_a_backward_inside_a_forward(net: Net, folder: Path) -> None:
             return self.net.layers[1](y.grad + x)
 
     with open_(net, folder, torch.device("cpu"), NARROW) as streamed:
-        same_gradients(lambda net, x: Inner(net)(x).square().sum(), streamed.module, net, passes=2)
+        same_gradients(lambda net, x: Inner(net)(x).square().sum(), streamed, net, passes=2)

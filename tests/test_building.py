@@ -337,7 +337,7 @@ def test_another_dtype_is_cast_to_wherever_the_weights_live(folder, dtype, homes
         plan = model.plan
         assert plan.model_bytes == sum(tensor.nbytes for tensor in all_tensors(folder).values())
         assert plan.homes_bytes + plan.arena_bytes <= plan.device_budget_bytes
-    assert all(parameter.is_meta for parameter in model.module.parameters())
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_config_that_names_another_dtype_casts_as_transformers_does(folder):

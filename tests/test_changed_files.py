@@ -147,7 +147,7 @@ def test_a_file_that_gets_shorter_in_a_pass_is_an_error(
             for file in files:
                 os.truncate(file, 100_000)
 
-        hook = streamed.module.layers[1].mlp.register_forward_hook(cut)
+        hook = streamed.layers[1].mlp.register_forward_hook(cut)
         words = r"cannot read .* of .*safetensors: truncated: the file ends at 100000, but must"
         with pytest.raises(OSError, match=words) as error:
             result(streamed)
@@ -173,7 +173,7 @@ def test_a_file_that_is_replaced_or_deleted_in_a_pass_is_read_to_its_end(
             replace(second)
             rewrite(second)
 
-        hook = streamed.module.layers[1].mlp.register_forward_hook(change)
+        hook = streamed.layers[1].mlp.register_forward_hook(change)
         assert torch.equal(result(streamed), result(net))
         hook.remove()
         with pytest.raises(OSError, match=r"was deleted|was replaced"):

@@ -59,13 +59,13 @@ def check(run: Any, net: Net, device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_layers(backend: str, streamed: wsm.StreamedModule, net: Net, device: torch.device) -> None:
-    for layer in streamed.module.layers:
+    for layer in streamed.layers:
         layer.compile(backend=backend)
     check(streamed, net, device)
 
 
 def test_the_whole_module(streamed: wsm.StreamedModule, net: Net, device: torch.device) -> None:
-    check(torch.compile(streamed.module, backend="eager"), net, device)
+    check(torch.compile(streamed, backend="eager"), net, device)
 
 
 def test_the_streamed_module_itself(
@@ -77,13 +77,13 @@ def test_the_streamed_module_itself(
 def test_backward_of_compiled_layers(
     streamed: wsm.StreamedModule, net: Net, device: torch.device
 ) -> None:
-    for module in (streamed.module, net):
+    for module in (streamed, net):
         for layer in module.layers:
             layer.compile(backend="aot_eager")
     try:
         for number in range(3):
             found = []
-            for module in (streamed.module, net):
+            for module in (streamed, net):
                 torch.manual_seed(number)
                 x = torch.randn(2, 5, 384, device=device, requires_grad=True)
                 y = x
@@ -101,7 +101,7 @@ def test_backward_of_compiled_layers(
 def test_fullgraph_says_why_not(
     streamed: wsm.StreamedModule, net: Net, device: torch.device
 ) -> None:
-    compiled = torch.compile(streamed.module, backend="eager", fullgraph=True)
+    compiled = torch.compile(streamed, backend="eager", fullgraph=True)
     with (
         torch.no_grad(),
         pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph"),
@@ -122,7 +122,7 @@ def test_a_model_that_stays_whole_can_be_captured(net: Net, folder: Path) -> Non
         wsm.stream(on_meta(net, layers=4), folder, device=gpu, **budgets) as streamed,
         torch.no_grad(),
     ):
-        assert not any("forward" in inner.__dict__ for inner in streamed.module.modules())
+        assert not any("forward" in inner.__dict__ for inner in streamed.modules())
         x = tokens().to(gpu)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

@@ -81,7 +81,7 @@ def test_a_checkpoint_s_buffers_and_weights(mode: str, tmp_path: Path) -> None:
     with streamed:
         assert same(streamed, reference)
         for name, buffer in reference.named_buffers():
-            assert torch.equal(streamed.module.get_buffer(name), buffer)
+            assert torch.equal(streamed.get_buffer(name), buffer)
 
 
 def test_casts_and_checks_under_a_default_device(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_right_bytes_pass_and_each_load_is_counted(
         assert counts == {"units": 3 * units, "bytes": buffers + stays + 3 * streams}
         if budget == "mixture":
             assert min(stays, plan.host_home_bytes, plan.disk_home_bytes) > 0
-    assert streamed.stats()["verified"] == counts
+        handle = wsm.handle(streamed)
+    assert handle.stats()["verified"] == counts
 
 
 def test_a_unit_that_stays_is_checked_once(net: Net, folder: Path, device: torch.device) -> None:
@@ -118,7 +119,7 @@ def test_a_unit_that_stays_is_checked_once(net: Net, folder: Path, device: torch
         torch.inference_mode(),
     ):
         for layer, loads in ((1, 1), (1, 1), (2, 2), (2, 2), (1, 3)):
-            streamed.module.layers[layer](x)
+            streamed.layers[layer](x)
             assert streamed.stats()["totals"]["loads"] == loads
             assert streamed.stats()["verified"]["units"] == loads
 
@@ -128,7 +129,7 @@ def test_without_verify_nothing_is_checked(net: Net, folder: Path, device: torch
     with open_net(net, folder, "disk", device, verify=None) as streamed:
         run(streamed, device)
         assert streamed.stats()["verified"] == {"units": 0, "bytes": 0}
-        assert not streamed._session.swapper.arrivals
+        assert not wsm.handle(streamed).session.swapper.arrivals
 
 
 def test_a_resize_checks_what_is_loaded_by_it(net: Net, folder: Path, device: torch.device) -> None:
@@ -219,7 +220,7 @@ class Poke:
     """Turns a bit in the arena when a unit has come for the n-th time, just before the check."""
 
     def __init__(self, streamed: Any, name: str, at: int, nth: int) -> None:
-        session = streamed._session
+        session = wsm.handle(streamed).session
         [index] = [i for i, unit in enumerate(session.planned.units) if unit.name == name]
         arrivals = session.swapper.arrivals[index]
         self._check = arrivals.check
@@ -263,13 +264,13 @@ def test_a_bit_that_flips_for_the_backward_is_found(
         def gradient() -> torch.Tensor:
             given = hidden.clone().to(device).requires_grad_()
             x: torch.Tensor = given
-            for layer in streamed.module.layers:
+            for layer in streamed.layers:
                 x = layer(x)
             x.sum().backward()
             assert given.grad is not None
             return given.grad.cpu()
 
-        for parameter in streamed.module.parameters():
+        for parameter in streamed.parameters():
             parameter.requires_grad_(False)
         if device.type == "cpu":
             assert torch.equal(gradient(), wanted.grad)
@@ -297,14 +298,15 @@ def test_a_check_that_was_interrupted_is_still_due(net: Net, folder: Path) -> No
             self._check(unchecked)
 
     with open_net(net, folder, "disk", cpu, units="layer") as streamed:
-        [index] = [i for i, u in enumerate(streamed._session.planned.units) if u.name == "layers.2"]
-        arrivals = streamed._session.swapper.arrivals[index]
+        session = wsm.handle(streamed).session
+        [index] = [i for i, u in enumerate(session.planned.units) if u.name == "layers.2"]
+        arrivals = session.swapper.arrivals[index]
         arrivals.check = Interrupted(arrivals.check)
         with pytest.raises(KeyboardInterrupt):
             run(streamed, cpu)
         assert torch.equal(run(streamed, cpu), expected(net, cpu))
         assert asked == [True, True]
-        assert streamed._session.swapper.seam.idle
+        assert wsm.handle(streamed).session.swapper.seam.idle
 
 
 # -- parameters that are made of tensors -----------------------------------------------------------

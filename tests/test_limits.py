@@ -94,7 +94,7 @@ def resize_with_few_descriptors(folder: str) -> None:
     """The resize fails, and leaves a module that is as it was before it was streamed."""
     before = held()
     streamed = open_net(Path(folder))
-    module = streamed.module
+    module = streamed
     with limited(resource.RLIMIT_NOFILE, 3), pytest.raises(OSError, match="Too many open files"):
         streamed.resize(device_memory=30 * MIB)
     assert not any("forward" in inner.__dict__ for inner in module.modules())

@@ -63,7 +63,7 @@ def streamed(net: Stacks, tmp_path: Path, device: torch.device) -> Any:
 
 def misses(streamed: Any, net: Stacks, *orders: list[tuple[str, int]]) -> int:
     """Passes in these orders, each compared; how often another unit than the expected was used."""
-    device = streamed._request.device
+    device = wsm.handle(streamed)._request.device
     before = streamed.stats()["totals"]["misses"]
     for seed, order in enumerate(orders):
         x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(device)

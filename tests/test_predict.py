@@ -192,8 +192,9 @@ def test_nothing_is_expected_where_nothing_was_measured(stream):
     with stream(config={"measure": False}) as streamed:
         streamed.expect(1, 1)
         assert streamed.plan.predicted is None
+        handle = wsm.handle(streamed)
     with pytest.raises(RuntimeError, match="closed"):
-        streamed.expect(1, 1)
+        handle.expect(1, 1)
 
 
 def test_other_budgets_are_predicted_anew(stream):
@@ -241,7 +242,7 @@ def test_achieved_are_the_means_of_all_passes_but_the_first(stream):
 def test_passes_are_summed_without_anyone_looking(stream):
     with stream() as streamed:
         run(streamed, 9)
-        sums = streamed._session.engine.steady_passes()
+        sums = wsm.handle(streamed).session.engine.steady_passes()
         assert sums["passes"] == 8
         totals = streamed.stats()["totals"]
         assert 0 < sums["h2d_bytes"] < totals["h2d_bytes"]

@@ -170,7 +170,7 @@ def fork_between_passes_and_during_one(folder: Path) -> None:
         results.append(result(streamed))
         refused_in_a_child(streamed)
         results.append(result(streamed))
-        hook = streamed.module.layers[2].mlp.register_forward_pre_hook(pause)
+        hook = streamed.layers[2].mlp.register_forward_pre_hook(pause)
         thread = threading.Thread(target=lambda: results.append(result(streamed)))
         thread.start()
         assert inside.wait(LIMIT_S)
@@ -203,7 +203,7 @@ def load_data_with_forked_workers(folder: Path) -> None:
     expected = [result(resident(), seed) for seed in range(3)]
     started: list[Any] = []
     with open_net(folder) as streamed:
-        hook = streamed.module.layers[2].mlp.register_forward_pre_hook(
+        hook = streamed.layers[2].mlp.register_forward_pre_hook(
             lambda *_: started.append(loader()) if not started else None
         )
         assert torch.equal(result(streamed, 0), expected[0])
@@ -330,7 +330,7 @@ def exit_beside_a_thread_in_a_pass(folder: Path) -> None:
         inside.set()
         threading.Event().wait()
 
-    streamed.module.layers[2].mlp.register_forward_pre_hook(stay)
+    streamed.layers[2].mlp.register_forward_pre_hook(stay)
     threading.Thread(target=result, args=[streamed], daemon=True).start()
     assert inside.wait(LIMIT_S)
 
@@ -338,13 +338,13 @@ def exit_beside_a_thread_in_a_pass(folder: Path) -> None:
 def exit_from_a_forward_while_another_reads_ahead(folder: Path) -> None:
     globals()["kept_to_the_end"] = open_net(folder)
     streamed = open_net(folder)
-    streamed.module.layers[3].mlp.register_forward_hook(lambda *_: sys.exit(0))
+    streamed.layers[3].mlp.register_forward_hook(lambda *_: sys.exit(0))
     result(streamed)
 
 
 def exit_at_once_from_a_forward(folder: Path) -> None:
     streamed = open_net(folder)
-    streamed.module.layers[3].mlp.register_forward_hook(lambda *_: os._exit(0))
+    streamed.layers[3].mlp.register_forward_hook(lambda *_: os._exit(0))
     result(streamed)
     os._exit(1)
 
@@ -387,7 +387,7 @@ def open_and_drop_often(folder: Path) -> None:
             streamed.resize(device_memory=30 * MIB)
             result(streamed)
         if index % 5 == 3:
-            hook = streamed.module.layers[3].mlp.register_forward_hook(fail)
+            hook = streamed.layers[3].mlp.register_forward_hook(fail)
             with contextlib.suppress(ZeroDivisionError):
                 result(streamed)
             hook.remove()
@@ -436,7 +436,7 @@ def test_an_error_in_one_thread_does_not_touch_the_other(net: Net, folder: Path)
             raise ZeroDivisionError
 
     with open_net(folder) as streamed:
-        streamed.module.layers[3].mlp.register_forward_hook(fail_in_its_thread)
+        streamed.layers[3].mlp.register_forward_hook(fail_in_its_thread)
 
         def fails() -> None:
             for _ in range(5):
@@ -491,7 +491,7 @@ def test_close_ends_the_pass_of_another_thread(folder: Path) -> None:
         raised.append(str(error.value))
 
     streamed = open_net(folder)
-    engine, module = streamed._session.engine, streamed.module
+    engine, module = wsm.handle(streamed).session.engine, streamed
     module.layers[2].mlp.register_forward_pre_hook(pause)
     working, closing = threading.Thread(target=work), threading.Thread(target=streamed.close)
     working.start()
@@ -516,14 +516,14 @@ def test_an_error_in_a_forward_is_passed_on_and_forgotten(
         def fail(*_: object) -> None:
             raise error
 
-        hook = streamed.module.get_submodule(path).register_forward_hook(fail)
+        hook = streamed.get_submodule(path).register_forward_hook(fail)
         for _ in range(2):
             with pytest.raises(error):
                 result(streamed)
         hook.remove()
         for name in ("embed.weight", "layers.3.mlp.0.weight", "head.weight"):
             with pytest.raises(RuntimeError, match="fetch"):
-                streamed.module.get_parameter(name).sum()
+                streamed.get_parameter(name).sum()
         for seed in (3, 4):
             assert torch.equal(result(streamed, seed), result(net, seed))
 
@@ -532,9 +532,7 @@ def test_one_stream_inside_the_forward_of_another(net: Net, folder: Path) -> Non
     expected = [result(net, seed) for seed in (3, 4)]
     found: list[torch.Tensor] = []
     with open_net(folder) as outer, open_net(folder) as inner:
-        outer.module.layers[3].mlp.register_forward_hook(
-            lambda *_: found.append(result(inner, seed=4))
-        )
+        outer.layers[3].mlp.register_forward_hook(lambda *_: found.append(result(inner, seed=4)))
         for _ in range(3):
             assert torch.equal(result(outer), expected[0])
     assert len(found) == 3
@@ -550,9 +548,9 @@ def test_close_inside_a_forward_is_refused(net: Net, folder: Path) -> None:
         refused.append(str(error.value))
 
     with open_net(folder) as streamed:
-        hook = streamed.module.layers[2].mlp.register_forward_hook(close)
+        hook = streamed.layers[2].mlp.register_forward_hook(close)
         assert torch.equal(result(streamed), result(net))
         assert "close() is for between passes" in refused[0]
         hook.remove()
         assert torch.equal(result(streamed), result(net))
-    assert not any("forward" in inner.__dict__ for inner in streamed.module.modules())
+    assert not any("forward" in inner.__dict__ for inner in streamed.modules())

@@ -111,11 +111,11 @@ class _Allocations:
 
 
 def net_parameter(streamed: Any, name: str) -> torch.Tensor:
-    return streamed.module.get_parameter(name)
+    return streamed.get_parameter(name)
 
 
 def resident_bytes(streamed: Any) -> dict[str, int]:
-    found = streamed.module.named_parameters()
+    found = streamed.named_parameters()
     return {n: p.nbytes for n, p in found if type(p) is torch.nn.Parameter}
 
 
@@ -165,7 +165,7 @@ def test_everything_fits_and_then_no_more(device: torch.device, net: Net, folder
     with streamed_net(net, folder, device, device_memory="30MiB", host_memory="20MiB") as streamed:
         streamed.resize(device_memory="200MiB")
         assert not streamed.plan.streams
-        assert "forward" not in streamed.module.layers[0].__dict__
+        assert "forward" not in streamed.layers[0].__dict__
         check(streamed, net, device)
         streamed.resize(device_memory="30MiB")
         assert streamed.plan.streams
@@ -197,7 +197,7 @@ def test_random_budgets_one_after_another(device: torch.device, net: Net, folder
             )
             check(streamed, net, device, step)
         streamed.close()
-        assert all(parameter.is_meta for parameter in streamed.module.parameters())
+        assert all(parameter.is_meta for parameter in streamed.parameters())
 
 
 def test_weights_from_ram_are_put_back_and_moved_again() -> None:
@@ -223,8 +223,9 @@ def test_what_cannot_be_planned_changes_nothing(net: Net, folder: Path) -> None:
             streamed.resize(device_memory="much")
         assert streamed.plan is plan
         check(streamed, net, cpu)
+        handle = wsm.handle(streamed)
     with pytest.raises(RuntimeError, match="closed"):
-        streamed.resize(device_memory="50MiB")
+        handle.resize(device_memory="50MiB")
 
 
 def test_not_inside_a_forward(net: Net, folder: Path) -> None:
@@ -237,7 +238,7 @@ def test_not_inside_a_forward(net: Net, folder: Path) -> None:
                 streamed.resize(device_memory="50MiB")
             seen.append("asked")
 
-        handle = streamed.module.layers[2].mlp.register_forward_hook(hook)
+        handle = streamed.layers[2].mlp.register_forward_hook(hook)
         check(streamed, net, cpu)
         handle.remove()
         assert seen == ["asked"]
@@ -247,7 +248,7 @@ class TellsWhoWaits:
     """A stream's seam, but it tells when somebody is about to wait for the end of a pass."""
 
     def __init__(self, streamed: Any, waiting: threading.Event) -> None:
-        self._seam, self._waiting = streamed._session.swapper.seam, waiting
+        self._seam, self._waiting = wsm.handle(streamed).session.swapper.seam, waiting
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._seam, name)
@@ -272,12 +273,12 @@ def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
             streamed.resize(device_memory="50MiB")
             order.append("resize")
 
-        handle = streamed.module.layers[2].mlp.register_forward_hook(hook)
+        handle = streamed.layers[2].mlp.register_forward_hook(hook)
         passing = threading.Thread(target=lambda: streamed(tokens(1, 3)))
         passing.start()
         assert inside.wait(LIMIT_S)
         resizing = threading.Thread(target=resize)
-        streamed._session.swapper.seam = TellsWhoWaits(streamed, waiting)
+        wsm.handle(streamed).session.swapper.seam = TellsWhoWaits(streamed, waiting)
         resizing.start()
         assert waiting.wait(LIMIT_S)
         go_on.set()
@@ -291,7 +292,8 @@ def test_waits_for_the_pass_of_another_thread(net: Net, folder: Path) -> None:
 def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
     cpu = torch.device("cpu")
     streamed = streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB")
-    engine = streamed._session.engine
+    handle = wsm.handle(streamed)
+    engine = handle.session.engine
     inside, waiting, go_on = threading.Event(), threading.Event(), threading.Event()
     raised: list[str] = []
 
@@ -308,8 +310,8 @@ def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
             streamed.resize(device_memory="50MiB")
         raised.append(str(error.value))
 
-    streamed.module.layers[2].mlp.register_forward_hook(hook)
-    streamed._session.swapper.seam = TellsWhoWaits(streamed, waiting)
+    streamed.layers[2].mlp.register_forward_hook(hook)
+    wsm.handle(streamed).session.swapper.seam = TellsWhoWaits(streamed, waiting)
     threads = [threading.Thread(target=work) for work in (forward, resize, streamed.close)]
     threads[0].start()
     assert inside.wait(LIMIT_S)
@@ -322,15 +324,16 @@ def test_close_while_a_resize_waits(net: Net, folder: Path) -> None:
         thread.join(LIMIT_S)
         assert not thread.is_alive()
     assert len(raised) == 1
-    assert all(parameter.is_meta for parameter in streamed.module.parameters())
-    assert streamed.stats()["memory"]["device_budget_bytes"] == 30 * MIB
+    assert all(parameter.is_meta for parameter in streamed.parameters())
+    assert handle.stats()["memory"]["device_budget_bytes"] == 30 * MIB
 
 
 def test_two_threads_close_at_once(net: Net, folder: Path) -> None:
     cpu = torch.device("cpu")
     streamed = streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB")
+    handle = wsm.handle(streamed)
     give_back, held, go_on = (
-        streamed._session.restore_ram_parameters,
+        handle.session.restore_ram_parameters,
         threading.Event(),
         threading.Event(),
     )
@@ -344,17 +347,17 @@ def test_two_threads_close_at_once(net: Net, folder: Path) -> None:
 
     def close() -> None:
         try:
-            streamed.close()
+            handle.close()
         except BaseException as error:
             raised.append(error)
 
-    streamed._session.restore_ram_parameters = held_once
+    handle.session.restore_ram_parameters = held_once
     threads = [threading.Thread(target=close) for _ in range(2)]
     threads[0].start()
     assert held.wait(LIMIT_S)
     threads[1].start()
     wait_until(
-        lambda: is_inside(threads[1], "stream.py") or not threads[1].is_alive(),
+        lambda: is_inside(threads[1], "lifecycle.py") or not threads[1].is_alive(),
         "the second close",
     )
     go_on.set()
@@ -362,7 +365,7 @@ def test_two_threads_close_at_once(net: Net, folder: Path) -> None:
         thread.join(LIMIT_S)
         assert not thread.is_alive()
     assert raised == []
-    assert not hasattr(streamed.module, "_wsm_streamed")
+    assert not hasattr(streamed, "_wsm_streamed")
 
 
 def test_a_resize_that_fails_leaves_the_module_closed(
@@ -371,9 +374,9 @@ def test_a_resize_that_fails_leaves_the_module_closed(
     def fail(*_: Any) -> None:
         raise OSError("no more")
 
-    with streamed_net(net, folder, device, device_memory="30MiB", host_memory="20MiB") as streamed:
-        module = streamed.module
-        check(streamed, net, device)
+    with streamed_net(net, folder, device, device_memory="30MiB", host_memory="20MiB") as module:
+        streamed = wsm.handle(module)
+        check(module, net, device)
         passes = streamed.stats()["passes"]
         monkeypatch.setattr(session, "ParameterSwapper", fail)
         with pytest.raises(OSError, match="no more"):
@@ -425,7 +428,7 @@ def test_out_of_memory_in_a_forward_says_what_to_do(
         def hook(*_: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        handle = streamed.module.layers[2].mlp.register_forward_hook(hook)
+        handle = streamed.layers[2].mlp.register_forward_hook(hook)
         with pytest.raises(torch.OutOfMemoryError, match=r"shrink\('1GiB'\)") as caught:
             streamed(tokens(1, 3))
         assert str(caught.value).count("shrink") == 1
@@ -442,7 +445,7 @@ def test_nothing_is_loaded_into_memory_that_a_resize_frees(
     with streamed_net(net, folder, cpu, device_memory="30MiB", host_memory="20MiB") as streamed:
 
         def watched(memory: device_memory.DeviceMemory, device: torch.device) -> None:
-            closed.append(streamed._session.engine.closed)
+            closed.append(wsm.handle(streamed).session.engine.closed)
             clear(memory, device)
 
         monkeypatch.setattr(device_memory.DeviceMemory, "clear", watched)

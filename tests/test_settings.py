@@ -351,8 +351,9 @@ def test_reads_run_as_far_ahead_as_the_distance(net: Net, open_net: Callable[...
             run(streamed)
             total = streamed.plan.model_bytes + ahead
             wait_until(lambda s=streamed, n=total: totals(s)["disk_bytes"] >= n, "the read-ahead")
-            streamed.close()  # ends the reads under way
-            assert totals(streamed)["disk_bytes"] == total
+            handle = wsm.handle(streamed)
+            handle.close()  # ends the reads under way
+            assert totals(handle)["disk_bytes"] == total
 
 
 def test_a_distance_below_the_prefetch_is_a_warning(open_net: Callable[..., Any]) -> None:

@@ -176,7 +176,7 @@ def test_int8_and_fp8_pass_through_untouched(device: torch.device, tmp_path: Pat
                 streamed.fetch(name).cpu().view(torch.uint8), parameter.view(torch.uint8)
             )
         x = torch.ones(2, device=device)
-        for layer, resident in zip(streamed.module["layers"], net["layers"], strict=True):
+        for layer, resident in zip(streamed["layers"], net["layers"], strict=True):
             with torch.inference_mode():
                 assert torch.equal(layer(x), resident.to(device)(x))
 
@@ -224,7 +224,7 @@ def test_layers_skipped_repeated_and_reversed(device: torch.device, net: Net, fo
     resident = Reordered(net)
     with wsm.stream(on_meta(net), folder, device=device, **options("disk")) as streamed:
         orders = [range(8), reversed(range(8)), [0, 0, 3, 3, 3], [7, 1], [2, 5, 2, 5, 2], range(8)]
-        reordered = Reordered(streamed.module)
+        reordered = Reordered(streamed)
         for order in orders:
             resident.order = reordered.order = list(order)
             check(reordered, resident, device, passes=2)
@@ -251,36 +251,40 @@ def test_close_leaves_the_module_as_it_was_found(net: Net, folder: Path) -> None
     streamed = wsm.stream(module, folder, device="cpu", **options("disk"))
     assert "forward" in module.layers[0].__dict__
     assert type(module.layers[0].self_attn.weight) is not nn.Parameter
+    assert streamed is module
+    assert type(module) is not Net
+    handle = wsm.handle(module)
     streamed.close()
-    streamed.close()
+    handle.close()
+    assert type(module) is Net
     assert dict(module.named_parameters()) == parameters
     for name, buffer in module.named_buffers():
         assert buffer is buffers[name]
     for inner in module.modules():
         assert "forward" not in inner.__dict__
     with pytest.raises(RuntimeError, match="closed"):
-        streamed.fetch("head.weight")
+        handle.fetch("head.weight")
     with wsm.stream(module, folder, device="cpu", **options("cache")) as again:
         check(again, net, torch.device("cpu"), passes=1)
 
 
 def test_everything_resident_leaves_no_wrapper(net: Net, folder: Path) -> None:
     with wsm.stream(on_meta(net), folder, device="cpu", **options("resident")) as streamed:
-        assert all("forward" not in inner.__dict__ for inner in streamed.module.modules())
+        assert all("forward" not in inner.__dict__ for inner in streamed.modules())
         assert streamed.plan.arena_bytes == 0
 
 
 def test_buffers_are_right(net: Net, folder: Path, device: torch.device) -> None:
     with wsm.stream(on_meta(net), folder, device=device, **options("disk")) as streamed:
         for name, buffer in net.named_buffers():
-            found = streamed.module.get_buffer(name)
+            found = streamed.get_buffer(name)
             assert found.device.type == device.type
             assert torch.equal(found.cpu(), buffer)
 
 
 def test_a_parameter_touched_outside_its_forward_raises(net: Net, folder: Path) -> None:
     with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
-        weight = streamed.module.layers[2].self_attn.weight
+        weight = streamed.layers[2].self_attn.weight
         assert weight.shape == net.layers[2].self_attn.weight.shape
         assert weight.dtype == torch.float32
         assert isinstance(weight, nn.Parameter)
@@ -291,8 +295,7 @@ def test_a_parameter_touched_outside_its_forward_raises(net: Net, folder: Path) 
             lambda: weight.numpy(),
             lambda: weight.data_ptr(),
             lambda: weight[0],
-            lambda: streamed.state_dict(),
-            lambda: streamed.module.state_dict()["layers.2.mlp.0.bias"].sum(),
+            lambda: streamed.state_dict()["layers.2.mlp.0.bias"].sum(),
             lambda: weight.untyped_storage(),
             lambda: torch.nn.functional.linear(torch.ones(1, 384), weight),
         ):
@@ -309,7 +312,7 @@ def test_an_exception_in_forward_leaves_nothing_acquired(
     net: Net, folder: Path, device: torch.device
 ) -> None:
     with wsm.stream(on_meta(net), folder, device=device, **options("two_units")) as streamed:
-        layer = streamed.module.layers[3]
+        layer = streamed.layers[3]
         handle = layer.mlp.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             check(streamed, net, device, passes=1)
@@ -353,7 +356,7 @@ def test_two_models_at_once(net: Net, folder: Path, device: torch.device) -> Non
 
 
 def test_deletion_without_close(net: Net, folder: Path) -> None:
-    module = wsm.stream(on_meta(net), folder, device="cpu", **options("disk")).module
+    module = wsm.stream(on_meta(net), folder, device="cpu", **options("disk"))
     check(module, net, torch.device("cpu"), passes=1)  # it keeps what it needs
     gone = weakref.ref(module)
     del module
@@ -363,16 +366,13 @@ def test_deletion_without_close(net: Net, folder: Path) -> None:
 
 
 def test_a_stream_of_a_stream_is_an_error(net: Net, folder: Path) -> None:
-    with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
-        with pytest.raises(ValueError, match="already"):
-            wsm.stream(streamed, folder, device="cpu")
-        with pytest.raises(ValueError, match="already"):
-            wsm.stream(streamed.module, folder, device="cpu")
+    streamed = wsm.stream(on_meta(net), folder, device="cpu", **options("disk"))
+    with streamed, pytest.raises(ValueError, match="already"):
+        wsm.stream(streamed, folder, device="cpu")
 
 
-def test_attributes_pass_through(net: Net, folder: Path) -> None:
+def test_names_are_those_of_the_module(net: Net, folder: Path) -> None:
     with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
-        assert streamed.layers is streamed.module.layers
         names = [name for name, _ in streamed.named_parameters()]
         assert names == [name for name, _ in net.named_parameters()]
         with pytest.raises(AttributeError, match="missing"):
@@ -456,29 +456,29 @@ def test_close_while_another_thread_is_in_a_pass(
     failed: list[str] = []
     started = threading.Event()
     module = on_meta(net)
-    streamed = wsm.stream(module, folder, device=device, **options("disk"))
+    handle = wsm.handle(wsm.stream(module, folder, device=device, **options("disk")))
 
     def run() -> None:
         try:
             with torch.inference_mode():
                 # Between two passes it may be closed too: then the module is on meta again.
-                while not streamed.module(tokens().to(device)).is_meta:
+                while not module(tokens().to(device)).is_meta:
                     started.set()
-                failed.append("closed between two passes")
         except RuntimeError as error:
             failed.append(str(error))
 
     thread = threading.Thread(target=run)
     thread.start()
     assert started.wait(LIMIT_S)
-    streamed.close()
+    handle.close()
     thread.join(LIMIT_S)
     assert not thread.is_alive()
-    assert failed
+    assert len(failed) == 1
+    assert "closed" in failed[0]
     for inner in module.modules():
         assert "forward" not in inner.__dict__
     assert all(parameter.is_meta for parameter in module.parameters())
-    assert streamed.stats()["passes"] > 0
+    assert handle.stats()["passes"] > 0
 
 
 def test_a_module_that_freezes_its_attributes_streams(net: Net, folder: Path) -> None:
@@ -514,11 +514,11 @@ def test_a_failure_half_way_leaves_the_module_as_it_was(
     assert not hasattr(streamed, "_wsm_streamed")
 
 
-def test_settings_reach_the_wrapped_module(net: Net, folder: Path) -> None:
-    with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
-        streamed.module.setting = 1
-        streamed.setting = 2
-        assert streamed.module.setting == 2
+def test_settings_stay_when_it_is_closed(net: Net, folder: Path) -> None:
+    module = on_meta(net)
+    with wsm.stream(module, folder, device="cpu", **options("disk")) as streamed:
+        streamed.setting = 1
+    assert module.setting == 1
 
 
 def test_a_parameter_that_is_not_contiguous_keeps_its_strides() -> None:

@@ -161,8 +161,9 @@ def test_only_one_at_a_time_and_only_while_it_streams(
     with streamed.trace(out):  # another one, and the file is replaced
         pass
     assert "pass" not in spans_of(out)
-    streamed.close()
-    with pytest.raises(RuntimeError, match="is closed"), streamed.trace(out):
+    handle = wsm.handle(streamed)
+    handle.close()
+    with pytest.raises(RuntimeError, match="is closed"), handle.trace(out):
         pass
     assert os.listdir(tmp_path) == ["trace.json"]
 
@@ -232,6 +233,7 @@ def test_weights_in_ram_come_back_though_a_trace_cannot_be_written(
     in_cache = {**ON_DEMAND["config"], "cpu_cache_cap_layers": None}
     budgets = {**ON_DEMAND, "host_memory": 8 * MIB, "config": in_cache}
     streamed = wsm.stream(module, device="cpu", **budgets)
+    handle = wsm.handle(streamed)
     assert any(p.numel() == 0 for p, _ in before.values())  # the module has let them go
     run(streamed, cpu)
     with pytest.raises(OSError, match="the disk is full"), streamed.trace(tmp_path / "trace.json"):
@@ -241,8 +243,8 @@ def test_weights_in_ram_come_back_though_a_trace_cannot_be_written(
     for name, (parameter, values) in before.items():
         assert after[name] is parameter
         assert torch.equal(parameter, values), name
-    assert streamed.stats()["passes"] == 1
-    streamed.close()
+    assert handle.stats()["passes"] == 1
+    handle.close()
 
 
 def test_a_relative_path_is_that_of_the_begin(

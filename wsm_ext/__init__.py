@@ -13,7 +13,8 @@ from .checkpoints.image import CheckpointError, Extent, TensorImage, assemble
 from .config import Config
 from .pretrained import from_pretrained
 from .runtime.integrity import IntegrityError
-from .stream import StreamedModule, stream
+from .runtime.streamed_class import StreamedModule, handle
+from .stream import stream
 
 __all__ = [
     "Checkpoint",
@@ -27,5 +28,6 @@ __all__ = [
     "__version__",
     "assemble",
     "from_pretrained",
+    "handle",
     "stream",
 ]

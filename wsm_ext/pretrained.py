@@ -24,9 +24,10 @@ from .hf.hub import resolve_folder
 from .planning.budgets import preload_room
 from .planning.rates import remembered_read_method
 from .planning.read_method import engine_options
+from .runtime.handle import StreamHandle
 from .runtime.request import resolve_device
+from .runtime.streamed_class import StreamedModule
 from .runtime.trial import Workload
-from .stream import StreamedModule
 
 _log = logging.getLogger("wsm_ext")
 
@@ -75,10 +76,10 @@ def from_pretrained(
             on_gpu = resolve_device(device).type == "cuda"
             if workload is None and device_memory == "auto" and on_gpu:
                 workload = default_workload(module)
-            return StreamedModule(
+            return StreamHandle(
                 *(module, checkpoint, device, device_memory, host_memory, units, workload),
                 *(settings, progress, preload),
-            )
+            ).module
         except BaseException:
             if preload is not None:
                 preload.give_up()  # a traceback may be kept for long, and this with it

@@ -193,20 +193,20 @@ def layer_seconds(model: Any, forward: Callable[[], None], device: torch.device)
     A unit that is called again and again stays in its place, so only computing is left. 0 if
     there is no stack of layers, or its layers would not stay.
     """
-    layers = [unit for unit in find_units(model.module, "layer") if unit.layer is not None]
+    layers = [unit for unit in find_units(model, "layer") if unit.layer is not None]
     if not layers:
         return 0.0
     stack = [unit for unit in layers if unit.stack == layers[-1].stack]
     count = 1 + max(unit.layer for unit in stack if unit.layer is not None)
-    layer = model.module.get_submodule(f"{stack[0].stack}.{count - 1}")
+    layer = model.get_submodule(f"{stack[0].stack}.{count - 1}")
     inputs: list[tuple[Any, Any]] = []
-    handle = layer.register_forward_pre_hook(
+    hook = layer.register_forward_pre_hook(
         lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True
     )
     try:
         forward()
     finally:
-        handle.remove()
+        hook.remove()
     args, kwargs = inputs[0]
     seconds, moved = [], []
     with torch.inference_mode():

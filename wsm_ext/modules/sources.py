@@ -63,7 +63,7 @@ class RamParameter:
         if self.data is None:
             dtype = self.parameter.dtype
             found = torch.empty_strided(self.size, self.stride, dtype=dtype, device="cpu")
-            self.parameter.data = found.copy_(fetch(self.name))
+            self.parameter.data = self.data = found.copy_(fetch(self.name))
 
 
 @dataclass

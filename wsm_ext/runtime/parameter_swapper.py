@@ -90,7 +90,6 @@ class ParameterSwapper:
                     holders.add(id(unit.module))
             if holders:
                 wrap_ancestors(module, holders, self.seam, self._replacements)
-                self._guard_conversions(module)
         except BaseException:
             self.undo()
             raise
@@ -110,6 +109,10 @@ class ParameterSwapper:
         self.seam.add_unit(index, unit.name, place, swaps, arena, self.arrivals.get(index))
         names = [entry.name for entry in unit.entries]
         wrap_unit(unit.module, index, names, self.seam, self, self._replacements)
+
+    def placed_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the base that lie in device memory, for good or by turns."""
+        return [found.placed for found in self._placed.values()]
 
     @without_modes()
     def fetch(self, name: str) -> torch.Tensor:
@@ -278,51 +281,6 @@ class ParameterSwapper:
         for name in self._placed if names is None else names:
             if self._placed[name].to_be_trained:
                 _refuse_training(name)
-
-    # -- guards ------------------------------------------------------------------------------------
-
-    def _guard_conversions(self, module: nn.Module) -> None:
-        """`to`, `half`, `cuda` and the like go through `_apply`: all or nothing. No copies."""
-
-        def guarded(inner: nn.Module) -> Callable[..., nn.Module]:
-            @torch.inference_mode(False)  # inside it, even to() where it changes nothing asks
-            def apply(fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
-                for name, parameter in inner.named_parameters(recurse=recurse):
-                    if id(parameter) in ours and not _same(fn, parameter):
-                        raise RuntimeError(
-                            f"{name!r} is part of a streamed module: its dtype and device were"
-                            " settled by stream() and cannot be changed by to(), half(), cuda() and"
-                            " the like. close() the streamed module, and stream it as you want it"
-                        )
-                converted: nn.Module = type(inner)._apply(inner, fn, recurse)
-                return converted
-
-            return apply
-
-        def refuse_copy(protocol: object) -> NoReturn:
-            raise TypeError(
-                "a module that is streamed cannot be copied or pickled: do it before stream(), or"
-                " after close()"
-            )
-
-        placed = {id(found.placed) for found in self._placed.values()}
-        ours = {
-            id(parameter)
-            for parameter in module.parameters()
-            if isinstance(parameter, StreamedParameter) or id(parameter) in placed
-        }
-        for inner in module.modules():
-            if any(id(parameter) in ours for parameter in inner.parameters()):
-                for name, method in (("_apply", guarded(inner)), ("__reduce_ex__", refuse_copy)):
-                    self._replacements.put(inner.__dict__, name, method)
-
-
-def _same(fn: Callable[..., Any], parameter: torch.Tensor) -> bool:
-    """Whether a conversion leaves the parameter as it is."""
-    try:
-        return fn(parameter) is parameter
-    except RuntimeError:
-        return False
 
 
 def _refuse_training(name: str) -> NoReturn:

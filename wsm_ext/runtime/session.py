@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -116,17 +117,30 @@ class Session:
         if failed:
             raise RuntimeError("parameters that could not be put back: " + "; ".join(failed))
 
+    def between_passes(self) -> AbstractContextManager[None]:
+        """No other thread is in a pass meanwhile: theirs are waited for.
+
+        Raises TimeoutError if another thread does not leave its pass.
+        """
+        return self.swapper.seam.between()
+
+    def inside_pass(self) -> bool:
+        """Whether the calling thread is in the middle of a pass."""
+        return self.swapper.seam.inside
+
     def stop(self) -> None:
-        """Close the engine, and unwrap the module. Idempotent.
+        """Close the engine, and unwrap the module, even if the device fails. Idempotent.
 
         A forward that another thread is in fails, and is waited for.
         """
         self.engine.close()  # what it loads ahead must not reach memory that is freed now
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # nor may a forward read it
-        with self.swapper.seam.between():
-            self.swapper.undo()
-        self._finalizer.detach()
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # nor may a forward read it
+        finally:
+            with self.between_passes():
+                self.swapper.undo()
+            self._finalizer.detach()
 
     def _progress_of(self, progress: Progress | None) -> Callable[[], None] | None:
         if progress is None:

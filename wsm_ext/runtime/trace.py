@@ -49,11 +49,11 @@ class Tracing:
             warnings.warn(
                 f"the trace was full after {timeline.full_ns * 1e-9:.3f} s: {timeline.dropped}"
                 " later events are missing; trace less, or give trace() a larger most_events",
-                stacklevel=_level_of_user(),
+                stacklevel=level_of_user(),
             )
 
 
-def _level_of_user() -> int:
+def level_of_user() -> int:
     """The `stacklevel`, for the caller of this, of the first frame that is not of this package, nor
     of contextlib: a trace is ended by its block, by close(), or by what calls these."""
     package = __name__.partition(".")[0]

@@ -13,6 +13,7 @@ from .. import _engine
 from ..modules.dynamo import between_graphs, break_graph, never_compiled
 from ..modules.tensor_tree import tensors_in
 from .seam import out_of_memory
+from .wrappers import remember
 
 
 class Owner(Protocol):
@@ -101,6 +102,7 @@ def _wrap(
     module: nn.Module, forward: Callable[..., Any], replacements: _engine.Replacements
 ) -> None:
     functools.update_wrapper(forward, module.forward)
+    remember(forward, module.__dict__.get("forward"))
     replacements.put(module.__dict__, "forward", forward)
 
 
