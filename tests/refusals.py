@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import QuantizationMethod
 
 import wsm_ext as wsm
 
@@ -107,14 +109,89 @@ def _other_dtype(folder: Path) -> object:
     return wsm.stream(nn.Linear(4, 4, bias=False), folder / "linear.safetensors", **BUDGETS)
 
 
+def _with_scales(folder: Path) -> object:
+    file = folder / "model.safetensors"
+    scales = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    save_file(load_file(file) | scales, file, metadata={"format": "pt"})
+    return _load(folder)
+
+
+def _quantised_by_transformers(folder: Path) -> object:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.is_quantized, model.quantization_method = True, QuantizationMethod.FP8
+    return wsm.stream(model, **BUDGETS)
+
+
+def _gguf(folder: Path) -> Path:
+    """What its bytes say counts, whatever its name."""
+    inner = folder / "gguf"
+    inner.mkdir()
+    (inner / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    return inner / "model.gguf"
+
+
 _CODE = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
 
 REFUSALS = [
     Refusal(
-        "a quantized checkpoint (GPTQ, AWQ, FP8, MXFP4, bitsandbytes, ...)",
-        r"is quantized \(quantization_config: gptq\).*call dequantize\(\)",
+        "a quantised checkpoint (GPTQ, AWQ, torchao, ...)",
+        r"is quantised \(gptq\), and quantised models are not supported yet: take the model's"
+        r" unquantised checkpoint$",
         _with_config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        "the unquantized checkpoint; or `dequantize()` and `save_pretrained()`",
+        "the unquantised checkpoint",
+    ),
+    Refusal(
+        "one that transformers can load unquantised (FP8, MXFP4, compressed-tensors)",
+        r"is quantised \(fp8\).*load this one with quantization_config=FineGrainedFP8Config"
+        r"\(dequantize=True\).*save_pretrained\(folder, save_original_format=False\)",
+        _with_config(quantization_config={"quant_method": "fp8"}),
+        "the unquantised checkpoint; or load it with"
+        " `quantization_config=XConfig(dequantize=True)`, and"
+        " `save_pretrained(folder, save_original_format=False)`",
+    ),
+    Refusal(
+        "bitsandbytes",
+        r"is quantised \(bitsandbytes\).*call dequantize\(\), and save_pretrained\(folder\)",
+        _with_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "the unquantised checkpoint; or load it, `dequantize()`, `save_pretrained(folder)`",
+    ),
+    Refusal(
+        "a part of a model that is quantised (`text_config`, ...)",
+        r"is quantised \(awq\)",
+        _with_config(text_config={"quantization_config": {"quant_method": "awq"}}),
+        "the unquantised checkpoint",
+    ),
+    Refusal(
+        "scales beside the weights that config.json does not know of",
+        r"the checkpoint is quantised, though config.json does not say so: it has"
+        r" model.layers.0.mlp.up_proj.weight_scale. Take",
+        _with_scales,
+        "the unquantised checkpoint",
+    ),
+    Refusal(
+        "`stream()`: a module that transformers has quantised",
+        r"^the module \(LlamaForCausalLM\) is quantised \(fp8\).*dequantize=True",
+        _quantised_by_transformers,
+        "as for its checkpoint",
+    ),
+    Refusal(
+        "a GGUF file",
+        r"model.gguf is a GGUF file, which is not supported.*gguf_file=",
+        lambda folder: wsm.from_pretrained(_gguf(folder), **BUDGETS),
+        "the safetensors files; or load it with `gguf_file=...` and"
+        " `quantization_config=GgufConfig(dequantize=True)`, and `save_pretrained`",
+    ),
+    Refusal(
+        "a folder of GGUF files",
+        r"has GGUF files only \(model.gguf\), which is not supported.*gguf_file=",
+        lambda folder: _load(_gguf(folder).parent),
+        "the same",
+    ),
+    Refusal(
+        "a dtype of whole numbers",
+        r"dtype=torch.int8: not a dtype of floats, its name, a dict of them, or None",
+        lambda folder: wsm.from_pretrained(folder, dtype=torch.int8, **BUDGETS),
+        "a dtype of floats; None and a dict are taken as transformers takes them",
     ),
     Refusal(
         "a module with torchao's tensors",

@@ -38,7 +38,7 @@ _LEAST_PRELOAD_BYTES = 256 << 20
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] | None = "auto",
     auto_class: Any = None,
     device: str | torch.device | None = None,
     device_memory: int | str = "auto",
@@ -54,8 +54,10 @@ def from_pretrained(
     """Stream the transformers model in the folder `path`, or behind the hub id `path`.
 
     `dtype` is "auto" (what the config says) or a dtype: tensors that have another are cast when
-    they arrive, as transformers does it, what it keeps in fp32 included. `auto_class` is a
-    transformers class, or its name, for a config whose `architectures` does not decide. On a GPU,
+    they arrive, as transformers does it, what it keeps in fp32 included. None and a dict are taken
+    as transformers takes them. `auto_class` is a transformers class, or its name, for a config
+    whose `architectures` does not decide, or for a part of the model: tensors of the other parts
+    are left out, and told. On a GPU,
     device_memory="auto" leaves room for one sequence of 4096 tokens and its KV cache; state
     `workload` for others. The other arguments are those of `stream`.
     """

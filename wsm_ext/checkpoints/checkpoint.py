@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..wording import first_of, shown
-from .files import absent, is_missing, is_pickle, raise_refused
+from .files import GGUF_ADVICE, absent, is_missing, is_pickle, raise_refused
 from .header import read_header
 from .image import CheckpointError, TensorImage
 from .index import INDEX_SUFFIX, read_index
@@ -137,6 +137,9 @@ def _choose(folder: Path) -> list[Path]:
         )
     chosen = indices or files
     if not chosen:
+        ggufs = [name for name in names if name.endswith(".gguf")]
+        if ggufs:
+            raise CheckpointError(f"{folder} has GGUF files only ({_listed(ggufs)}){GGUF_ADVICE}")
         pickles = [name for name in names if is_pickle(name)]
         advice = f"convert {_listed(pickles)} to safetensors" if pickles else "check the path"
         raise CheckpointError(f"{folder} has no *.safetensors file; {advice}")

@@ -13,10 +13,18 @@ from typing import Any
 from ..wording import shown
 from .image import CheckpointError
 
+GGUF_ADVICE = (
+    ", which is not supported: take the model's safetensors files, or load this one by"
+    " transformers' from_pretrained(folder, gguf_file=...,"
+    " quantization_config=GgufConfig(dequantize=True)), and save_pretrained(folder,"
+    " save_original_format=False)"
+)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def file_size(file: Path) -> int:
+    if is_gguf(file):
+        raise CheckpointError(f"{file} is a GGUF file{GGUF_ADVICE}")
     if is_pickle(file.name):
         raise CheckpointError(
             f"{file} is a pickle, which may run code when loaded: convert it to safetensors"
@@ -62,6 +70,19 @@ def raise_refused(path: Path, error: BaseException) -> None:
         raise OSError(
             error.errno, f"{error.strerror}: raise the limit on open files (ulimit -n)", str(path)
         ) from error
+
+
+def is_gguf(file: Path) -> bool:
+    """By its name, or its first bytes."""
+    if file.name.endswith(".gguf"):
+        return True
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            return False
+        with open(file, "rb", buffering=0) as stream:
+            return stream.read(4) == b"GGUF"
+    except (OSError, ValueError):
+        return False
 
 
 def is_pickle(name: str) -> bool:

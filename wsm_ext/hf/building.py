@@ -7,63 +7,52 @@ gets is a Checkpoint under the module's names. No tensor is read here.
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto.auto_factory import _get_model_class
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.image import CheckpointError
+from .folder import read_config, refuse_endless, refuse_unusual_weights
 from .names import meta_parameter, place
 
 _log = logging.getLogger("wsm_ext")
 
-_LAYER_COUNTS = (
-    *("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers"),
-    *("decoder_layers", "n_layer", "n_layers"),
-)
-_MOST_LAYERS = 10_000
-_VARIANT = re.compile(
-    r"model\.(?:safetensors\.index\.)?([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"
-)
+# None and a dict: as transformers takes them.
+Dtype = str | torch.dtype | Mapping[str, str | torch.dtype] | None
 
 
 def prepare(
     folder: Path,
     opened: Checkpoint | None = None,
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: Dtype = "auto",
     auto_class: Any = None,
 ) -> tuple[PreTrainedModel, Checkpoint]:
     """The model with its parameters on meta, and the checkpoint under the model's names.
 
     `opened`: the folder's checkpoint, if somebody has opened it already.
     """
-    config = _read_config(folder)
-    _refuse_unusual_weights(folder, config)
+    whole = read_config(folder)
+    refuse_unusual_weights(folder, whole)
     checkpoint = Checkpoint.open(folder) if opened is None else opened
-    _refuse_endless(folder, config, checkpoint)
+    refuse_endless(folder, whole, checkpoint)
+    with _faults_of_config(folder):
+        model_class = _model_class(whole, auto_class)
+        config = _config_of(model_class, whole, folder)
     main_dtype = _main_dtype(dtype, config, checkpoint)
-    try:
-        model = build_model(config, auto_class, main_dtype)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a config may have passed its class, and still make no model
-        raise CheckpointError(
-            f"transformers cannot build the model that {folder / 'config.json'} describes:"
-            f" {type(error).__name__}: {error}"
-        ) from error
+    with _faults_of_config(folder):
+        model = build_model(config, model_class, main_dtype)
 
     images, computed = place(model, checkpoint, main_dtype)
 
@@ -74,128 +63,84 @@ def prepare(
     return model, replace(checkpoint, tensors=view, computed=computed)
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds an adapter (adapter_config.json), not a model: merge it into its base"
-            " model first (peft's merge_and_unload), or stream the base model and put the adapter"
-            " on it"
-        )
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json: it is not a transformers model{_instead(folder)}"
-        )
+@contextmanager
+def _faults_of_config(folder: Path) -> Iterator[None]:
+    """A config may have passed its class, and still make no model."""
     try:
-        # Code that comes with a checkpoint is never run, nor is anybody asked whether it may be.
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a config is validated by its own class, as that likes
-        raise CheckpointError(_unreadable(folder, error)) from error
-    _refuse_kernels(folder, config)
-    _refuse_quantized(folder, config)
-    return config
-
-
-def _instead(folder: Path) -> str:
-    if (folder / "model_index.json").is_file():
-        return (
-            ", but a diffusers pipeline (model_index.json): load its models with diffusers, and"
-            " stream() them"
-        )
-    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    return f"; its folders {', '.join(inner)} have one: give one of them" if inner else ""
-
-
-def _unreadable(folder: Path, error: Exception) -> str:
-    try:
-        described = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError:
-        described = None
-    if isinstance(described, dict) and "auto_map" in described:
-        return (
-            f"{folder}: its model type {described.get('model_type')!r} is not one of transformers"
-            f" {transformers.__version__}, and code that comes with a checkpoint (auto_map) is"
-            " never run: build the module yourself, and stream() it"
-        )
-    return f"{folder / 'config.json'} cannot be read by transformers: {error}"
-
-
-def _parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig | None]:
-    """The config itself, and those of its text, vision and other parts."""
-    return [config, *(getattr(config, name, None) for name in config.sub_configs)]
-
-
-def _refuse_kernels(folder: Path, config: PreTrainedConfig) -> None:
-    for part in _parts_of(config):
-        attention = getattr(part, "_attn_implementation", None)
-        if isinstance(attention, str) and "/" in attention:
-            raise CheckpointError(
-                f"{folder}: config.json asks for the attention kernel {attention!r}, code from the"
-                " hub, which is never run: take attn_implementation out of config.json"
-            )
-
-
-def _refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = (
-        quantization.get("quant_method")
-        if isinstance(quantization, Mapping)
-        else getattr(quantization, "quant_method", None)
-    )
-    raise CheckpointError(
-        f"{folder} is quantized (quantization_config: {getattr(method, 'value', method)}), and"
-        " quantized models are not supported: take the model's unquantized checkpoint, or load this"
-        " one with transformers, call dequantize(), and save it with save_pretrained()"
-    )
-
-
-def _refuse_endless(folder: Path, config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
-    """Layers are built one by one before any is missed: a config may not ask for any number."""
-    most = max(_MOST_LAYERS, len(checkpoint.tensors))
-    for part in _parts_of(config):
-        for name in _LAYER_COUNTS:
-            count = getattr(part, name, None)
-            if isinstance(count, int) and count > most:
-                raise CheckpointError(
-                    f"{folder / 'config.json'}: {name} is {count}, and the checkpoint has"
-                    f" {len(checkpoint.tensors)} tensors: is it this model's?"
-                )
-
-
-def _refuse_unusual_weights(folder: Path, config: PreTrainedConfig) -> None:
-    named = getattr(config, "transformers_weights", None)
-    if named is not None:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(
-            f"{folder}: config.json names its weights itself (transformers_weights: {named}), which"
-            " is not supported: rename that file to model.safetensors, and take the entry out"
+            f"transformers cannot build the model that {folder / 'config.json'} describes:"
+            f" {type(error).__name__}: {error}"
+        ) from error
+
+
+def _main_dtype(dtype: Dtype, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    if dtype == "auto":
+        return _own_dtype(config, checkpoint)
+    if dtype is None:  # as in transformers
+        return torch.get_default_dtype()
+    if isinstance(dtype, Mapping):
+        main = dtype.get("", torch.get_default_dtype())
+        _log.warning("dtype=%s: all modules get %s, as in transformers", dict(dtype), main)
+        return _main_dtype(main, config, checkpoint)
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(
+            f"dtype={dtype!r}: not a dtype of floats, its name, a dict of them, or None;"
+            ' "auto" takes the checkpoint\'s own'
         )
-    names = {path.name for path in folder.glob("model*.safetensors*")}
-    if not names & {"model.safetensors", "model.safetensors.index.json"}:
-        variants = {match[1] for name in names if (match := _VARIANT.fullmatch(name))}
-        if variants:
-            raise CheckpointError(
-                f"{folder} has its weights as a variant only ({', '.join(sorted(variants))}), which"
-                " from_pretrained does not choose: rename the file to model.safetensors, or the"
-                " index to model.safetensors.index.json"
-            )
+    return named
 
 
-def _main_dtype(
-    dtype: str | torch.dtype, config: PreTrainedConfig, checkpoint: Checkpoint
-) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f'dtype={dtype!r}: not a dtype; "auto" takes the checkpoint\'s own')
-        return named
+def _own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     dtypes = (image.dtype for image in checkpoint.tensors.values())
     return next((dtype for dtype in dtypes if dtype in usual), torch.float32)
+
+
+# Which class
+
+
+def _model_class(config: PreTrainedConfig, asked: Any) -> type[PreTrainedModel]:
+    """The class that is asked for, or that the config names first."""
+    if asked is None:
+        names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
+        asked = names[0]
+    named: Any = getattr(transformers, asked, None) if isinstance(asked, str) else asked
+    mapping = getattr(named, "_model_mapping", None)  # of an auto class
+    if mapping is not None and type(config) in mapping:
+        chosen: type[PreTrainedModel] = _get_model_class(config, mapping)
+        return chosen
+    if mapping is not None:
+        raise CheckpointError(
+            f"{named.__name__} of transformers {transformers.__version__} has no model for"
+            f" {type(config).__name__}; pass another auto_class"
+        )
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+        return named
+    raise CheckpointError(
+        f"{asked!r} is not a model class of transformers {transformers.__version__}; "
+        'pass auto_class, for example auto_class="AutoModelForCausalLM"'
+    )
+
+
+def _config_of(
+    model_class: type[PreTrainedModel], whole: PreTrainedConfig, folder: Path
+) -> PreTrainedConfig:
+    """The config of the class, which may be that of a part of the model in the folder."""
+    wanted: Any = model_class.config_class
+    if wanted is None or isinstance(whole, wanted):
+        return whole
+    text = whole.get_text_config()
+    if type(text) is wanted:
+        return text
+    config: PreTrainedConfig = wanted.from_pretrained(folder, local_files_only=True)
+    return config  # its class may have taken a part of the file
 
 
 # Building
@@ -222,33 +167,16 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def build_model(config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
-    build = _builder(config, auto_class)
+def build_model(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], dtype: torch.dtype
+) -> PreTrainedModel:
     with torch.device("cpu"):  # buffers lie there, whatever default device the caller has set
         with _parameters_on_meta(), no_init_weights():
-            model = build(config, dtype=dtype)
+            model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
         # As from_pretrained does, outside of the model's dtype. The parameters are marked as
         # initialised, so this touches buffers alone.
         model.initialize_weights()
     return model
-
-
-def _builder(config: PreTrainedConfig, auto_class: Any) -> Any:
-    if auto_class is None:
-        names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
-        auto_class = names[0]
-    named: Any = auto_class
-    if isinstance(auto_class, str):
-        named = getattr(transformers, auto_class, None)
-    if hasattr(named, "from_config"):
-        return partial(named.from_config, trust_remote_code=False)
-    if isinstance(named, type) and issubclass(named, PreTrainedModel):
-        model_class: Any = named
-        return model_class._from_config
-    raise CheckpointError(
-        f"{auto_class!r} is not a model class of transformers {transformers.__version__}; "
-        'pass auto_class, for example auto_class="AutoModelForCausalLM"'
-    )
 
 
 def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from ..checkpoints.files import GGUF_ADVICE, is_gguf
 from ..checkpoints.image import CheckpointError
 
 _DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -23,6 +24,8 @@ def resolve_folder(
                 f"revision={revision!r} means nothing for the local folder {folder}"
             )
         return folder
+    if folder.is_file() and is_gguf(folder):
+        raise CheckpointError(f"{folder} is a GGUF file{GGUF_ADVICE}")
     if folder.is_file():
         raise CheckpointError(
             f"{folder} is a file: give the model's folder, which has its config.json too"

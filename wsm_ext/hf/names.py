@@ -30,6 +30,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.image import CheckpointError, TensorImage
 from ..wording import first_of
 from .conversions import cast, convert
+from .parts import under_names_of_part
+from .quantised import quantised_companions
 
 _log = logging.getLogger("wsm_ext")
 
@@ -47,6 +49,9 @@ def place(
     Ties the model's parameters, and gives them the dtypes that transformers would.
     """
     images, conversions, surplus = _match_names(model, checkpoint)
+    if not images and not conversions:
+        checkpoint = under_names_of_part(model, checkpoint)
+        images, conversions, surplus = _match_names(model, checkpoint)
     first_of = _convert(model, checkpoint, conversions, images)
     _tie(model, images)
     computed = _check_names(model, images, surplus)
@@ -192,7 +197,8 @@ def _tie(model: PreTrainedModel, images: dict[str, TensorImage]) -> None:
 def _check_names(
     model: PreTrainedModel, images: Mapping[str, TensorImage], surplus: set[str]
 ) -> list[str]:
-    """Raise for names that should not be missing or surplus. Returns parameters that may be."""
+    """Raise for names that should not be missing. Returns parameters that may be. Surplus names are
+    told, as in transformers: who loads a part of a model has them."""
     places = {name for name in model.state_dict() if not name.endswith("_extra_state")}
     keys = SimpleNamespace(missing_keys=places - images.keys(), unexpected_keys=surplus)
     model._adjust_missing_and_unexpected_keys(keys)
@@ -201,13 +207,19 @@ def _check_names(
     lost = sorted(keys.missing_keys - parameters)
     if lost:
         _log.warning("not in the checkpoint, buffers keep their initial values: %s", _listed(lost))
-    problems = []
+    surplus = keys.unexpected_keys
+    what = f"tensors that the model has no place for: {_listed(surplus)}"
     if missing:
-        problems.append(f"parameters that the checkpoint lacks: {_listed(missing)}")
-    if keys.unexpected_keys:
-        problems.append(f"tensors that the model has no place for: {_listed(keys.unexpected_keys)}")
-    if problems:
-        raise CheckpointError(f"{type(model).__name__}: " + "; ".join(problems))
+        lacks = f"parameters that the checkpoint lacks: {_listed(missing)}"
+        raise CheckpointError(f"{type(model).__name__}: {lacks}{'; ' + what if surplus else ''}")
+    companions = quantised_companions(model, surplus)
+    if companions:
+        raise CheckpointError(
+            f"{type(model).__name__}: the checkpoint is quantised, though config.json does not say"
+            f" so: it has {_listed(companions)}. Take the model's unquantised checkpoint"
+        )
+    if surplus:
+        _log.warning("%s: %s", type(model).__name__, what)
     return sorted(parameters - images.keys())
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from .. import _engine
 from ..checkpoints.checkpoint import Checkpoint
 from ..config import Config
+from ..hf.quantised import refuse_quantised_module
 from ..modules import sources
 from .integrity import Checker
 
@@ -39,6 +40,7 @@ class StreamRequest:
     ) -> StreamRequest:
         """Opens the checkpoint, and the file of hashes. Raises ValueError (CheckpointError) where
         something is wrong, EngineError where there is no such device."""
+        refuse_quantised_module(module)
         chosen, settings = resolve_device(device), Config.resolve(config)
         opened = _open(checkpoint)
         if opened is not None:
