@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Net, make_net, on_meta, save, tokens
 from torch import nn
 from waits import LIMIT_S, wait_for_engines_to_end
@@ -552,3 +554,65 @@ def test_a_warning_is_told_once(net: Net, folder: Path) -> None:
     with streamed:
         told = [text for text in streamed.stats()["warnings"] if "lookahead_units" in text]
         assert len(told) == 1
+
+
+class Recurrent(nn.Module):
+    """As torch's recurrent modules on a GPU: the forward joins the weights in memory of its own."""
+
+    def __init__(self, change: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+        self.change = change
+        for layer in self.layers:
+            layer.forward = functools.partial(self.joined, layer)
+
+    def joined(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        layer.weight.data = layer.weight.detach().clone() + self.change
+        return F.linear(x, layer.weight, layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def streamed_recurrent(change: float) -> Any:
+    torch.manual_seed(3)
+    module = Recurrent(change).requires_grad_(False)
+    config = {"poison": True, "arena_bytes": 64 << 10, "home_bytes": 0}
+    return wsm.stream(module, device="cpu", units="layer", config=config)
+
+
+def test_weights_that_a_forward_moves_in_memory_stream_on() -> None:
+    torch.manual_seed(3)
+    resident, x = Recurrent(0.0).requires_grad_(False), torch.randn(2, 64)
+    with torch.no_grad(), streamed_recurrent(0.0) as streamed:
+        for _ in range(3):
+            assert torch.equal(streamed(x), resident(x))
+
+
+def test_other_data_during_a_forward_is_refused_and_undone() -> None:
+    torch.manual_seed(3)
+    resident, x = Recurrent(0.0).requires_grad_(False), torch.randn(2, 64)
+    with torch.no_grad(), streamed_recurrent(0.0) as streamed:
+        streamed.module.change = 1.0
+        with pytest.raises(wsm.EngineError, match=r"'layers.0' was written to, or given other"):
+            streamed(x)
+        streamed.module.change = 0.0
+        assert torch.equal(streamed(x), resident(x))
+
+
+def test_a_write_in_place_during_a_forward_is_refused_and_undone(net: Net, folder: Path) -> None:
+    def write(norm: nn.Module, *_: object) -> None:
+        assert isinstance(norm.weight, torch.Tensor)
+        with torch.no_grad():
+            norm.weight.add_(1.0)
+
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
+        norm = streamed.module.layers[2].input_layernorm
+        hook = norm.register_forward_hook(write)
+        with torch.no_grad():
+            with pytest.raises(wsm.EngineError, match="was written to, or given other data"):
+                streamed(tokens())
+            hook.remove()
+            assert torch.equal(streamed(tokens()), net(tokens()))

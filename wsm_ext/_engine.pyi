@@ -300,16 +300,19 @@ class Replacements:
     def __len__(self) -> int: ...
 
 class ParameterSwap:
-    """A slot: the dict that holds it, its key, what is there while its unit is acquired, and what
-    is there at all other times."""
+    """An entry: the dict that holds it, its key, what is there while its unit is acquired, the view
+    of the arena that this points to, and what is there at all other times."""
 
-    def __init__(self, parameters: dict[str, Any], key: str, placed: Any, absent: Any) -> None: ...
+    def __init__(
+        self, parameters: dict[str, Any], key: str, placed: Any, view: Any, absent: Any
+    ) -> None: ...
 
 class TorchCalls:
     set_version: Any
     versions_in_lists: bool
     current_task: Callable[[], int]
     is_grad_enabled: Callable[[], bool]
+    equal: Callable[[Any, Any], bool]
     queue_callback: Any
     raw_stream: Callable[[int], int] | None
     device_index: int

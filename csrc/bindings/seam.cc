@@ -22,6 +22,13 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
+uint64_t address_of(const py::object& tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+  PyObject* const address = PyObject_CallMethodNoArgs(tensor.ptr(), name);
+  if (!address) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(address).cast<uint64_t>();
+}
+
 void put(const ParameterSwap& swap, const py::object& expected, const py::object& value) {
   PyObject* const now = PyDict_GetItemWithError(swap.parameters.ptr(), swap.key.ptr());
   if (now != expected.ptr()) return;  // a user's, or gone
@@ -62,6 +69,7 @@ void Seam::add_unit(uint32_t index, SeamUnit unit) {
   check(!units_[index], "unit ", index, " is there already");
   units_[index] = std::make_unique<SeamUnit>(std::move(unit));
   SeamUnit& added = *units_[index];
+  for (ParameterSwap& swap : added.swaps) swap.address = address_of(swap.view);
   added.version = added.memory.attr("_version").cast<int64_t>();
   set_version(added, kAbsentVersion);
 }
@@ -232,23 +240,38 @@ void Seam::acquire(uint32_t index, StreamHandle stream) {
 
 void Seam::release(uint32_t index, StreamHandle stream) {
   SeamUnit& unit = at(index);
-  bool written = false;
+  Changes changes;
   if (unit.acquired > 0 && --unit.acquired == 0 && unit.memory) {
     const int64_t version = unit.memory.attr("_version").cast<int64_t>();
-    written = version != unit.version;
-    unit.version = version;
-    set_version(unit, kAbsentVersion);
     for (const ParameterSwap& swap : unit.swaps) put(swap, swap.placed, swap.absent);
+    changes = take_back(unit, version != unit.version);
+    unit.version = unit.memory.attr("_version").cast<int64_t>();
+    set_version(unit, kAbsentVersion);
   }
   if (engine_) {
     py::gil_scoped_release nogil;
-    if (written && !engine_->closed()) engine_->discard(index);
+    if (changes.written && !engine_->closed()) engine_->discard(index);
     engine_->release(index, stream);
   }
-  check<Error>(!written, "a streamed weight of unit '", unit.name,
-               "' was written to in place during its forward: what is streamed again next time are "
-               "the checkpoint's bytes, and the change would be lost. Set a parameter of your own "
+  check<Error>(!changes.lost, "a streamed weight of unit '", unit.name,
+               "' was written to, or given other data, during its forward: what is streamed again "
+               "next time are the checkpoint's bytes, and the change would be lost. Set a "
+               "parameter of your own "
                "in its stead (module.weight = torch.nn.Parameter(...)), which is used as it is");
+}
+
+// Points parameters that were pointed elsewhere to the arena again. A write into the arena moves
+// its version; a parameter that is pointed elsewhere may move it, too.
+Seam::Changes Seam::take_back(const SeamUnit& unit, bool version_moved) const {
+  bool moved = false, same = true;
+  for (const ParameterSwap& swap : unit.swaps) {
+    if (address_of(swap.placed) == swap.address) continue;
+    moved = true;
+    const py::object now = swap.placed.attr("data");
+    same = same && torch_.equal(now, swap.view).cast<bool>();
+    swap.placed.attr("data") = swap.view;
+  }
+  return {.lost = !same || (version_moved && !moved), .written = version_moved && !moved};
 }
 
 bool Seam::enter_lend(uint32_t unit, StreamHandle* stream) {
@@ -313,8 +336,8 @@ int Seam::traverse(visitproc visit, void* arg) {
       if (const int stop = see(*object)) return stop;
     }
     for (const ParameterSwap& swap : unit->swaps) {
-      for (const py::object* object :
-           {static_cast<const py::object*>(&swap.parameters), &swap.placed, &swap.absent}) {
+      for (const py::object* object : {static_cast<const py::object*>(&swap.parameters),
+                                       &swap.placed, &swap.view, &swap.absent}) {
         if (const int stop = see(*object)) return stop;
       }
     }

@@ -16,8 +16,10 @@
 //
 // What autograd has saved of a unit's parameters can be used only while the unit is acquired: at
 // all other times their version is another one, and autograd compares versions before it uses a
-// tensor. A version that moved during a forward means that somebody wrote into the arena: the
-// bytes are dropped, and leaving the scope raises.
+// tensor. A version that moved during a forward means that somebody wrote into a parameter: the
+// bytes are dropped, and leaving the scope raises. A parameter that was pointed elsewhere, as
+// torch's recurrent modules do to join their weights in one piece of memory, is pointed back. If it
+// had other values there, leaving the scope raises, too.
 //
 // Lifecycle: a session's; used until `dissolve`, which empties it. It is visible to the garbage
 // collector. Thread-safe: a pass belongs to one thread, or to a backward with all of its threads;
@@ -46,7 +48,9 @@ struct ParameterSwap {
   pybind11::dict parameters;
   pybind11::object key;
   pybind11::object placed;  // over the arena: while the unit is acquired
+  pybind11::object view;    // where `placed` points to
   pybind11::object absent;  // the placeholder: at all other times
+  uint64_t address = 0;     // of the view
 };
 
 // What torch has that the seam uses. All are built-in functions: they run no Python.
@@ -55,6 +59,7 @@ struct TorchCalls {
   bool versions_in_lists = true;  // its arguments, since torch 2.6
   pybind11::object current_task;  // the backward of this thread; -1 outside of all
   pybind11::object is_grad_enabled;
+  pybind11::object equal;           // of two tensors
   pybind11::object queue_callback;  // at the end of the backward of this thread
   pybind11::object raw_stream;      // None: stream 0, always
   int device_index = 0;
@@ -116,6 +121,10 @@ class Seam : public std::enable_shared_from_this<Seam> {
   void clear() { dissolve(); }
 
  private:
+  struct Changes {
+    bool lost = false;     // to parameters, in a forward
+    bool written = false;  // the bytes in the arena are others now
+  };
   struct Chain {
     int64_t task;
     std::vector<uint32_t> units;  // those whose nodes run, each inside the one before it
@@ -137,6 +146,7 @@ class Seam : public std::enable_shared_from_this<Seam> {
   int64_t current_task() const;
   SeamUnit& at(uint32_t index);
   void set_version(SeamUnit& unit, int64_t version) const;
+  Changes take_back(const SeamUnit& unit, bool version_moved) const;
 
   void begin_anew_after_fork();
   void begin(int64_t task);

@@ -75,14 +75,16 @@ void bind_seam(py::module_& m) {
   bind_scope<LendScope>(m, "LendScope");
   bind_scope<TurnScope>(m, "TurnScope");
   py::class_<ParameterSwap>(m, "ParameterSwap")
-      .def(py::init<py::dict, py::object, py::object, py::object>(), py::arg("parameters"),
-           py::arg("key"), py::arg("placed"), py::arg("absent"));
+      .def(py::init<py::dict, py::object, py::object, py::object, py::object>(),
+           py::arg("parameters"), py::arg("key"), py::arg("placed"), py::arg("view"),
+           py::arg("absent"));
   py::class_<TorchCalls>(m, "TorchCalls")
       .def(py::init<>())
       .def_readwrite("set_version", &TorchCalls::set_version)
       .def_readwrite("versions_in_lists", &TorchCalls::versions_in_lists)
       .def_readwrite("current_task", &TorchCalls::current_task)
       .def_readwrite("is_grad_enabled", &TorchCalls::is_grad_enabled)
+      .def_readwrite("equal", &TorchCalls::equal)
       .def_readwrite("queue_callback", &TorchCalls::queue_callback)
       .def_readwrite("raw_stream", &TorchCalls::raw_stream)
       .def_readwrite("device_index", &TorchCalls::device_index);

@@ -199,7 +199,8 @@ class ParameterSwapper:
             held = arena if place.block is None else memory.homes[place.block]
             with torch.inference_mode(False):
                 view = held[place.offset : place.offset + nbytes].view(found.dtype)
-                placed = nn.Parameter(view.view(found.shape), requires_grad=False)
+                view = view.view(found.shape)
+                placed = nn.Parameter(view, requires_grad=False)
             parameters: dict[str, Any] = entry.owner._parameters
             if arrival is not None:
                 self._made[entry.name] = arrival
@@ -223,7 +224,7 @@ class ParameterSwapper:
             absent = StreamedParameter(found.shape, found.dtype, placed.device, entry.name, self)
             self._placed[entry.name] = PlacedParameter(index, tensor, placed, absent)
             self._replacements.put(parameters, entry.key, absent)
-            swaps.append(_engine.ParameterSwap(parameters, entry.key, placed, absent))
+            swaps.append(_engine.ParameterSwap(parameters, entry.key, placed, view, absent))
         return swaps
 
     @never_compiled

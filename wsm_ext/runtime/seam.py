@@ -22,6 +22,7 @@ def make_seam(
     calls.versions_in_lists = _versions_in_lists()
     calls.current_task = torch._C._current_graph_task_id
     calls.is_grad_enabled = torch.is_grad_enabled
+    calls.equal = torch.equal
     calls.queue_callback = torch.autograd.Variable._execution_engine.queue_callback
     calls.raw_stream = None
     if device.type == "cuda":
