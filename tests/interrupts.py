@@ -165,10 +165,15 @@ def interrupt(work: Work, count: int, draws: random.Random, outcome: Outcome) ->
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGALRM, press_ctrl_c)
-    before = time.perf_counter()
     work.run()
-    seconds = time.perf_counter() - before
+    seconds = float("inf")
     for _ in range(count):
+        # Of the quickest run so far: most trials are interrupted, however busy others are.
+        before = time.perf_counter()
+        complete = work.run()
+        seconds = min(seconds, time.perf_counter() - before)
+        if not work.check(complete):
+            outcome.wrong[f"{work.name}: other bits"] += 1
         outcome.trials += 1
         armed = True
         try:
@@ -180,8 +185,8 @@ def interrupt(work: Work, count: int, draws: random.Random, outcome: Outcome) ->
         torch.set_grad_enabled(True)  # torch's own no_grad() may be left half way
         if not work.idle():
             outcome.wrong[f"{work.name}: not idle"] += 1
-        if not work.check(work.run()):
-            outcome.wrong[f"{work.name}: other bits"] += 1
+    if not work.check(work.run()):
+        outcome.wrong[f"{work.name}: other bits"] += 1
 
 
 def run(folder: Path, count: int, seed: int, names: list[str] | None = None) -> Outcome:

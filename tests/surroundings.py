@@ -12,8 +12,10 @@ import mmap
 import multiprocessing
 import os
 import resource
+import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
@@ -86,6 +88,22 @@ def in_a_child(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]
     assert how == "done", f"{what}\n{logged}"
     assert child.exitcode == 0, logged
     return what, logged
+
+
+def run_python(*words: object, limit_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
+    """An interpreter of its own, which finds what this one does. If it hangs, it says where."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-X", "faulthandler", *map(str, words)]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        out, said = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # which faulthandler answers with what runs
+        out, said = process.communicate()
+        pytest.fail(f"no end after {limit_s} s: {command}\n{out}\n{said}")
+    return subprocess.CompletedProcess(command, process.returncode, out, said)
 
 
 # -- system calls that fail ------------------------------------------------------------------------

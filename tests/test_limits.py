@@ -13,7 +13,6 @@ import resource
 import signal
 import struct
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +21,9 @@ from typing import Any
 import pytest
 import torch
 from nets import make_net, on_meta, save
+from surroundings import run_python
 from test_processes import MIB, STREAMED, held, open_net, resident, result
 from torch import nn
-from waits import LIMIT_S
 
 import wsm_ext as wsm
 
@@ -36,14 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(scenario: Callable[..., None], *arguments: object) -> subprocess.CompletedProcess[str]:
     code = f"import sys, test_limits as t\nt.{scenario.__name__}(*sys.argv[1:])"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
+    return run_python("-c", code, *arguments)
 
 
 def in_a_process(scenario: Callable[..., None], *arguments: object) -> None:

@@ -16,7 +16,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from nets import Net, make_net, on_meta, save, tokens
+from surroundings import run_python
 from torch import nn
 from waits import LIMIT_S, engine_threads, is_inside, wait_for_engines_to_end, wait_until
 
@@ -75,18 +75,10 @@ def in_a_process(scenario: Callable[[Path], None], folder: Path) -> str:
     """Runs it in an interpreter of its own, which must end well and in time. What it logged."""
     limit_s = LIMIT_S + int(os.environ.get("WSM_TEST_CYCLES", "0"))
     code = (
-        "import faulthandler, os, sys, pathlib, test_processes as t\n"
-        f"watch = lambda: faulthandler.dump_traceback_later({limit_s}, exit=True)\n"
-        # A forked child has not the watching thread, and would wait for it at its end.
-        "unwatch = faulthandler.cancel_dump_traceback_later\n"
-        "os.register_at_fork(before=unwatch, after_in_parent=watch)\n"
-        "watch()\n"
+        "import sys, pathlib, test_processes as t\n"
         f"t.{scenario.__name__}(pathlib.Path(sys.argv[1]))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True
-    )
+    done = run_python("-c", code, folder, limit_s=limit_s)
     if done.returncode == NOT_PERMITTED:
         pytest.skip("this process may not use userfaultfd")
     assert done.returncode == 0, done.stderr
