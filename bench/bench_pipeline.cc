@@ -128,7 +128,7 @@ ModelSpec make_spec(const Settings& settings, uint64_t file_bytes) {
 }
 
 PlanLimits with_arena(PlanLimits limits, uint64_t unit_bytes, uint32_t arena_units) {
-  const uint64_t arena = align_up(unit_bytes, kPlaceAlignment) * arena_units;
+  const uint64_t arena = align_up(unit_bytes, kTensorAlignment) * arena_units;
   limits.arena_bytes = arena;
   limits.home_bytes = 0;
   limits.device_bytes = device_block_bytes(arena);

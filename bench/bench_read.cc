@@ -125,8 +125,8 @@ void wait_ready(const Reader& reader, const Shard& shard) {
 }
 
 // Reads [offset, +bytes) in blocks, `depth` under way; seconds.
-double read_range(Reader& reader, Shard& shard, const Cell& cell, const Targets& targets,
-                  uint64_t offset, uint64_t bytes) {
+double read_extent(Reader& reader, Shard& shard, const Cell& cell, const Targets& targets,
+                   uint64_t offset, uint64_t bytes) {
   std::deque<uint32_t> free_targets(cell.into_bytes / cell.block_bytes);  // the longest free first
   for (uint32_t i = 0; i < free_targets.size(); ++i) free_targets[i] = i;
   std::vector<ReadCompletion> completions(cell.depth);
@@ -247,7 +247,7 @@ class Run {
     check<IoError>(reader != nullptr, why);
     if (cursor_ + cell_bytes_ > shard_->bytes()) cursor_ = 0;
     if (!memory_file_) make_cold(*shard_, cursor_, cell_bytes_);
-    const double seconds = read_range(*reader, *shard_, cell, targets, cursor_, cell_bytes_);
+    const double seconds = read_extent(*reader, *shard_, cell, targets, cursor_, cell_bytes_);
     check<IoError>(!cell.direct || shard_->direct(),
                    "direct reads were refused: ", shard_->mode_reason());
     cell.gb_per_second.push_back(static_cast<double>(cell_bytes_) / seconds / 1e9);

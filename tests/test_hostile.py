@@ -121,4 +121,4 @@ def test_options_that_no_reader_can_work_with_are_refused(tmp_path, setting, val
     options = _engine.EngineOptions()
     setattr(options, setting, value)
     with pytest.raises(ValueError, match=setting):
-        _engine.time_reads([str(path)], [_engine.ReadSpan(0, 0, 10)], [options], 1.0)
+        _engine.time_reads([str(path)], [_engine.FileExtent(0, 0, 10)], [options], 1.0)

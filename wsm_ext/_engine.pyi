@@ -76,11 +76,11 @@ class Extent:
 class TensorSpec:
     """A tensor image: `extents` bring its `nbytes`, each once.
 
-    `placed_bytes`: the size of the parameter that is made of them on arrival; 0 if they are it.
+    `parameter_bytes`: the size of the parameter that is made of them on arrival; 0 if they are it.
     """
 
     def __init__(
-        self, name: str, nbytes: int, extents: Sequence[Extent], placed_bytes: int = 0
+        self, name: str, nbytes: int, extents: Sequence[Extent], parameter_bytes: int = 0
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -89,7 +89,7 @@ class TensorSpec:
     @property
     def extents(self) -> list[Extent]: ...
     @property
-    def placed_bytes(self) -> int: ...
+    def parameter_bytes(self) -> int: ...
 
 class UnitSpec:
     """`tensors`: indices into those of the model. `label`: its name in log lines."""
@@ -125,7 +125,7 @@ class Place:
     offset: int
     nbytes: int
 
-class TensorPlace:
+class TensorLocation:
     """Where a unit finds a tensor: in a home block, or in the arena (`block` is None), where its
     image lands at `image_offset`."""
 
@@ -160,7 +160,7 @@ class Plan:
     def place(self, unit: int) -> Place: ...
     home_blocks: list[HomeBlock]
     device_bytes: int
-    def tensor_places(self, unit: int) -> list[TensorPlace]: ...
+    def tensor_locations(self, unit: int) -> list[TensorLocation]: ...
     def shards_on_disk(self) -> set[int]: ...
 
 class ReaderChoice(Enum):
@@ -191,7 +191,7 @@ class Preload:
     held_bytes: int
     def __init__(self, paths: Sequence[str], options: EngineOptions, most_bytes: int) -> None: ...
     def stop(self) -> None: ...
-    def give_up(self) -> None: ...
+    def drop(self) -> None: ...
 
 class TraceRecord:
     kind: str
@@ -267,12 +267,12 @@ def device_block_bytes(bytes: int) -> int: ...
 def direct_alignment(path: str) -> int: ...
 def lies_in_memory(path: str) -> bool: ...
 def in_page_cache(fd: int, offset: int, bytes: int) -> bool: ...
-def read_range(path: str, offset: int, bytes: int) -> bytes: ...
+def read_extent(path: str, offset: int, bytes: int) -> bytes: ...
 def time_copies(
     cuda_index: int, target: int, target_bytes: int, source_bytes: int, sizes: Sequence[int]
 ) -> list[float]: ...
 
-class ReadSpan:
+class FileExtent:
     """Bytes of a file, an index into the paths."""
 
     def __init__(self, file: int, offset: int, nbytes: int) -> None: ...
@@ -285,7 +285,7 @@ class ReadSpan:
 
 def time_reads(
     paths: Sequence[str],
-    spans: Sequence[ReadSpan],
+    extents: Sequence[FileExtent],
     methods: Sequence[EngineOptions],
     seconds: float,
     rounds: int = 1,

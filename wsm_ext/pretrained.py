@@ -84,7 +84,7 @@ def from_pretrained(
             ).module
         except BaseException:
             if preload is not None:
-                preload.give_up()  # a traceback may be kept for long, and this with it
+                preload.drop()  # a traceback may be kept for long, and this with it
             raise
 
 

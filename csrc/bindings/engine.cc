@@ -113,7 +113,7 @@ EngineHolder make_engine(const PlannedModel& planned, int cuda_index, uintptr_t 
   } else {
     handoff.device = cuda_index < 0 ? make_host_device() : make_cuda_device(cuda_index);
   }
-  handoff.ahead = std::move(preload);
+  handoff.preload = std::move(preload);
   return EngineHolder(new Engine(planned.spec, planned.plan, std::move(handoff),
                                  reinterpret_cast<std::byte*>(arena), homes, std::move(sources),
                                  stream, options));
@@ -131,7 +131,7 @@ void bind_engine(py::module_& m) {
       .def(py::init<std::vector<std::string>, const EngineOptions&, uint64_t>(), py::arg("paths"),
            py::arg("options"), py::arg("most_bytes"), nogil)
       .def("stop", &Preload::stop, nogil)
-      .def("give_up", &Preload::give_up, nogil)
+      .def("drop", &Preload::drop, nogil)
       .def_property_readonly("held_bytes", &Preload::held_bytes);
   py::class_<HomeMemory>(m, "HomeMemory")
       .def(py::init([](uintptr_t address, bool loaded) {

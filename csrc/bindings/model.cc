@@ -27,11 +27,11 @@ void bind_model(py::module_& m) {
       .def_readonly("tensor_offset", &Extent::tensor_offset);
   py::class_<TensorSpec>(m, "TensorSpec")
       .def(py::init<std::string, uint64_t, std::vector<Extent>, uint64_t>(), py::arg("name"),
-           py::arg("nbytes"), py::arg("extents"), py::arg("placed_bytes") = 0)
+           py::arg("nbytes"), py::arg("extents"), py::arg("parameter_bytes") = 0)
       .def_readonly("name", &TensorSpec::name)
       .def_readonly("nbytes", &TensorSpec::bytes)
       .def_readonly("extents", &TensorSpec::extents)
-      .def_readonly("placed_bytes", &TensorSpec::placed_bytes);
+      .def_readonly("parameter_bytes", &TensorSpec::parameter_bytes);
   py::class_<UnitSpec>(m, "UnitSpec")
       .def(py::init<std::string, std::string, std::vector<uint32_t>, bool>(), py::arg("name"),
            py::arg("label"), py::arg("tensors"), py::arg("encloses_units") = false)

@@ -32,16 +32,16 @@ UnitPlace place_of(const PlannedModel& planned, uint32_t unit) {
 }
 
 // Where a unit finds a tensor: in a home block, or in the arena, which has its image too.
-struct PlacedTensor {
+struct BoundLocation {
   std::optional<size_t> block;
   uint64_t offset;
   uint64_t image_offset;
 };
 
-std::vector<PlacedTensor> tensor_places(const PlannedModel& planned, uint32_t unit) {
+std::vector<BoundLocation> tensor_locations(const PlannedModel& planned, uint32_t unit) {
   const Plan& plan = planned.plan;
-  std::vector<PlacedTensor> places;
-  for (const TensorPlace& place : plan.units.at(unit).tensors) {
+  std::vector<BoundLocation> places;
+  for (const TensorLocation& place : plan.units.at(unit).tensors) {
     if (place.resident) {
       const size_t block = plan.block_at(place.offset);
       places.push_back({block, place.offset - plan.home_blocks[block].offset, 0});
@@ -89,10 +89,10 @@ void bind_plan(py::module_& m) {
   py::class_<UnitPlace>(m, "Place")
       .def_readonly("offset", &UnitPlace::offset)
       .def_readonly("nbytes", &UnitPlace::bytes);
-  py::class_<PlacedTensor>(m, "TensorPlace")
-      .def_readonly("block", &PlacedTensor::block)
-      .def_readonly("offset", &PlacedTensor::offset)
-      .def_readonly("image_offset", &PlacedTensor::image_offset);
+  py::class_<BoundLocation>(m, "TensorLocation")
+      .def_readonly("block", &BoundLocation::block)
+      .def_readonly("offset", &BoundLocation::offset)
+      .def_readonly("image_offset", &BoundLocation::image_offset);
   py::class_<HomeBlock>(m, "HomeBlock")
       .def_readonly("nbytes", &HomeBlock::bytes)
       .def_readonly("tensors", &HomeBlock::tensors);
@@ -123,7 +123,7 @@ void bind_plan(py::module_& m) {
       .def("streamed_bytes", [](const PlannedModel& p,
                                 uint32_t unit) { return p.plan.units.at(unit).streamed_bytes; })
       .def("place", &place_of, py::arg("unit"))
-      .def("tensor_places", &tensor_places, py::arg("unit"))
+      .def("tensor_locations", &tensor_locations, py::arg("unit"))
       .def("shards_on_disk", &shards_on_disk)
       .def_property_readonly("home_blocks",
                              [](const PlannedModel& p) { return p.plan.home_blocks; })

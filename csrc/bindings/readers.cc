@@ -57,22 +57,22 @@ void bind_readers(py::module_& m) {
       py::arg("fd"), py::arg("offset"), py::arg("bytes"));
   // Leaves the page cache as it is.
   m.def(
-      "read_range",
+      "read_extent",
       [](const std::string& path, uint64_t offset, uint64_t bytes) {
         py::bytes found(nullptr, bytes);
         auto* target = reinterpret_cast<std::byte*>(PyBytes_AS_STRING(found.ptr()));
         py::gil_scoped_release nogil;
-        read_range(*Shard::open(path, DirectMode::kOff), offset, bytes, target);
+        read_extent(*Shard::open(path, DirectMode::kOff), offset, bytes, target);
         return found;
       },
       py::arg("path"), py::arg("offset"), py::arg("bytes"));
-  py::class_<ReadSpan>(m, "ReadSpan")
+  py::class_<FileExtent>(m, "FileExtent")
       .def(py::init<uint32_t, uint64_t, uint32_t>(), py::arg("file"), py::arg("offset"),
            py::arg("nbytes"))
-      .def_readonly("file", &ReadSpan::file)
-      .def_readonly("offset", &ReadSpan::offset)
-      .def_readonly("nbytes", &ReadSpan::bytes);
-  m.def("time_reads", &time_reads, py::arg("paths"), py::arg("spans"), py::arg("methods"),
+      .def_readonly("file", &FileExtent::file)
+      .def_readonly("offset", &FileExtent::offset)
+      .def_readonly("nbytes", &FileExtent::bytes);
+  m.def("time_reads", &time_reads, py::arg("paths"), py::arg("extents"), py::arg("methods"),
         py::arg("seconds"), py::arg("rounds") = 1, py::arg("most_seconds") = 3600.0,
         py::arg("chunk_bytes") = usual_chunk_bytes(false),
         py::call_guard<py::gil_scoped_release>());

@@ -15,9 +15,9 @@ const char* name_of(TraceKind kind) {
   return names[static_cast<int>(kind)];
 }
 
-const char* name_of(ReadMethod method) {
+const char* name_of(ReadRoute route) {
   constexpr const char* names[] = {"direct", "buffered", "ahead", "memory"};
-  return names[static_cast<int>(method)];
+  return names[static_cast<int>(route)];
 }
 
 const char* name_of(Stall cause) {
@@ -41,7 +41,7 @@ void bind_trace(py::module_& m) {
       .def_readonly("shard", &TraceRecord::shard)
       .def_readonly("offset", &TraceRecord::offset)
       .def_readonly("read_bytes", &TraceRecord::read_bytes)
-      .def_property_readonly("route", [](const TraceRecord& r) { return name_of(r.way); })
+      .def_property_readonly("route", [](const TraceRecord& r) { return name_of(r.route); })
       .def_readonly("cached", &TraceRecord::cached)
       .def_readonly("failed", &TraceRecord::failed)
       .def_property_readonly("cause", [](const TraceRecord& r) { return name_of(r.cause); });

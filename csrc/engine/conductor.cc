@@ -22,7 +22,7 @@ constexpr double kDevicePatience = 20;  // times the limit of a read
 Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, UnitBoard& board,
                      std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
                      std::vector<HomeMemory> homes, std::unique_ptr<HostCache> cache_before,
-                     const KeptCache& kept, std::shared_ptr<Preload> ahead,
+                     const KeptCache& kept, std::shared_ptr<Preload> preload,
                      ConductorOptions options)
     : spec_(spec),
       plan_(plan),
@@ -30,9 +30,9 @@ Conductor::Conductor(const ModelSpec& spec, const Plan& plan, Device& device, Un
       copies_(device),
       board_(board),
       shards_(shards),
-      ahead_(std::move(ahead)),
-      ahead_bytes_(ahead_ ? ahead_->held_bytes() : 0),
-      most_ahead_bytes_(ahead_bytes_),
+      preload_(std::move(preload)),
+      preload_bytes_(preload_ ? preload_->held_bytes() : 0),
+      preload_peak_bytes_(preload_bytes_),
       readers_(std::move(readers)),
       arena_(arena),
       homes_(std::move(homes)),
@@ -137,7 +137,7 @@ bool Conductor::step() {
   bool moved = reap();
   moved |= ring_->recycle() > 0;
   if (discarded_) drop_discarded();
-  if (ahead_) drop_ahead();
+  if (preload_) drop_preload();
   if (options_.poison) poison_released();
   slots_wanted_ = copies_full_ = false;
   moved |= copy();
@@ -263,7 +263,7 @@ void Conductor::keep_error(KeptError error) {
 const std::byte* Conductor::cached(uint32_t chunk) const {
   const MutexLock lock(board_.mutex);
   const bool there = plan_.chunks[chunk].home == Home::kHost && cache_->filled(chunk);
-  return there ? cache_->place(plan_.chunks[chunk]) : nullptr;
+  return there ? cache_->data(plan_.chunks[chunk]) : nullptr;
 }
 
 KeptCache Conductor::kept_cache() const {

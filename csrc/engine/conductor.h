@@ -40,7 +40,7 @@
 
 namespace wsm {
 
-// Bytes read from one shard, by the way they took.
+// Bytes read from one shard, by their route.
 struct ShardUse {
   std::atomic<uint64_t> direct_bytes{0};
   std::atomic<uint64_t> buffered_bytes{0};  // through the page cache, or from RAM
@@ -63,7 +63,7 @@ class Conductor {
   Conductor(const ModelSpec& spec, const Plan& plan, Device& device, UnitBoard& board,
             std::vector<std::unique_ptr<Shard>>& shards, Readers readers, std::byte* arena,
             std::vector<HomeMemory> homes, std::unique_ptr<HostCache> cache_before,
-            const KeptCache& kept, std::shared_ptr<Preload> ahead, ConductorOptions options);
+            const KeptCache& kept, std::shared_ptr<Preload> preload, ConductorOptions options);
   ~Conductor();
 
   void start();
@@ -72,13 +72,13 @@ class Conductor {
   void wake() { waker_.wake(); }
 
   const HostCache& cache() const { return *cache_; }
-  std::unique_ptr<HostCache> take_cache() { return std::move(cache_); }  // once it was stopped
+  std::unique_ptr<HostCache> release_cache() { return std::move(cache_); }  // once it was stopped
   const StagingRing& ring() const { return *ring_; }
   const Readers& readers() const { return readers_; }
   const ShardUse& use_of(uint32_t shard) const { return uses_[shard]; }
   // What was read ahead: taken now, and at the start, when it was most.
-  uint64_t ahead_bytes() const { return ahead_bytes_; }
-  uint64_t most_ahead_bytes() const { return most_ahead_bytes_; }
+  uint64_t preload_bytes() const { return preload_bytes_; }
+  uint64_t preload_peak_bytes() const { return preload_peak_bytes_; }
   // Any thread: the host bytes of a chunk, where it lies in the cache; else null.
   const std::byte* cached(uint32_t chunk) const EXCLUDES(board_.mutex);
   // Any thread: what the host cache holds.
@@ -109,7 +109,6 @@ class Conductor {
     bool from_disk = false;       // some bytes of the present load came from the disk
     bool demanded = false;        // the present load was started by an acquire
   };
-  enum class ReadRoute : uint8_t { kDirect, kBuffered, kAhead };
   struct Flight {  // a read under way
     uint32_t chunk = kNone;
     uint32_t slot = kNoSlot;  // none: straight into the host cache
@@ -140,11 +139,11 @@ class Conductor {
   bool issue(uint32_t chunk, bool demanded);
   ReadRoute route_of(uint32_t chunk) const;
   Shard& source_of(uint32_t chunk, ReadRoute route) const;
-  void drop_ahead();
+  void drop_preload();
   void count_use(const Flight& flight);
   void trace_read(const Flight& flight, const ReadCompletion& done);
   bool needs_read(uint32_t chunk) const;
-  uint32_t take_slot(bool demanded);
+  uint32_t acquire_slot(bool demanded);
   bool slot_comes_free() const;
   bool discard_for_demand();
   void forget_chunk(uint32_t chunk);
@@ -168,9 +167,9 @@ class Conductor {
   CopyRun copies_;
   UnitBoard& board_;
   std::vector<std::unique_ptr<Shard>>& shards_;
-  std::shared_ptr<Preload> ahead_;  // null: nothing, or nothing any more
-  std::atomic<uint64_t> ahead_bytes_;
-  const uint64_t most_ahead_bytes_;
+  std::shared_ptr<Preload> preload_;  // null: nothing, or nothing any more
+  std::atomic<uint64_t> preload_bytes_;
+  const uint64_t preload_peak_bytes_;
   Readers readers_;  // after what they read from
   std::byte* arena_;
   std::vector<HomeMemory> homes_;  // by block
@@ -203,7 +202,7 @@ class Conductor {
   bool copies_full_ = false;   // copies wait until some of those under way have ended
   bool discarded_ = false;     // the board names units to drop
   uint64_t passes_over_ = 0;   // as the board has it
-  uint64_t ahead_pass_ = 0;    // in which something was taken of what was read ahead
+  uint64_t preload_pass_ = 0;  // in which something was taken of what was read ahead
   int idle_steps_ = 0;
   Clock::time_point stall_mark_;
   Clock::time_point last_move_;

@@ -166,7 +166,7 @@ void Conductor::enqueue(uint32_t index) {
   const Chunk& chunk = plan_.chunks[index];
   ChunkState& state = chunks_[index];
   const bool through_slot = chunk.home != Home::kHost;
-  const std::byte* source = through_slot ? ring_->data(state.slot) : cache_->place(chunk);
+  const std::byte* source = through_slot ? ring_->data(state.slot) : cache_->data(chunk);
   for (uint32_t i = chunk.first_copy; i < chunk.first_copy + chunk.copy_count; ++i) {
     const Copy& copy = plan_.copies[i];
     copies_.add(target_of(chunk, copy), source + copy.source_offset, copy.bytes);

@@ -30,9 +30,9 @@ void Conductor::complete(const ReadCompletion& done, const Reader& reader) {
   }
   if (done.error.empty()) count_use(flight);
   if (board_.trace.on()) trace_read(flight, done);
-  if (flight.route == ReadRoute::kAhead) {
-    ahead_->used(flight.chunk);
-    ahead_bytes_ = ahead_->held_bytes();
+  if (flight.route == ReadRoute::kPreloaded) {
+    preload_->release(flight.chunk);
+    preload_bytes_ = preload_->held_bytes();
   }
   // A doomed slot: nobody wants the bytes any more, nor the error.
   if (flight.slot != kNoSlot && !ring_->read_done(flight.slot)) return;
@@ -105,7 +105,7 @@ bool Conductor::issue(uint32_t index, bool demanded) {
   if (chunk.home == Home::kHost) {
     if (!cache_->ready(chunk)) return false;
   } else {
-    slot = take_slot(demanded);
+    slot = acquire_slot(demanded);
     if (slot == kNoSlot) return false;
   }
   ReadRequest request;
@@ -113,14 +113,14 @@ bool Conductor::issue(uint32_t index, bool demanded) {
   request.offset = chunk.read_offset;
   request.bytes = chunk.read_bytes;
   request.need_bytes = chunk.need_bytes;
-  request.target = slot == kNoSlot ? cache_->place(chunk) : ring_->data(slot);
+  request.target = slot == kNoSlot ? cache_->data(chunk) : ring_->data(slot);
   request.tag = free_tags_.back();
   request.buffered = route != ReadRoute::kDirect;
   check<Error>(reader.submit(request), "a reader that was not full has refused a read");
   waiting_chunk_ = kNone;
-  if (route == ReadRoute::kAhead) {
-    ahead_->take(index);
-    ahead_pass_ = passes_over_;
+  if (route == ReadRoute::kPreloaded) {
+    preload_->acquire(index);
+    preload_pass_ = passes_over_;
   }
   free_tags_.pop_back();
   flights_[request.tag] = {index, slot, route, Clock::now()};
@@ -144,29 +144,26 @@ void Conductor::count_use(const Flight& flight) {
 // Told when done, for the same reason.
 void Conductor::trace_read(const Flight& flight, const ReadCompletion& done) {
   const Chunk& chunk = plan_.chunks[flight.chunk];
-  const Shard& shard = *shards_[chunk.shard];
   const bool failed = !done.error.empty();
-  const bool direct = flight.route == ReadRoute::kDirect && shard.direct();
+  const bool refused = flight.route == ReadRoute::kDirect && !shards_[chunk.shard]->direct();
   board_.trace.read({.unit = owner_of(flight.chunk),
                      .bytes = failed ? 0 : chunk.payload_bytes,
                      .shard = chunk.shard,
                      .offset = chunk.read_offset,
                      .read_bytes = done.bytes,
-                     .way = flight.route == ReadRoute::kAhead ? ReadMethod::kAhead
-                            : shard.memory()                  ? ReadMethod::kMemory
-                            : direct                          ? ReadMethod::kDirect
-                                                              : ReadMethod::kBuffered,
+                     .route = refused ? ReadRoute::kBuffered : flight.route,
                      .cached = flight.slot == kNoSlot,
                      .failed = failed},
                     flight.issued);
 }
 
-// Cold extents of a drive by direct reads; what the page cache (or RAM, or tmpfs) has, or was read
-// ahead, by the pool.
-Conductor::ReadRoute Conductor::route_of(uint32_t index) const {
-  if (ahead_ && ahead_->find(index)) return ReadRoute::kAhead;
+// What of a drive is in nobody's memory is read directly, by the direct reader. All else is read by
+// the pool: what the page cache has, what was preloaded, tmpfs and RAM.
+ReadRoute Conductor::route_of(uint32_t index) const {
+  if (preload_ && preload_->find(index)) return ReadRoute::kPreloaded;
   const Chunk& chunk = plan_.chunks[index];
   const Shard& shard = *shards_[chunk.shard];
+  if (shard.memory()) return ReadRoute::kMemory;
   if (!shard.direct()) return ReadRoute::kBuffered;
   if (!readers_.always_direct && shard.in_page_cache(chunk.read_offset, chunk.need_bytes)) {
     return ReadRoute::kBuffered;
@@ -175,23 +172,24 @@ Conductor::ReadRoute Conductor::route_of(uint32_t index) const {
 }
 
 Shard& Conductor::source_of(uint32_t index, ReadRoute route) const {
-  return route == ReadRoute::kAhead ? *ahead_->find(index) : *shards_[plan_.chunks[index].shard];
+  return route == ReadRoute::kPreloaded ? *preload_->find(index)
+                                        : *shards_[plan_.chunks[index].shard];
 }
 
 // When all was used; or when a whole pass took nothing of it: nobody is known to want the rest.
-void Conductor::drop_ahead() {
-  if (ahead_bytes_ > 0 && passes_over_ < ahead_pass_ + 2) return;
+void Conductor::drop_preload() {
+  if (preload_bytes_ > 0 && passes_over_ < preload_pass_ + 2) return;
   const bool read_from = std::ranges::any_of(
-      flights_, [](const Flight& flight) { return flight.route == ReadRoute::kAhead; });
+      flights_, [](const Flight& flight) { return flight.route == ReadRoute::kPreloaded; });
   if (read_from) return;
-  ahead_.reset();
-  ahead_bytes_ = 0;
+  preload_.reset();
+  preload_bytes_ = 0;
   waiting_chunk_ = kNone;  // it may have waited for this
 }
 
-uint32_t Conductor::take_slot(bool demanded) {
-  uint32_t slot = ring_->take(demanded);
-  while (slot == kNoSlot && demanded && discard_for_demand()) slot = ring_->take(demanded);
+uint32_t Conductor::acquire_slot(bool demanded) {
+  uint32_t slot = ring_->acquire(demanded);
+  while (slot == kNoSlot && demanded && discard_for_demand()) slot = ring_->acquire(demanded);
   if (slot == kNoSlot) slots_wanted_ = true;
   return slot;
 }

@@ -70,16 +70,16 @@ Engine::Engine(ModelSpec spec, Plan plan, Handoff handoff, std::byte* arena,
   // Whatever the allocator's stream still does with this memory comes before the first copy.
   device_->record(*records_[0].begin, allocated_on);
   device_->wait(device_->copy_stream(), *records_[0].begin);
-  if (handoff.ahead) {
+  if (handoff.preload) {
     // What was read before there was a plan, as far as the budget has room for it beside the plan.
     const uint64_t taken = plan_.cache_bytes + plan_.staging_bytes();
     const uint64_t budget = plan_.host_budget_bytes;
-    handoff.ahead->settle(shards_, plan_, budget - std::min(budget, taken));
+    handoff.preload->settle(shards_, plan_, budget - std::min(budget, taken));
   }
   conductor_ = std::make_unique<Conductor>(
       spec_, plan_, *device_, board_, shards_,
       make_readers(options_, any_direct(), plan_.chunk_bytes), arena, std::move(homes),
-      std::move(inherited_), handoff.kept, std::move(handoff.ahead),
+      std::move(inherited_), handoff.kept, std::move(handoff.preload),
       ConductorOptions{options_.poison, options_.verbose, options_.read_timeout_s});
   conductor_->start();
 }
@@ -375,10 +375,10 @@ Handoff Engine::hand_over() {
   check<Error>(!abandoned_ && conductor_, "this streamed model has nothing to hand over");
   Handoff handoff{.shards = spec_.shards};
   handoff.kept = conductor_->kept_cache();
-  handoff.cache = conductor_->take_cache();
+  handoff.cache = conductor_->release_cache();
   // Events, and all that has them, go before the device.
   conductor_.reset();
-  board_.trace.take();
+  board_.trace.detach();
   board_.ready.clear();
   {
     const MutexLock reports(reports_mutex_);
@@ -396,7 +396,7 @@ Handoff Engine::hand_over() {
 void Engine::abandon_buffers() {
   abandon(conductor_);
   abandon(probes_);
-  auto trace = std::make_unique<std::shared_ptr<Trace::Recording>>(board_.trace.take());
+  auto trace = std::make_unique<std::shared_ptr<Trace::Recording>>(board_.trace.detach());
   abandon(trace);
   for (auto& shard : shards_) abandon(shard);
   for (auto& event : board_.ready) abandon(event);

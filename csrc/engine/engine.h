@@ -75,7 +75,7 @@ struct Handoff {
   KeptCache kept{};                             // what it holds
   std::vector<ShardSpec> shards{};              // that it holds it of
   std::vector<std::unique_ptr<Shard>> files{};  // these, as they were opened
-  std::shared_ptr<Preload> ahead{};             // null: nothing was read
+  std::shared_ptr<Preload> preload{};           // null: nothing was read
 };
 
 class Engine {

@@ -91,8 +91,8 @@ MemoryUse Engine::memory() const {
   const PinnedBuffer& ring = conductor_->ring().buffer();
   const HostCache& cache = conductor_->cache();
   const uint64_t planned = ring.mapped_bytes() + cache.mapped_bytes();  // kept until `close`
-  use.host_bytes = planned + conductor_->ahead_bytes();
-  use.host_peak_bytes = planned + conductor_->most_ahead_bytes();
+  use.host_bytes = planned + conductor_->preload_bytes();
+  use.host_peak_bytes = planned + conductor_->preload_peak_bytes();
   use.host_pinned_bytes = ring.pinned_bytes() + cache.pinned_bytes();
   return use;
 }
@@ -130,10 +130,10 @@ void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
   check(tensor < planned.tensors.size(), "unit ", unit, " has no tensor ", tensor);
   const TensorSpec& spec = spec_.tensors[spec_.units[unit].tensors[tensor]];
   if (planned.tensors[tensor].resident) {
-    check(spec.placed_bytes > 0, "a resident tensor is fetched from its home");
+    check(spec.parameter_bytes > 0, "a resident tensor is fetched from its home");
     for (const Extent& extent : spec.extents) {
-      read_range(*shards_[extent.shard], extent.offset, extent.bytes,
-                 target + extent.tensor_offset);
+      read_extent(*shards_[extent.shard], extent.offset, extent.bytes,
+                  target + extent.tensor_offset);
     }
     return;
   }
@@ -157,8 +157,8 @@ void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
       if (cached) {
         std::memcpy(target + (from - begin), cached + in_chunk, to - from);
       } else {
-        read_range(*shards_[chunk.shard], chunk.read_offset + in_chunk, to - from,
-                   target + (from - begin));
+        read_extent(*shards_[chunk.shard], chunk.read_offset + in_chunk, to - from,
+                    target + (from - begin));
       }
     }
   }

@@ -234,10 +234,10 @@ void Preload::stop() {
   reading_.reset();
 }
 
-void Preload::give_up() {
+void Preload::drop() {
   stop();
   reading_.reset();
-  places_.clear();
+  chunk_spans_.clear();
 }
 
 uint64_t Preload::held_bytes() const { return reading_ ? reading_->held_bytes.load() : 0; }
@@ -245,13 +245,13 @@ uint64_t Preload::held_bytes() const { return reading_ ? reading_->held_bytes.lo
 void Preload::settle(const std::vector<std::unique_ptr<Shard>>& shards, const Plan& plan,
                      uint64_t most_bytes) {
   stop();
-  places_.assign(plan.chunks.size(), {});
+  chunk_spans_.assign(plan.chunks.size(), {});
   if (!reading_) return;
   std::vector<File>& files = reading_->files;
   // From the end: what comes last is used last.
   for (size_t f = files.size(); f-- > 0;) {
     for (size_t s = files[f].spans.size(); s-- > 0 && held_bytes() > most_bytes;) {
-      give_back(files[f], static_cast<uint32_t>(s));
+      release_span(files[f], static_cast<uint32_t>(s));
     }
   }
   std::vector<uint32_t> file_of(shards.size(), kNone);
@@ -270,35 +270,35 @@ void Preload::settle(const std::vector<std::unique_ptr<Shard>>& shards, const Pl
     for (uint64_t s = first; here && s < end; ++s) here = spans[s].held;
     if (!here) continue;
     for (uint64_t s = first; s < end; ++s) ++spans[s].users;
-    places_[c] = {file_of[chunk.shard], static_cast<uint32_t>(first), static_cast<uint32_t>(end),
-                  false};
+    chunk_spans_[c] = {file_of[chunk.shard], static_cast<uint32_t>(first),
+                       static_cast<uint32_t>(end), false};
   }
   for (File& file : files) {
     for (uint32_t s = 0; s < file.spans.size(); ++s) {
-      if (file.spans[s].users == 0) give_back(file, s);
+      if (file.spans[s].users == 0) release_span(file, s);
     }
   }
 }
 
 Shard* Preload::find(uint32_t chunk) const {
-  const Place& place = places_[chunk];
-  if (place.file == kNone || place.taken) return nullptr;
-  return reading_->files[place.file].held_shard.get();
+  const ChunkSpans& spans = chunk_spans_[chunk];
+  if (spans.file == kNone || spans.acquired) return nullptr;
+  return reading_->files[spans.file].held_shard.get();
 }
 
-void Preload::take(uint32_t chunk) { places_[chunk].taken = true; }
+void Preload::acquire(uint32_t chunk) { chunk_spans_[chunk].acquired = true; }
 
-void Preload::used(uint32_t chunk) {
-  const Place& place = places_[chunk];
-  File& file = reading_->files[place.file];
-  for (uint32_t s = place.first_span; s < place.end_span; ++s) {
-    if (--file.spans[s].users == 0) give_back(file, s);
+void Preload::release(uint32_t chunk) {
+  const ChunkSpans& spans = chunk_spans_[chunk];
+  File& file = reading_->files[spans.file];
+  for (uint32_t s = spans.first_span; s < spans.end_span; ++s) {
+    if (--file.spans[s].users == 0) release_span(file, s);
   }
 }
 
-void Preload::give_back(File& file, uint32_t span) {
+void Preload::release_span(File& file, uint32_t span) {
   if (!std::exchange(file.spans[span].held, false)) return;
-  file.memory->give_back(span * kSpanBytes, kSpanBytes);
+  file.memory->release(span * kSpanBytes, kSpanBytes);
   reading_->held_bytes -= kSpanBytes;
 }
 

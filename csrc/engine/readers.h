@@ -12,6 +12,14 @@
 
 namespace wsm {
 
+// Where the bytes of one chunk come from.
+enum class ReadRoute : uint8_t {
+  kDirect,     // past the page cache (O_DIRECT)
+  kBuffered,   // through the page cache
+  kPreloaded,  // out of what was read before there was a plan
+  kMemory,     // the shard lies in RAM
+};
+
 // The readers at hand. `direct` takes the cold extents of a drive, `pool` all others (page cache,
 // tmpfs, RAM), and all where there is no other, or it has broken.
 struct Readers {

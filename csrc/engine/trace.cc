@@ -224,7 +224,7 @@ Timeline Trace::stop(const Interrupt& interrupt) {
   return recording->timeline(interrupt);
 }
 
-std::shared_ptr<Trace::Recording> Trace::take() noexcept {
+std::shared_ptr<Trace::Recording> Trace::detach() noexcept {
   on_ = false;
   return std::move(recording_);
 }

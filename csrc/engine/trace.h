@@ -6,7 +6,7 @@
 //   Timeline all = trace.stop(...); waits until the device has come to the last of its events
 //
 // Lifecycle: lies on the board. What `start` made goes before the device does: by `stop`, or
-// `take`. Thread-safe; its mutex is the innermost one, and under it lie only calls that make an
+// `detach`. Thread-safe; its mutex is the innermost one, and under it lie only calls that make an
 // event, record one or ask for one. It orders nothing: events are recorded beside the
 // copies and forwards, and nobody waits for them but `stop`.
 // Failure: what finds no more room, or no event, is counted, not kept. An error of the device is
@@ -29,6 +29,7 @@
 
 #include "device/device.h"
 #include "engine/counters.h"
+#include "engine/readers.h"
 #include "plan/plan.h"
 #include "util/mutex.h"
 
@@ -43,9 +44,6 @@ enum class TraceKind : uint8_t {
   kPass,        // device time
 };
 
-// Ahead: out of what was read before there was a plan. Memory: the shard lies in RAM.
-enum class ReadMethod : uint8_t { kDirect, kBuffered, kAhead, kMemory };
-
 struct TraceRecord {
   TraceKind kind = TraceKind::kRead;
   uint32_t unit = kNone;  // none: of a pass
@@ -56,7 +54,7 @@ struct TraceRecord {
   uint32_t shard = 0;
   uint64_t offset = 0;
   uint64_t read_bytes = 0;  // alignment and gaps included
-  ReadMethod way = ReadMethod::kDirect;
+  ReadRoute route = ReadRoute::kDirect;
   bool cached = false;  // into the host cache, not a slot
   bool failed = false;
   // Of a wait on the host.
@@ -84,7 +82,7 @@ class Trace {
   // Throws Error where none is.
   Timeline stop(const Interrupt& interrupt);
   // Ends it, unread, and without locks: for a forked child, where others may hold them for good.
-  std::shared_ptr<Recording> take() noexcept NO_THREAD_SAFETY_ANALYSIS;
+  std::shared_ptr<Recording> detach() noexcept NO_THREAD_SAFETY_ANALYSIS;
 
   bool on() const { return on_.load(std::memory_order_relaxed); }
 

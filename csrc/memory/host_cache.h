@@ -43,7 +43,7 @@ class HostCache {
 
   // Whether the chunk's place may be read into. If not, it will be: `prepared` tells when.
   bool ready(const Chunk& chunk);
-  std::byte* place(const Chunk& chunk) const;
+  std::byte* data(const Chunk& chunk) const;
   bool filled(uint32_t chunk) const { return filled_[chunk]; }
   void mark_filled(uint32_t chunk) { filled_[chunk] = true; }  // its bytes are all there
   void forget(uint32_t chunk) { filled_[chunk] = false; }      // its bytes are to be read again
@@ -56,19 +56,19 @@ class HostCache {
   std::vector<std::string> warnings() const;
 
  private:
-  struct Piece {
+  struct Buffer {
     uint64_t begin = 0;  // in the cache
     std::unique_ptr<PinnedBuffer> memory;
   };
 
-  void take_over(HostCache& before, const Plan& plan, const KeptCache& kept);
-  void add_piece(Device& device, const Plan& plan, uint64_t begin);
-  const Piece& piece_at(uint64_t cache_offset) const;
-  void check_place(const Chunk& chunk) const;
+  void inherit(HostCache& before, const Plan& plan, const KeptCache& kept);
+  void add_buffer(Device& device, const Plan& plan, uint64_t begin);
+  const Buffer& buffer_at(uint64_t cache_offset) const;
+  void check_in_one_buffer(const Chunk& chunk) const;
   bool prepare_next();
   void prepare();
 
-  std::vector<Piece> pieces_;  // ascending
+  std::vector<Buffer> buffers_;  // ascending
   std::function<void()> prepared_;
   std::vector<bool> filled_;  // by index into Plan::chunks
   Mutex mutex_;

@@ -50,7 +50,7 @@ MappedMemory::~MappedMemory() {
   if (data_) munmap(data_, bytes_);
 }
 
-void MappedMemory::give_back(uint64_t begin, uint64_t bytes) {
+void MappedMemory::release(uint64_t begin, uint64_t bytes) {
   check(begin % map_page_bytes() == 0 && bytes % map_page_bytes() == 0 &&
             checked_add(begin, bytes) <= bytes_,
         bytes, " bytes at ", begin, " of ", bytes_, " are no whole pages to give back");

@@ -23,7 +23,7 @@ class MappedMemory {
   std::byte* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }  // whole pages; 0: nothing is mapped
   // Both by whole pages. A part that is given back may be written to again.
-  void give_back(uint64_t begin, uint64_t bytes);
+  void release(uint64_t begin, uint64_t bytes);
   void truncate(uint64_t bytes);
 
  private:

@@ -53,7 +53,7 @@ StagingRing::StagingRing(Device& device, uint32_t slots, uint64_t slot_bytes)
   for (uint32_t slot = slots; slot > 0; --slot) free_.push_back(slot - 1);
 }
 
-uint32_t StagingRing::take(bool demand) {
+uint32_t StagingRing::acquire(bool demand) {
   const size_t kept = demand || slots() == 1 ? 0 : 1;
   if (free_.size() <= kept) return kNoSlot;
   const uint32_t slot = free_.back();
@@ -64,7 +64,7 @@ uint32_t StagingRing::take(bool demand) {
 
 bool StagingRing::read_done(uint32_t slot) {
   if (state(slot) == State::kDoomed) {
-    free(slot);
+    release(slot);
     return false;
   }
   move(slot, State::kReading, State::kFilled);
@@ -73,7 +73,7 @@ bool StagingRing::read_done(uint32_t slot) {
 
 void StagingRing::discard(uint32_t slot) {
   if (state(slot) == State::kFilled) {
-    free(slot);
+    release(slot);
   } else {
     move(slot, State::kReading, State::kDoomed);
   }
@@ -90,7 +90,7 @@ void StagingRing::copying(uint32_t slot, StreamHandle stream) {
 uint32_t StagingRing::recycle() {
   uint32_t count = 0;
   while (count < copying_.size() && device_.done(*slots_[copying_[count]].copied)) {
-    free(copying_[count++]);
+    release(copying_[count++]);
   }
   copying_.erase(copying_.begin(), copying_.begin() + count);
   return count;
@@ -113,7 +113,7 @@ void StagingRing::move(uint32_t slot, State from, State to) {
   slots_[slot].state = to;
 }
 
-void StagingRing::free(uint32_t slot) {
+void StagingRing::release(uint32_t slot) {
   slots_[slot].state = State::kFree;
   free_.push_back(slot);
 }

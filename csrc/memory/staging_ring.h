@@ -1,6 +1,6 @@
 // The staging ring: a fixed pool of equal slots of pinned memory that disk bytes pass through.
 //
-//   free --take--> reading --read_done--> filled --copying--> copying --recycle (copied)--> free
+//   free --acquire--> reading --read_done--> filled --copying--> copying --recycle (copied)--> free
 //                     |                     |
 //                     +--discard--> doomed  +--discard--> free
 //                                     |
@@ -34,7 +34,7 @@ class StagingRing {
 
   // A free slot, now kReading; kNoSlot when none is left. The last free slot goes to demands only
   // (not when the ring has just one).
-  uint32_t take(bool demand);
+  uint32_t acquire(bool demand);
   // The read of a slot has completed. False when it was doomed: it is free again, drop the bytes.
   bool read_done(uint32_t slot);
   // kReading -> kDoomed, kFilled -> kFree.
@@ -59,7 +59,7 @@ class StagingRing {
   };
   void expect(uint32_t slot, State expected, State next) const;  // throws Error where it is not so
   void move(uint32_t slot, State from, State to);
-  void free(uint32_t slot);
+  void release(uint32_t slot);
 
   Device& device_;
   uint64_t slot_bytes_;

@@ -16,14 +16,14 @@ struct Taken {
 
 // The units that share the arena, in order.
 struct Cycle {
-  uint64_t exclusive_bytes = 0;
+  uint64_t enclosing_bytes = 0;
   std::vector<uint64_t> bytes;
   uint64_t largest = 0;
 
   explicit Cycle(const std::vector<Place>& places) {
     for (const Place& place : places) {
       if (place.encloses_units) {
-        exclusive_bytes += place.bytes;
+        enclosing_bytes += place.bytes;
       } else if (place.bytes > 0) {
         bytes.push_back(place.bytes);
         largest = std::max(largest, place.bytes);
@@ -70,10 +70,10 @@ struct Cycle {
 //   least arena.
 class Placer {
  public:
-  enum class Way { kAround, kEnds };
+  enum class Strategy { kAround, kEnds };
 
-  Placer(const Cycle& cycle, Lookahead ahead, uint64_t arena_bytes, Way way)
-      : cycle_(cycle), ahead_(ahead), arena_bytes_(arena_bytes), way_(way) {
+  Placer(const Cycle& cycle, Lookahead ahead, uint64_t arena_bytes, Strategy strategy)
+      : cycle_(cycle), ahead_(ahead), arena_bytes_(arena_bytes), strategy_(strategy) {
     offsets_.reserve(cycle.size());
   }
 
@@ -110,7 +110,7 @@ class Placer {
   bool place(uint32_t i) {
     const uint64_t bytes = cycle_.bytes[i];
     std::optional<uint64_t> offset;
-    if (way_ == Way::kEnds) {
+    if (strategy_ == Strategy::kEnds) {
       offset = i % 2 == 0 ? lowest(0, bytes) : highest(bytes);
     } else {
       offset = lowest(i == 0 ? 0 : taken_by(i - 1).end, bytes);
@@ -146,15 +146,15 @@ class Placer {
   const Cycle& cycle_;
   const Lookahead ahead_;
   const uint64_t arena_bytes_;
-  const Way way_;
+  const Strategy strategy_;
   std::vector<uint64_t> offsets_;
   std::vector<Taken> taken_;  // by begin: what the next unit must not meet
 };
 
 std::optional<std::vector<uint64_t>> place_cycle(const Cycle& cycle, Lookahead ahead,
                                                  uint64_t bytes) {
-  for (const Placer::Way way : {Placer::Way::kAround, Placer::Way::kEnds}) {
-    Placer placer(cycle, ahead, bytes, way);
+  for (const Placer::Strategy strategy : {Placer::Strategy::kAround, Placer::Strategy::kEnds}) {
+    Placer placer(cycle, ahead, bytes, strategy);
     if (placer.place_all()) return placer.offsets();
   }
   return std::nullopt;
@@ -163,16 +163,16 @@ std::optional<std::vector<uint64_t>> place_cycle(const Cycle& cycle, Lookahead a
 ArenaLayout assemble(const std::vector<Place>& places, const Cycle& cycle,
                      const std::vector<uint64_t>& cycle_offsets) {
   ArenaLayout layout;
-  layout.bytes = cycle.exclusive_bytes;
-  uint64_t exclusive = 0;
+  layout.bytes = cycle.enclosing_bytes;
+  uint64_t enclosing = 0;
   size_t next = 0;
   for (const Place& place : places) {
     uint64_t offset = 0;
     if (place.encloses_units) {
-      offset = exclusive;
-      exclusive += place.bytes;
+      offset = enclosing;
+      enclosing += place.bytes;
     } else if (place.bytes > 0) {
-      offset = cycle.exclusive_bytes + cycle_offsets[next++];
+      offset = cycle.enclosing_bytes + cycle_offsets[next++];
       layout.bytes = std::max(layout.bytes, offset + place.bytes);
     }
     layout.offsets.push_back(offset);
@@ -189,17 +189,17 @@ constexpr uint64_t kSteps = 3 * kStepsPerUnit;
 
 uint64_t least_arena_bytes(const std::vector<Place>& places, Lookahead ahead) {
   const Cycle cycle(places);
-  return cycle.exclusive_bytes + cycle.least_bytes(cycle.clamp(ahead));
+  return cycle.enclosing_bytes + cycle.least_bytes(cycle.clamp(ahead));
 }
 
 bool arena_fits(const std::vector<Place>& places, Lookahead ahead, uint64_t max_bytes) {
   const Cycle cycle(places);
   ahead = cycle.clamp(ahead);
   const uint64_t least = cycle.least_bytes(ahead);
-  if (cycle.exclusive_bytes + least > max_bytes) return false;
-  const uint64_t most = max_bytes - cycle.exclusive_bytes;
+  if (cycle.enclosing_bytes + least > max_bytes) return false;
+  const uint64_t most = max_bytes - cycle.enclosing_bytes;
   return place_cycle(cycle, ahead, least) ||
-         place_cycle(cycle, ahead, align_down(most, kPlaceAlignment));
+         place_cycle(cycle, ahead, align_down(most, kTensorAlignment));
 }
 
 std::optional<ArenaLayout> fit_arena(const std::vector<Place>& places, Lookahead ahead,
@@ -208,9 +208,9 @@ std::optional<ArenaLayout> fit_arena(const std::vector<Place>& places, Lookahead
   const Cycle cycle(places);
   ahead = cycle.clamp(ahead);
   const uint64_t least = cycle.least_bytes(ahead);
-  const uint64_t most = align_down(max_bytes - cycle.exclusive_bytes, kPlaceAlignment);
+  const uint64_t most = align_down(max_bytes - cycle.enclosing_bytes, kTensorAlignment);
   for (uint64_t step = 0; step <= kSteps; ++step) {
-    const uint64_t more = align_up(cycle.largest / kStepsPerUnit * step, kPlaceAlignment);
+    const uint64_t more = align_up(cycle.largest / kStepsPerUnit * step, kTensorAlignment);
     if (more > most - least) break;
     if (auto offsets = place_cycle(cycle, ahead, least + more)) {
       return assemble(places, cycle, *offsets);

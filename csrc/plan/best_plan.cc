@@ -45,7 +45,7 @@ class Choice {
   const Plan& plan() const { return plan_; }
   uint64_t cut_bytes() const { return cut_bytes_; }
 
-  Plan take() && {
+  Plan result() && {
     if (fine_) {
       plan_ = std::move(*fine_);
     } else if (tried_cut_bytes_ > cut_bytes_) {
@@ -131,7 +131,8 @@ double expected_pass_s(const Plan& plan, const Rates& rates) {
 
 Plan best_plan(const ModelSpec& spec, const PlanLimits& limits, const Rates& rates) {
   Choice best(spec, limits, rates);
-  if (best.plan().host_home_bytes + best.plan().disk_home_bytes == 0) return std::move(best).take();
+  if (best.plan().host_home_bytes + best.plan().disk_home_bytes == 0)
+    return std::move(best).result();
   for (const Units& units : worth_keeping(spec)) {
     best.try_out([&](PlanLimits& l) { l.first_units = units; });
   }
@@ -155,7 +156,7 @@ Plan best_plan(const ModelSpec& spec, const PlanLimits& limits, const Rates& rat
       });
     }
   }
-  return std::move(best).take();
+  return std::move(best).result();
 }
 
 }  // namespace wsm

@@ -8,11 +8,11 @@
 namespace wsm {
 namespace {
 
-// Fills one chunk: takes fragments in order of their offsets, for as long as they are near and it
+// Fills one chunk: takes extents in order of their offsets, for as long as they are near and it
 // has room.
 class ChunkBuilder {
  public:
-  ChunkBuilder(const Fragment& first, uint32_t alignment, uint64_t chunk_bytes, Home home,
+  ChunkBuilder(const PlannedExtent& first, uint32_t alignment, uint64_t chunk_bytes, Home home,
                Plan& plan)
       : plan_(plan), alignment_(alignment) {
     chunk_.unit = first.unit;
@@ -20,27 +20,28 @@ class ChunkBuilder {
     chunk_.read_offset = align_down(first.offset, alignment);
     chunk_.home = home;
     chunk_.first_copy = static_cast<uint32_t>(plan.copies.size());
-    const uint64_t stretch = align_down(std::min(first.stretch, first.offset), alignment);
-    limit_ = stretch + align_down(first.offset - stretch, chunk_bytes) + chunk_bytes;
+    const uint64_t cluster_begin =
+        align_down(std::min(first.cluster_begin, first.offset), alignment);
+    limit_ = cluster_begin + align_down(first.offset - cluster_begin, chunk_bytes) + chunk_bytes;
     end_ = first.offset;
   }
 
-  bool wants(const Fragment& fragment) const {
-    return fragment.shard == chunk_.shard && fragment.offset < limit_ &&
-           fragment.offset <= end_ + kMaxReadGap;
+  bool wants(const PlannedExtent& extent) const {
+    return extent.shard == chunk_.shard && extent.offset < limit_ &&
+           extent.offset <= end_ + kMaxReadGap;
   }
 
   // Returns what is left for the next chunk: 0 bytes when all was taken.
-  Fragment take(Fragment fragment) {
-    const uint64_t bytes = std::min(fragment.bytes, limit_ - fragment.offset);
-    append_copy(fragment.offset - chunk_.read_offset, fragment.target, bytes);
-    chunk_.unit = std::min(chunk_.unit, fragment.unit);
+  PlannedExtent add(PlannedExtent extent) {
+    const uint64_t bytes = std::min(extent.bytes, limit_ - extent.offset);
+    append_copy(extent.offset - chunk_.read_offset, extent.target, bytes);
+    chunk_.unit = std::min(chunk_.unit, extent.unit);
     chunk_.payload_bytes += static_cast<uint32_t>(bytes);
-    end_ = std::max(end_, fragment.offset + bytes);
-    fragment.offset += bytes;
-    fragment.target += bytes;
-    fragment.bytes -= bytes;
-    return fragment;
+    end_ = std::max(end_, extent.offset + bytes);
+    extent.offset += bytes;
+    extent.target += bytes;
+    extent.bytes -= bytes;
+    return extent;
   }
 
   void finish() {
@@ -71,51 +72,51 @@ class ChunkBuilder {
   uint64_t end_ = 0;    // a shard offset: what was taken ends there
 };
 
-bool in_shard_order(const Fragment& a, const Fragment& b) {
+bool in_shard_order(const PlannedExtent& a, const PlannedExtent& b) {
   return std::tie(a.shard, a.offset, a.target) < std::tie(b.shard, b.offset, b.target);
 }
 
 }  // namespace
 
-void append_fragments(const TensorSpec& tensor, uint32_t unit, uint64_t target,
-                      std::vector<Fragment>& fragments) {
+void append_extents(const TensorSpec& tensor, uint32_t unit, uint64_t target,
+                    std::vector<PlannedExtent>& extents) {
   for (const Extent& extent : tensor.extents) {
     if (extent.bytes == 0) continue;
-    fragments.push_back({.shard = extent.shard,
-                         .unit = unit,
-                         .offset = extent.offset,
-                         .bytes = extent.bytes,
-                         .target = target + extent.tensor_offset});
+    extents.push_back({.shard = extent.shard,
+                       .unit = unit,
+                       .offset = extent.offset,
+                       .bytes = extent.bytes,
+                       .target = target + extent.tensor_offset});
   }
 }
 
-void find_stretches(std::vector<Fragment>& fragments) {
-  std::sort(fragments.begin(), fragments.end(), in_shard_order);
+void find_clusters(std::vector<PlannedExtent>& extents) {
+  std::sort(extents.begin(), extents.end(), in_shard_order);
   uint64_t begin = 0;
   uint64_t end = 0;
-  for (size_t i = 0; i < fragments.size(); ++i) {
-    Fragment& fragment = fragments[i];
-    const bool same_shard = i > 0 && fragments[i - 1].shard == fragment.shard;
-    if (!same_shard || fragment.offset > end + kMaxReadGap) begin = end = fragment.offset;
-    fragment.stretch = begin;
-    end = std::max(end, fragment.offset + fragment.bytes);
+  for (size_t i = 0; i < extents.size(); ++i) {
+    PlannedExtent& extent = extents[i];
+    const bool same_shard = i > 0 && extents[i - 1].shard == extent.shard;
+    if (!same_shard || extent.offset > end + kMaxReadGap) begin = end = extent.offset;
+    extent.cluster_begin = begin;
+    end = std::max(end, extent.offset + extent.bytes);
   }
 }
 
-void cut_chunks(std::vector<Fragment> fragments, const std::vector<ShardSpec>& shards,
+void cut_chunks(std::vector<PlannedExtent> extents, const std::vector<ShardSpec>& shards,
                 uint64_t chunk_bytes, Home home, Plan& plan) {
-  std::sort(fragments.begin(), fragments.end(), in_shard_order);
-  std::vector<Fragment> cut;  // rests of what the last chunk could not hold, from its end on
-  std::vector<Fragment> rest;
-  for (size_t next = 0; next < fragments.size() || !cut.empty();) {
-    const Fragment first = cut.empty() ? fragments[next] : cut.front();
+  std::sort(extents.begin(), extents.end(), in_shard_order);
+  std::vector<PlannedExtent> cut;  // rests of what the last chunk could not hold, from its end on
+  std::vector<PlannedExtent> rest;
+  for (size_t next = 0; next < extents.size() || !cut.empty();) {
+    const PlannedExtent first = cut.empty() ? extents[next] : cut.front();
     ChunkBuilder chunk(first, shards[first.shard].alignment, chunk_bytes, home, plan);
-    const auto take = [&](const Fragment& fragment) {
-      const Fragment left = chunk.take(fragment);
+    const auto take = [&](const PlannedExtent& extent) {
+      const PlannedExtent left = chunk.add(extent);
       if (left.bytes > 0) rest.push_back(left);
     };
-    for (const Fragment& fragment : cut) take(fragment);
-    while (next < fragments.size() && chunk.wants(fragments[next])) take(fragments[next++]);
+    for (const PlannedExtent& extent : cut) take(extent);
+    while (next < extents.size() && chunk.wants(extents[next])) take(extents[next++]);
     chunk.finish();
     cut.swap(rest);
     rest.clear();

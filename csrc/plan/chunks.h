@@ -1,6 +1,6 @@
 // Cuts byte ranges of shards into chunks and copies.
 //
-//   fragments    |--- a ---|--- b ---|    gap    |-- c --|
+//   extents    |--- a ---|--- b ---|    gap    |-- c --|
 //   chunk      [pad| copy a| copy b  |           | copy c|pad]    one read, three copies
 //
 // Ranges that touch, in the shard and in device memory, become one copy. Small gaps are read too.
@@ -21,26 +21,26 @@ inline constexpr uint64_t kMaxReadGap = 64
                                         << 10;  // bytes that are read for nothing, to save a read
 
 // A byte range of a shard and where it goes. Ranges may overlap.
-struct Fragment {
+struct PlannedExtent {
   uint32_t shard = 0;
   uint32_t unit = 0;
   uint64_t offset = 0;  // in the shard
   uint64_t bytes = 0;
-  uint64_t target = 0;            // in the arena, or in the homes
-  uint64_t stretch = UINT64_MAX;  // a shard offset: where what is near to each other begins
+  uint64_t target = 0;                  // in the arena, or in the homes
+  uint64_t cluster_begin = UINT64_MAX;  // a shard offset: where what is near to each other begins
 };
 
-// Sorts the fragments by shard and offset, and sets their stretches: a gap that is too large to be
+// Sorts the extents by shard and offset, and sets their stretches: a gap that is too large to be
 // read begins a new one.
-void find_stretches(std::vector<Fragment>& fragments);
+void find_clusters(std::vector<PlannedExtent>& extents);
 
 // Appends the extents of `tensor`, when it lies at `target`.
-void append_fragments(const TensorSpec& tensor, uint32_t unit, uint64_t target,
-                      std::vector<Fragment>& fragments);
+void append_extents(const TensorSpec& tensor, uint32_t unit, uint64_t target,
+                    std::vector<PlannedExtent>& extents);
 
 // Appends chunks of at most `chunk_bytes` (a multiple of every shard's alignment) and their copies
 // to the plan, ordered by shard and offset. A chunk belongs to the first unit that has bytes in it.
-void cut_chunks(std::vector<Fragment> fragments, const std::vector<ShardSpec>& shards,
+void cut_chunks(std::vector<PlannedExtent> extents, const std::vector<ShardSpec>& shards,
                 uint64_t chunk_bytes, Home home, Plan& plan);
 
 }  // namespace wsm

@@ -275,7 +275,7 @@ bool try_layout(const ModelSpec& spec, const Search& search, DeviceHomes& homes)
 
 // Keeps the tensors of units that share their place with no other: that is as good as a home, and
 // a home outlives the arena when budgets change.
-bool keep_alone(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
+bool keep_never_evicted(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
   const std::vector<bool> never_evicted = find_never_evicted(homes.places, homes.arena);
   DeviceHomes changed = homes;
   for (uint32_t u = 0; u < spec.units.size(); ++u) {
@@ -301,7 +301,7 @@ void lay_out(const ModelSpec& spec, const Search& search, DeviceHomes& homes) {
     const bool more = refill(spec, search, refilled);
     if (more && try_layout(spec, search, refilled)) {
       homes = std::move(refilled);
-    } else if (!keep_alone(spec, search, homes)) {
+    } else if (!keep_never_evicted(spec, search, homes)) {
       break;
     }
   }

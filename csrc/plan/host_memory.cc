@@ -59,7 +59,7 @@ uint64_t asked_chunk_bytes(uint64_t asked, uint64_t least, uint64_t room, uint64
   return chunk;
 }
 
-uint64_t place_bytes(const Chunk& chunk, uint64_t granule) {
+uint64_t padded_bytes(const Chunk& chunk, uint64_t granule) {
   return align_up(chunk.read_bytes, granule);
 }
 
@@ -76,9 +76,9 @@ std::vector<Chunk*> cacheable(Plan& plan) {
   return chunks;
 }
 
-uint64_t places_bytes(const std::vector<Chunk*>& chunks, uint64_t granule) {
+uint64_t padded_bytes(const std::vector<Chunk*>& chunks, uint64_t granule) {
   uint64_t bytes = 0;
-  for (const Chunk* chunk : chunks) bytes += place_bytes(*chunk, granule);
+  for (const Chunk* chunk : chunks) bytes += padded_bytes(*chunk, granule);
   return bytes;
 }
 
@@ -119,7 +119,7 @@ void pack_cache(Plan& plan, uint64_t granule) {
   uint64_t segment_begin = 0;
   for (Chunk& chunk : streamed(plan)) {
     if (chunk.home != Home::kHost) continue;
-    const uint64_t bytes = place_bytes(chunk, granule);
+    const uint64_t bytes = padded_bytes(chunk, granule);
     if (end + bytes - segment_begin > kSegmentBytes) {
       plan.cache_segments.push_back(end);
       segment_begin = end;
@@ -173,17 +173,17 @@ void plan_host_memory(const ModelSpec& spec, const PlanLimits& limits, Plan& pla
   const uint64_t granule = host_granule_bytes(spec);
   plan.chunk_bytes = 0;
   for (const Chunk& chunk : plan.chunks) {
-    plan.chunk_bytes = std::max(plan.chunk_bytes, place_bytes(chunk, granule));
+    plan.chunk_bytes = std::max(plan.chunk_bytes, padded_bytes(chunk, granule));
   }
   const std::vector<Chunk*> chunks = cacheable(plan);
-  const uint64_t total = places_bytes(chunks, granule);
+  const uint64_t total = padded_bytes(chunks, granule);
   const uint64_t slots = choose_slots(limits, plan, total);
   plan.slot_count = static_cast<uint32_t>(slots);
   const uint64_t most =
       std::min(limits.host_bytes - plan.staging_bytes(), limits.cache_bytes.value_or(UINT64_MAX));
   // Also where nothing is in it yet: its memory is taken over in the pieces that it has.
   if (!limits.kept_cache.segments.empty()) {
-    place_around_kept(limits.kept_cache, chunks, most, granule, plan);
+    cache_around_kept(limits.kept_cache, chunks, most, granule, plan);
     return;
   }
   choose_cached(chunks, most, granule);

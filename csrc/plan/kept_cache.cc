@@ -11,7 +11,7 @@
 namespace wsm {
 namespace {
 
-bool in_order(const CachedRange& a, const CachedRange& b) {
+bool in_order(const CachedExtent& a, const CachedExtent& b) {
   return std::tie(a.shard, a.offset) < std::tie(b.shard, b.offset);
 }
 
@@ -42,7 +42,7 @@ class Room {
   }
 
   // Where `bytes` may lie, which are then taken.
-  std::optional<uint64_t> take(uint64_t bytes) {
+  std::optional<uint64_t> acquire(uint64_t bytes) {
     // Room only shrinks, and there are as many chunks as gaps: not all gaps for each.
     if (bytes >= refused_bytes_) return std::nullopt;
     while (first_gap_ < gaps_.size() && gaps_[first_gap_].begin == gaps_[first_gap_].end) {
@@ -109,28 +109,29 @@ void put(Chunk& chunk, uint64_t cache_offset) {
 
 }  // namespace
 
-KeptRanges::KeptRanges(std::vector<CachedRange> ranges, uint64_t end) : ranges_(std::move(ranges)) {
-  std::erase_if(ranges_, [&](const CachedRange& r) { return r.cache_offset + r.bytes > end; });
-  std::sort(ranges_.begin(), ranges_.end(), in_order);
+KeptExtents::KeptExtents(std::vector<CachedExtent> extents, uint64_t end)
+    : extents_(std::move(extents)) {
+  std::erase_if(extents_, [&](const CachedExtent& r) { return r.cache_offset + r.bytes > end; });
+  std::sort(extents_.begin(), extents_.end(), in_order);
 }
 
-uint64_t KeptRanges::find(uint32_t shard, uint64_t offset, uint64_t bytes) const {
-  const CachedRange wanted{.shard = shard, .offset = offset};
-  auto after = std::upper_bound(ranges_.begin(), ranges_.end(), wanted, in_order);
-  if (after == ranges_.begin()) return UINT64_MAX;
-  const CachedRange& range = *--after;
+uint64_t KeptExtents::find(uint32_t shard, uint64_t offset, uint64_t bytes) const {
+  const CachedExtent wanted{.shard = shard, .offset = offset};
+  auto after = std::upper_bound(extents_.begin(), extents_.end(), wanted, in_order);
+  if (after == extents_.begin()) return UINT64_MAX;
+  const CachedExtent& range = *--after;
   if (range.shard != shard || offset + bytes > range.offset + range.bytes) return UINT64_MAX;
   return range.cache_offset + (offset - range.offset);
 }
 
-void place_around_kept(const KeptCache& kept, const std::vector<Chunk*>& chunks,
+void cache_around_kept(const KeptCache& kept, const std::vector<Chunk*>& chunks,
                        uint64_t most_bytes, uint64_t granule, Plan& plan) {
   const uint64_t most = align_down(most_bytes, granule);
   const std::vector<uint64_t> segments = clipped(kept.segments, most);
-  const KeptRanges ranges(kept.ranges, segments.empty() ? 0 : segments.back());
+  const KeptExtents extents(kept.extents, segments.empty() ? 0 : segments.back());
   std::vector<Gap> taken;
   for (Chunk* chunk : chunks) {
-    const uint64_t place = ranges.find(chunk->shard, chunk->read_offset, chunk->read_bytes);
+    const uint64_t place = extents.find(chunk->shard, chunk->read_offset, chunk->read_bytes);
     if (place == UINT64_MAX) continue;
     put(*chunk, place);
     taken.push_back({align_down(place, granule), align_up(place + chunk->read_bytes, granule)});
@@ -140,7 +141,7 @@ void place_around_kept(const KeptCache& kept, const std::vector<Chunk*>& chunks,
   Room room(segments, std::move(taken), most);
   const uint64_t free_bytes = most - std::min(most, kept_bytes);
   spread_evenly(chunks, free_bytes, granule, [&](Chunk& chunk, uint64_t bytes) {
-    const auto place = room.take(bytes);
+    const auto place = room.acquire(bytes);
     if (place) put(chunk, *place);
     return place.has_value();
   });

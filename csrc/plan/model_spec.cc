@@ -65,8 +65,8 @@ void validate_cover(const TensorSpec& tensor) {
   }
   check(covered == tensor.bytes, "tensor ", tensor.name, ": no extent brings byte ", covered,
         " of ", tensor.bytes);
-  check(tensor.placed_bytes == 0 || tensor.bytes > 0, "tensor ", tensor.name, ": ",
-        tensor.placed_bytes, " bytes cannot be made of none");
+  check(tensor.parameter_bytes == 0 || tensor.bytes > 0, "tensor ", tensor.name, ": ",
+        tensor.parameter_bytes, " bytes cannot be made of none");
 }
 
 // Bounds what a pass brings: every sum that the planner makes over units or tensors stays below it.
@@ -81,12 +81,12 @@ void validate_units(const ModelSpec& spec) {
       const TensorSpec& tensor = spec.tensors[t];
       check(last_unit[t] != u, "unit ", unit.name, ": tensor ", tensor.name, " is in it twice");
       last_unit[t] = u;
-      for (const uint64_t bytes : {tensor.bytes, tensor.placed_bytes}) {
+      for (const uint64_t bytes : {tensor.bytes, tensor.parameter_bytes}) {
         check(sum_within(pass_bytes, bytes, kMaxBytes) &&
-                  sum_within(pass_bytes, align_up(bytes, kPlaceAlignment), kMaxBytes),
+                  sum_within(pass_bytes, align_up(bytes, kTensorAlignment), kMaxBytes),
               "unit ", unit.name, ": with tensor ", tensor.name, " of ", bytes,
               " bytes the size of the model overflows");
-        pass_bytes += align_up(bytes, kPlaceAlignment);
+        pass_bytes += align_up(bytes, kTensorAlignment);
       }
     }
   }

@@ -33,7 +33,7 @@ struct TensorSpec {
   std::vector<Extent> extents;
   // The parameter's own size where it is made of the image by an arrival transform (a cast, a
   // transpose); 0 where the image is the parameter.
-  uint64_t placed_bytes = 0;
+  uint64_t parameter_bytes = 0;
 };
 
 // What is loaded and released together.

@@ -23,7 +23,7 @@ namespace wsm {
 
 enum class Home : uint8_t { kDevice, kHost, kDisk };
 
-inline constexpr uint64_t kPlaceAlignment = 256;         // of every tensor in device memory
+inline constexpr uint64_t kTensorAlignment = 256;        // of every tensor in device memory
 inline constexpr uint64_t kSegmentBytes = 256ull << 20;  // pinned memory is registered in these
 inline constexpr uint32_t kNone = UINT32_MAX;
 
@@ -50,7 +50,7 @@ struct Chunk {
 };
 
 // Where a unit finds one of its tensors.
-struct TensorPlace {
+struct TensorLocation {
   bool resident = false;  // false: `offset` is in the arena; true: in the homes
   uint64_t offset = 0;
   // Where its image lands: at `offset`, or in scratch of the unit's place that an arrival transform
@@ -74,7 +74,7 @@ struct UnitPlan {
   bool never_evicted = false;   // its place is nobody else's: once loaded, it stays
   uint32_t first_chunk = 0;     // into Plan::chunks: the streamed chunks (homes host and disk)
   uint32_t chunk_count = 0;
-  std::vector<TensorPlace> tensors;  // parallel to UnitSpec::tensors
+  std::vector<TensorLocation> tensors;  // parallel to UnitSpec::tensors
 };
 
 // Whether two units can never be in the arena at once.

@@ -96,7 +96,7 @@ std::vector<uint64_t> lay_out_homes(const ModelSpec& spec, const PlanLimits& lim
       end += device_tensor_bytes(spec.tensors[t]);
     }
     block.bytes = end - block.offset;
-    end += kPlaceAlignment;  // no copy runs from one block into the next
+    end += kTensorAlignment;  // no copy runs from one block into the next
   }
   if (const uint64_t request = blocks.open_request_bytes(); request > 0) {
     plan.home_blocks.back().bytes = request;
@@ -122,51 +122,51 @@ void place_tensors(const ModelSpec& spec, const UnitSpec& unit, const DeviceHome
   uint64_t end = plan.place_offset;
   for (const uint32_t i : streamed) {
     plan.tensors[i].offset = plan.tensors[i].image_offset = end;
-    end += align_up(spec.tensors[unit.tensors[i]].bytes, kPlaceAlignment);
+    end += align_up(spec.tensors[unit.tensors[i]].bytes, kTensorAlignment);
   }
   for (const uint32_t i : streamed) {
-    const uint64_t placed_bytes = spec.tensors[unit.tensors[i]].placed_bytes;
-    if (placed_bytes == 0) continue;
+    const uint64_t parameter_bytes = spec.tensors[unit.tensors[i]].parameter_bytes;
+    if (parameter_bytes == 0) continue;
     plan.tensors[i].offset = end;
-    end += align_up(placed_bytes, kPlaceAlignment);
+    end += align_up(parameter_bytes, kTensorAlignment);
   }
 }
 
 void cut_streamed(const ModelSpec& spec, uint64_t chunk_bytes, Plan& plan) {
   for (uint32_t u = 0; u < spec.units.size(); ++u) {
     UnitPlan& unit = plan.units[u];
-    std::vector<Fragment> fragments;  // of all its tensors at first: see find_stretches
+    std::vector<PlannedExtent> extents;  // of all its tensors at first: see find_clusters
     for (uint32_t i = 0; i < unit.tensors.size(); ++i) {
       const TensorSpec& tensor = spec.tensors[spec.units[u].tensors[i]];
       const bool resident = unit.tensors[i].resident;
-      append_fragments(tensor, resident ? kNone : u, unit.tensors[i].image_offset, fragments);
+      append_extents(tensor, resident ? kNone : u, unit.tensors[i].image_offset, extents);
       if (!resident) unit.streamed_bytes += tensor.bytes;
     }
-    find_stretches(fragments);
-    std::erase_if(fragments, [](const Fragment& f) { return f.unit == kNone; });
+    find_clusters(extents);
+    std::erase_if(extents, [](const PlannedExtent& f) { return f.unit == kNone; });
     unit.first_chunk = static_cast<uint32_t>(plan.chunks.size());
-    cut_chunks(std::move(fragments), spec.shards, chunk_bytes, Home::kDisk, plan);
+    cut_chunks(std::move(extents), spec.shards, chunk_bytes, Home::kDisk, plan);
     unit.chunk_count = static_cast<uint32_t>(plan.chunks.size()) - unit.first_chunk;
   }
 }
 
 void cut_resident(const ModelSpec& spec, uint64_t chunk_bytes, Plan& plan) {
-  std::vector<Fragment> fragments;
+  std::vector<PlannedExtent> extents;
   std::vector<bool> seen(spec.tensors.size(), false);
   for (uint32_t u = 0; u < spec.units.size(); ++u) {
     for (uint32_t i = 0; i < spec.units[u].tensors.size(); ++i) {
       const uint32_t t = spec.units[u].tensors[i];
       if (!plan.units[u].tensors[i].resident || seen[t]) continue;
       seen[t] = true;
-      if (spec.tensors[t].placed_bytes > 0) {
+      if (spec.tensors[t].parameter_bytes > 0) {
         plan.device_home_bytes += spec.tensors[t].bytes;  // made at start, of what `fetch` brings
         continue;
       }
-      append_fragments(spec.tensors[t], u, plan.units[u].tensors[i].image_offset, fragments);
+      append_extents(spec.tensors[t], u, plan.units[u].tensors[i].image_offset, extents);
     }
   }
   plan.first_resident_chunk = static_cast<uint32_t>(plan.chunks.size());
-  cut_chunks(std::move(fragments), spec.shards, chunk_bytes, Home::kDevice, plan);
+  cut_chunks(std::move(extents), spec.shards, chunk_bytes, Home::kDevice, plan);
 }
 
 void plan_device_memory(const ModelSpec& spec, const PlanLimits& limits, const DeviceHomes& homes,

@@ -43,12 +43,13 @@ std::vector<std::vector<uint32_t>> tensors_by_size(const ModelSpec& spec,
 }  // namespace
 
 uint64_t device_tensor_bytes(const TensorSpec& tensor) {
-  const bool transformed = tensor.placed_bytes > 0;
-  return align_up(transformed ? tensor.placed_bytes : tensor.bytes, kPlaceAlignment);
+  const bool transformed = tensor.parameter_bytes > 0;
+  return align_up(transformed ? tensor.parameter_bytes : tensor.bytes, kTensorAlignment);
 }
 
 uint64_t streamed_tensor_bytes(const TensorSpec& tensor) {
-  return align_up(tensor.bytes, kPlaceAlignment) + align_up(tensor.placed_bytes, kPlaceAlignment);
+  return align_up(tensor.bytes, kTensorAlignment) +
+         align_up(tensor.parameter_bytes, kTensorAlignment);
 }
 
 ResidencyOrder residency_order(const ModelSpec& spec) {

@@ -16,8 +16,8 @@ namespace {
 
 constexpr uint32_t kRangeBlockBytes = kMiB;
 
-uint64_t part_bytes(uint32_t block_bytes) {
-  return align_up((block_bytes + BlockRead::kParts - 1) / BlockRead::kParts, page_bytes());
+uint64_t strip_bytes(uint32_t block_bytes) {
+  return align_up((block_bytes + BlockRead::kStrips - 1) / BlockRead::kStrips, page_bytes());
 }
 
 }  // namespace
@@ -33,28 +33,28 @@ BlockRead::BlockRead(const ReadRequest& request, uint32_t slot, uint32_t begin, 
 
 void BlockRead::start() {
   direct_ = !buffered_ && shard_->direct();
-  cold_parts_.reset();
-  if (!direct_ && !shard_->in_memory()) cold_parts_ = find_cold_parts();
+  cold_strips_.reset();
+  if (!direct_ && !shard_->in_memory()) cold_strips_ = find_cold_strips();
 }
 
-std::bitset<BlockRead::kParts> BlockRead::find_cold_parts() const {
-  std::bitset<kParts> cold;
+std::bitset<BlockRead::kStrips> BlockRead::find_cold_strips() const {
+  std::bitset<kStrips> cold;
   const Cached whole = shard_->cached(offset_, bytes_);
   if (whole == Cached::kAll) return cold;
   if (whole < Cached::kSome) return cold.set();
-  const uint64_t step = part_bytes(bytes_);
-  for (uint64_t part = 0, at = 0; at < bytes_; ++part, at += step) {
+  const uint64_t step = strip_bytes(bytes_);
+  for (uint64_t strip = 0, at = 0; at < bytes_; ++strip, at += step) {
     const uint64_t length = std::min<uint64_t>(step, bytes_ - at);
-    if (shard_->cached(offset_ + at, length) == Cached::kNone) cold.set(part);
+    if (shard_->cached(offset_ + at, length) == Cached::kNone) cold.set(strip);
   }
   return cold;
 }
 
-void BlockRead::drop_cold_parts() const {
-  if (cold_parts_.all()) return shard_->drop_from_page_cache(offset_, bytes_);
-  const uint64_t step = part_bytes(bytes_);
-  for (uint64_t part = 0, at = 0; at < bytes_; ++part, at += step) {
-    if (!cold_parts_[part]) continue;
+void BlockRead::drop_cold_strips() const {
+  if (cold_strips_.all()) return shard_->drop_from_page_cache(offset_, bytes_);
+  const uint64_t step = strip_bytes(bytes_);
+  for (uint64_t strip = 0, at = 0; at < bytes_; ++strip, at += step) {
+    if (!cold_strips_[strip]) continue;
     shard_->drop_from_page_cache(offset_ + at, std::min<uint64_t>(step, bytes_ - at));
   }
 }
@@ -114,7 +114,7 @@ bool BlockRead::finish_at_end() {
 }
 
 bool BlockRead::finish() {
-  if (cold_parts_.any()) drop_cold_parts();
+  if (cold_strips_.any()) drop_cold_strips();
   return true;
 }
 
@@ -124,7 +124,7 @@ bool BlockRead::fail(const std::string& why) {
   return finish();
 }
 
-void read_range(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* target) {
+void read_extent(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* target) {
   for (uint64_t done = 0; done < bytes;) {
     const auto count = static_cast<uint32_t>(std::min<uint64_t>(bytes - done, kRangeBlockBytes));
     ReadRequest request;

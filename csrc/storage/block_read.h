@@ -28,7 +28,7 @@ namespace wsm {
 class BlockRead {
  public:
   static constexpr uint32_t kMaxIdleReads = 64;
-  static constexpr uint32_t kParts = 256;  // of a block, each wholly dropped behind or not at all
+  static constexpr uint32_t kStrips = 256;  // of a block, each wholly dropped behind or not at all
 
   BlockRead() = default;
   // [begin, +bytes) of the request; `slot` is the queue's.
@@ -62,8 +62,8 @@ class BlockRead {
   bool retry_after(int error);
   bool retry_idle(const std::string& why);
   uint64_t file_end() const;  // now
-  std::bitset<kParts> find_cold_parts() const;
-  void drop_cold_parts() const;
+  std::bitset<kStrips> find_cold_strips() const;
+  void drop_cold_strips() const;
   bool finish_at_end();
   bool finish();
 
@@ -77,12 +77,12 @@ class BlockRead {
   uint32_t idle_reads_ = 0;  // in a row that brought nothing
   bool buffered_ = false;    // the request asked for a buffered read
   bool direct_ = false;
-  std::bitset<kParts> cold_parts_;  // of which nothing was in the page cache before
+  std::bitset<kStrips> cold_strips_;  // of which nothing was in the page cache before
   std::string error_;
 };
 
 // Reads the range here and now, through the page cache. Throws IoError as the block's error says.
-void read_range(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* target);
+void read_extent(Shard& shard, uint64_t offset, uint64_t bytes, std::byte* target);
 
 // The block's next read, done here and now by pread, or memcpy from a memory shard.
 int64_t read_now(const BlockRead& block);

@@ -47,7 +47,7 @@ class PreadReader final : public Reader {
   size_t poll(std::span<ReadCompletion> completions) override {
     done_.clear();
     const MutexLock lock(mutex_);
-    const size_t count = queue_.take(completions);
+    const size_t count = queue_.pop_done(completions);
     if (queue_.any_done()) done_.raise();
     return count;
   }

@@ -80,7 +80,7 @@ bool RequestQueue::finish(BlockRead& block) {
   return true;
 }
 
-size_t RequestQueue::take(std::span<ReadCompletion> completions) {
+size_t RequestQueue::pop_done(std::span<ReadCompletion> completions) {
   size_t count = 0;
   for (; count < completions.size() && !done_.empty(); ++count) {
     const uint32_t index = done_.pop();

@@ -53,7 +53,7 @@ class RequestQueue {
   // A block has finished. True when its request is done with it.
   bool finish(BlockRead& block);
   // Hands over what is done, as many as fit, in the order in which they were done.
-  size_t take(std::span<ReadCompletion> completions);
+  size_t pop_done(std::span<ReadCompletion> completions);
 
   bool full() const { return free_.empty() || open_bytes_ >= most_open_bytes_; }
   bool any_waiting() const { return !waiting_.empty(); }

@@ -94,7 +94,7 @@ std::unique_ptr<Shard> Shard::open(const std::string& path, DirectMode mode) {
   // Without read-ahead, pages found in the cache before a read were not put there by the one before
   // it: what decides whether they are dropped stays true.
   if (!shard->in_memory_) (void)::posix_fadvise(shard->buffered_fd(), 0, 0, POSIX_FADV_RANDOM);
-  const std::string refusal = shard->choose_way();
+  const std::string refusal = shard->choose_mode();
   check<IoError>(mode != DirectMode::kOn || refusal.empty(), "direct reads of ", path,
                  " are required, but cannot be done: ", refusal,
                  "; let them be chosen automatically, or move the file to a local drive");
@@ -131,7 +131,7 @@ void Shard::identify() {
   mtime_ = info.st_mtim;
 }
 
-std::string Shard::choose_way() {
+std::string Shard::choose_mode() {
   const DirectFacts facts = direct_facts(buffered_fd(), "", AT_EMPTY_PATH);
   alignment_ = facts.alignment;
   if (in_memory_) return "tmpfs";

@@ -74,9 +74,9 @@ class Shard {
 
  private:
   Shard() = default;
-  void identify();           // what check_unchanged compares, and the file's size
-  std::string try_direct();  // opens direct_fd_; why not, else empty
-  std::string choose_way();  // direct, or else why not
+  void identify();            // what check_unchanged compares, and the file's size
+  std::string try_direct();   // opens direct_fd_; why not, else empty
+  std::string choose_mode();  // direct, or else why not
   void set_reason(std::string reason);
 
   std::string path_;

@@ -146,7 +146,7 @@ class UringReader final : public Reader {
     done_.clear();  // before the reaping: what completes after it raises the flag again
     reap();
     act();
-    const size_t count = queue_.take(completions);
+    const size_t count = queue_.pop_done(completions);
     push_on();
     return count;
   }

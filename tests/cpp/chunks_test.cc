@@ -13,11 +13,11 @@ namespace {
 
 constexpr uint64_t kChunk = 64 * kKiB;
 
-Plan cut(const std::vector<Fragment>& fragments, uint32_t alignment = 4096,
+Plan cut(const std::vector<PlannedExtent>& extents, uint32_t alignment = 4096,
          uint64_t chunk = kChunk) {
   Plan plan;
   const std::vector<ShardSpec> shards(4, {"s", 1ull << 40, alignment});
-  cut_chunks(fragments, shards, chunk, Home::kDisk, plan);
+  cut_chunks(extents, shards, chunk, Home::kDisk, plan);
   return plan;
 }
 
@@ -84,10 +84,10 @@ TEST(Chunks, CutsReadNothingTwice) {
 
 // So what a cache holds of one plan is cut as another plan wants it.
 TEST(Chunks, AreCutAlikeWhateverElseIsStreamed) {
-  std::vector<Fragment> both = {
+  std::vector<PlannedExtent> both = {
       {.offset = 5000, .bytes = kChunk + 10000},
       {.offset = 15000 + kChunk, .bytes = 3 * kChunk, .target = 2 * kChunk}};
-  find_stretches(both);
+  find_clusters(both);
   const std::vector<Chunk> all = cut(both).chunks;
   const std::vector<Chunk> second = cut({both[1]}).chunks;
   ASSERT_EQ(all.size(), 5u);
@@ -103,15 +103,15 @@ TEST(Chunks, AreCutAlikeWhateverElseIsStreamed) {
 }
 
 TEST(Chunks, StretchesEndAtLargeGapsAndAtShards) {
-  std::vector<Fragment> fragments = {{.shard = 1, .offset = 30, .bytes = 10},
-                                     {.offset = 50 + kMaxReadGap + 1, .bytes = 10},
-                                     {.offset = 20, .bytes = 30},
-                                     {.offset = 25, .bytes = 5}};
-  find_stretches(fragments);
-  EXPECT_EQ(fragments[0].stretch, 20u);
-  EXPECT_EQ(fragments[1].stretch, 20u);
-  EXPECT_EQ(fragments[2].stretch, 50 + kMaxReadGap + 1);
-  EXPECT_EQ(fragments[3].stretch, 30u);
+  std::vector<PlannedExtent> extents = {{.shard = 1, .offset = 30, .bytes = 10},
+                                        {.offset = 50 + kMaxReadGap + 1, .bytes = 10},
+                                        {.offset = 20, .bytes = 30},
+                                        {.offset = 25, .bytes = 5}};
+  find_clusters(extents);
+  EXPECT_EQ(extents[0].cluster_begin, 20u);
+  EXPECT_EQ(extents[1].cluster_begin, 20u);
+  EXPECT_EQ(extents[2].cluster_begin, 50 + kMaxReadGap + 1);
+  EXPECT_EQ(extents[3].cluster_begin, 30u);
 }
 
 TEST(Chunks, SmallGapsAreReadLargeOnesAreNot) {
@@ -154,19 +154,19 @@ TEST(Chunks, BringEveryByteOnce) {
   for (uint64_t seed = 0; seed < 2000; ++seed) {
     SCOPED_TRACE(concat("seed ", seed));
     std::mt19937_64 random(seed);
-    std::vector<Fragment> fragments(random() % 20);
+    std::vector<PlannedExtent> extents(random() % 20);
     uint64_t target = 0;
-    for (Fragment& fragment : fragments) {
+    for (PlannedExtent& extent : extents) {
       target += random() % 2 == 0 ? 0 : random() % 300;
-      fragment = {.shard = static_cast<uint32_t>(random() % 3),
-                  .unit = static_cast<uint32_t>(random() % 5),
-                  .offset = random() % (20 * kChunk),
-                  .bytes = 1 + random() % (random() % 2 == 0 ? 300 : 3 * kChunk),
-                  .target = target};
-      target += fragment.bytes;
+      extent = {.shard = static_cast<uint32_t>(random() % 3),
+                .unit = static_cast<uint32_t>(random() % 5),
+                .offset = random() % (20 * kChunk),
+                .bytes = 1 + random() % (random() % 2 == 0 ? 300 : 3 * kChunk),
+                .target = target};
+      target += extent.bytes;
     }
     const uint32_t alignment = 1u << random() % 16;
-    const Plan plan = cut(fragments, alignment, 2 * kChunk);
+    const Plan plan = cut(extents, alignment, 2 * kChunk);
     for (const Chunk& chunk : plan.chunks) {
       EXPECT_EQ(chunk.read_offset % alignment, 0u);
       EXPECT_EQ(chunk.read_bytes % alignment, 0u);
@@ -174,7 +174,7 @@ TEST(Chunks, BringEveryByteOnce) {
       EXPECT_LE(chunk.need_bytes, chunk.read_bytes);
     }
     const auto chunks = static_cast<uint32_t>(plan.chunks.size());
-    testing::expect_moves_bring(fragments, testing::moves_of(plan, 0, chunks));
+    testing::expect_moves_bring(extents, testing::moves_of(plan, 0, chunks));
     if (::testing::Test::HasFailure()) break;
   }
 }

@@ -30,10 +30,10 @@ TEST(HostCache, ChunksKeepTheirBytesInTheirPlaces) {
   const auto device = make_host_device();
   const Plan plan = small_plan();
   HostCache cache(*device, plan, [] {});
-  const std::byte* const begin = cache.place(plan.chunks[0]);
-  EXPECT_EQ(cache.place(plan.chunks[2]), begin + kChunkBytes);
-  std::memset(cache.place(plan.chunks[0]), 1, kChunkBytes);
-  std::memset(cache.place(plan.chunks[2]), 2, kChunkBytes);
+  const std::byte* const begin = cache.data(plan.chunks[0]);
+  EXPECT_EQ(cache.data(plan.chunks[2]), begin + kChunkBytes);
+  std::memset(cache.data(plan.chunks[0]), 1, kChunkBytes);
+  std::memset(cache.data(plan.chunks[2]), 2, kChunkBytes);
   EXPECT_EQ(begin[kChunkBytes - 1], std::byte{1});
   EXPECT_EQ(begin[2 * kChunkBytes - 1], std::byte{2});
 }

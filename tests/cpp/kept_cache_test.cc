@@ -24,19 +24,19 @@ KeptCache full_cache(const Plan& plan) {
   kept.cut_bytes = plan.cut_bytes;
   for (const Chunk& chunk : plan.chunks) {
     if (chunk.home != Home::kHost) continue;
-    kept.ranges.push_back({chunk.shard, chunk.read_offset, chunk.read_bytes, chunk.cache_offset});
+    kept.extents.push_back({chunk.shard, chunk.read_offset, chunk.read_bytes, chunk.cache_offset});
   }
   return kept;
 }
 
 // Bytes of the plan's cache that it finds where they were.
 uint64_t found_bytes(const Plan& plan, const KeptCache& kept) {
-  const KeptRanges ranges(kept.ranges, plan.cache_bytes);
+  const KeptExtents extents(kept.extents, plan.cache_bytes);
   uint64_t bytes = 0;
   for (const Chunk& chunk : plan.chunks) {
     const bool found =
         chunk.home == Home::kHost &&
-        ranges.find(chunk.shard, chunk.read_offset, chunk.read_bytes) == chunk.cache_offset;
+        extents.find(chunk.shard, chunk.read_offset, chunk.read_bytes) == chunk.cache_offset;
     if (found) bytes += chunk.payload_bytes;
   }
   return bytes;
@@ -60,8 +60,8 @@ TEST(KeptCache, MemoryThatHoldsNothingYetIsTakenOverInItsPieces) {
   const ModelSpec spec = uniform_model(12, 4, kTensor + 12'000);
   for (uint64_t host = 40; host < 90; ++host) {
     KeptCache kept = full_cache(make_plan(spec, limits(100 * kMiB, host * kMiB)));
-    ASSERT_FALSE(kept.ranges.empty());
-    kept.ranges.clear();
+    ASSERT_FALSE(kept.extents.empty());
+    kept.extents.clear();
     PlanLimits more = limits(100 * kMiB, (host + 13) * kMiB);
     more.kept_cache = kept;
     for (const Chunk& chunk : make_plan(spec, more).chunks) {
@@ -82,9 +82,9 @@ TEST(KeptCache, MoreDeviceMemoryKeepsWhatStillStreams) {
   const Plan after = make_plan(spec, l);
   EXPECT_GT(after.device_home_bytes, before.device_home_bytes);
   uint64_t wanted = 0;  // of what was cached, still streamed
-  const KeptRanges ranges(l.kept_cache.ranges, after.cache_bytes);
+  const KeptExtents extents(l.kept_cache.extents, after.cache_bytes);
   for (const Chunk& chunk : after.chunks) {
-    const bool held = ranges.find(chunk.shard, chunk.read_offset, chunk.read_bytes) != UINT64_MAX;
+    const bool held = extents.find(chunk.shard, chunk.read_offset, chunk.read_bytes) != UINT64_MAX;
     if (held && chunk.home != Home::kDevice) wanted += chunk.payload_bytes;
   }
   EXPECT_GT(wanted, 0u);
@@ -146,7 +146,7 @@ TEST(KeptCache, PlacesNeverMeet) {
       }
       ++planned;
       EXPECT_LE(plan.cache_bytes + plan.staging_bytes(), l.host_bytes);
-      const KeptRanges ranges(l.kept_cache.ranges, plan.cache_bytes);
+      const KeptExtents extents(l.kept_cache.extents, plan.cache_bytes);
       std::vector<std::pair<uint64_t, uint64_t>> fresh, all;
       for (const Chunk& chunk : plan.chunks) {
         if (chunk.home != Home::kHost) continue;
@@ -157,7 +157,7 @@ TEST(KeptCache, PlacesNeverMeet) {
         ASSERT_NE(segment, plan.cache_segments.end());
         EXPECT_LE(end, *segment);
         const bool kept =
-            ranges.find(chunk.shard, chunk.read_offset, chunk.read_bytes) == chunk.cache_offset;
+            extents.find(chunk.shard, chunk.read_offset, chunk.read_bytes) == chunk.cache_offset;
         all.emplace_back(chunk.cache_offset, end);
         if (!kept) fresh.emplace_back(chunk.cache_offset, end);
       }

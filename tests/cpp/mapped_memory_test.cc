@@ -28,14 +28,14 @@ TEST(MappedMemory, NothingIsMappedForNothing) {
 TEST(MappedMemory, WhatIsGivenBackHasLostItsBytesAndMayBeWrittenAgain) {
   MappedMemory memory(8 * kMiB);
   std::memset(memory.data(), 7, memory.bytes());
-  memory.give_back(2 * kMiB, 4 * kMiB);
+  memory.release(2 * kMiB, 4 * kMiB);
   EXPECT_EQ(memory.data()[2 * kMiB - 1], std::byte{7});
   EXPECT_EQ(memory.data()[2 * kMiB], std::byte{0});
   EXPECT_EQ(memory.data()[6 * kMiB - 1], std::byte{0});
   EXPECT_EQ(memory.data()[6 * kMiB], std::byte{7});
   std::memset(memory.data(), 8, memory.bytes());
-  EXPECT_THROW(memory.give_back(1, map_page_bytes()), InvalidArgument);
-  EXPECT_THROW(memory.give_back(8 * kMiB, map_page_bytes()), InvalidArgument);
+  EXPECT_THROW(memory.release(1, map_page_bytes()), InvalidArgument);
+  EXPECT_THROW(memory.release(8 * kMiB, map_page_bytes()), InvalidArgument);
 }
 
 TEST(MappedMemory, WhatIsCutOffIsNotThereAnyMore) {

@@ -131,9 +131,9 @@ TEST(ModelSpec, RefusesAPassWhoseSizeOverflows) {
 
 TEST(ModelSpec, RefusesATransformOfNothingOrOfTooMuch) {
   ModelSpec spec = small_model();
-  spec.tensors[0].placed_bytes = 80;
+  spec.tensors[0].parameter_bytes = 80;
   EXPECT_EQ(refusal(spec), "accepted");
-  spec.tensors[0].placed_bytes = UINT64_MAX;
+  spec.tensors[0].parameter_bytes = UINT64_MAX;
   EXPECT_TRUE(contains(refusal(spec), "unit layer: with tensor x"));
   spec.tensors[0] = {"x", 0, {}, 80};
   EXPECT_TRUE(contains(refusal(spec), "tensor x: 80 bytes cannot be made of none"));

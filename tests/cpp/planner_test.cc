@@ -77,10 +77,10 @@ class Machine {
 
   bool unit_is_right(uint32_t u) const {
     for (size_t i = 0; i < plan_.units[u].tensors.size(); ++i) {
-      const TensorPlace place = plan_.units[u].tensors[i];
+      const TensorLocation place = plan_.units[u].tensors[i];
       const auto& memory = place.resident ? homes_ : arena_;
       const TensorSpec& tensor = spec_.tensors[spec_.units[u].tensors[i]];
-      if (place.resident && tensor.placed_bytes > 0) continue;  // its image is not loaded
+      if (place.resident && tensor.parameter_bytes > 0) continue;  // its image is not loaded
       for (const Extent& extent : tensor.extents) {
         const auto from = shards_[extent.shard].begin() + static_cast<ptrdiff_t>(extent.offset);
         const auto at =
@@ -269,7 +269,7 @@ ModelSpec transformed_model() {
   const uint32_t a = model.tensor("a", 512);
   const uint32_t b = model.tensor("b", 600);
   const uint32_t c = model.tensor("c", 100);
-  model.spec.tensors[b].placed_bytes = 300;
+  model.spec.tensors[b].parameter_bytes = 300;
   model.unit("u", {a, b, c});
   return model.spec;
 }

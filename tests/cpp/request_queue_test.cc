@@ -44,7 +44,7 @@ TEST(RequestQueue, WhatIsNotReadIsNotUnderWay) {
   ASSERT_TRUE(queue.add(request));
   EXPECT_TRUE(queue.full());  // there are two requests
   std::array<ReadCompletion, 2> done;
-  EXPECT_EQ(queue.take(done), 2u);
+  EXPECT_EQ(queue.pop_done(done), 2u);
   EXPECT_FALSE(queue.full());
 }
 

@@ -152,9 +152,9 @@ TEST(Resize, ACacheOfOtherFilesIsRefused) {
   const Plan plan =
       model.plan({.device_bytes = 48 * kMiB, .host_bytes = 48 * kMiB, .home_bytes = 0});
   other.open(other.plan(limits(16 * kMiB, 48 * kMiB)));
-  std::vector<std::byte> arena(plan.arena_bytes + kPlaceAlignment);
+  std::vector<std::byte> arena(plan.arena_bytes + kTensorAlignment);
   auto* const begin = reinterpret_cast<std::byte*>(
-      align_up(reinterpret_cast<uintptr_t>(arena.data()), kPlaceAlignment));
+      align_up(reinterpret_cast<uintptr_t>(arena.data()), kTensorAlignment));
   EXPECT_THROW(
       Engine(model.spec(), plan, other.engine().hand_over(), begin, {}, {nullptr, nullptr}, 0, {}),
       InvalidArgument);

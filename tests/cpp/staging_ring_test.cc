@@ -51,7 +51,7 @@ class ManualDevice final : public Device {
 class StagingRingTest : public testing::Test {
  protected:
   uint32_t fill_one() {
-    const uint32_t slot = ring_.take(true);
+    const uint32_t slot = ring_.acquire(true);
     ring_.read_done(slot);
     return slot;
   }
@@ -68,7 +68,7 @@ class StagingRingTest : public testing::Test {
 TEST_F(StagingRingTest, SlotsAreApartAndHoldTheirBytes) {
   std::set<std::byte*> places;
   for (uint32_t i = 0; i < 3; ++i) {
-    const uint32_t slot = ring_.take(true);
+    const uint32_t slot = ring_.acquire(true);
     EXPECT_TRUE(places.insert(ring_.data(slot)).second);
     EXPECT_EQ((ring_.data(slot) - ring_.buffer().data()) % static_cast<int64_t>(kSlotBytes), 0);
     std::memset(ring_.data(slot), static_cast<int>(i), kSlotBytes);
@@ -77,7 +77,7 @@ TEST_F(StagingRingTest, SlotsAreApartAndHoldTheirBytes) {
 }
 
 TEST_F(StagingRingTest, TheWayOfASlot) {
-  const uint32_t slot = ring_.take(false);
+  const uint32_t slot = ring_.acquire(false);
   EXPECT_EQ(ring_.state(slot), State::kReading);
   EXPECT_EQ(ring_.free_slots(), 2u);
   EXPECT_TRUE(ring_.read_done(slot));
@@ -95,11 +95,11 @@ TEST_F(StagingRingTest, TheWayOfASlot) {
 }
 
 TEST_F(StagingRingTest, LastSlotIsKeptForDemands) {
-  EXPECT_NE(ring_.take(false), kNoSlot);
-  EXPECT_NE(ring_.take(false), kNoSlot);
-  EXPECT_EQ(ring_.take(false), kNoSlot);
-  EXPECT_NE(ring_.take(true), kNoSlot);
-  EXPECT_EQ(ring_.take(true), kNoSlot);
+  EXPECT_NE(ring_.acquire(false), kNoSlot);
+  EXPECT_NE(ring_.acquire(false), kNoSlot);
+  EXPECT_EQ(ring_.acquire(false), kNoSlot);
+  EXPECT_NE(ring_.acquire(true), kNoSlot);
+  EXPECT_EQ(ring_.acquire(true), kNoSlot);
 }
 
 TEST_F(StagingRingTest, RecycleFreesTheOldestCopiesOnly) {
@@ -115,7 +115,7 @@ TEST_F(StagingRingTest, RecycleFreesTheOldestCopiesOnly) {
 }
 
 TEST_F(StagingRingTest, SlotBeingReadIsDoomedUntilItsReadIsDone) {
-  const uint32_t slot = ring_.take(true);
+  const uint32_t slot = ring_.acquire(true);
   ring_.discard(slot);
   EXPECT_EQ(ring_.state(slot), State::kDoomed);
   EXPECT_EQ(ring_.free_slots(), 2u);
@@ -134,7 +134,7 @@ TEST_F(StagingRingTest, FilledSlotIsDiscardedAtOnce) {
 TEST_F(StagingRingTest, StepsThatAreNotDrawnThrow) {
   const uint32_t free = 2;  // slots are taken from 0 up
   const uint32_t filled = fill_one();
-  const uint32_t reading = ring_.take(true);
+  const uint32_t reading = ring_.acquire(true);
   ASSERT_EQ(ring_.state(free), State::kFree);
   EXPECT_THROW(ring_.read_done(free), Error);
   EXPECT_THROW(ring_.discard(free), Error);
@@ -164,14 +164,14 @@ TEST_F(StagingRingTest, SlotWhoseEventCouldNotBeRecordedIsNotRecycled) {
 TEST(StagingRing, OneSlotServesAll) {
   ManualDevice device;
   StagingRing ring(device, 1, kSlotBytes);
-  EXPECT_EQ(ring.take(false), 0u);
-  EXPECT_EQ(ring.take(true), kNoSlot);
+  EXPECT_EQ(ring.acquire(false), 0u);
+  EXPECT_EQ(ring.acquire(true), kNoSlot);
 }
 
 TEST(StagingRing, NoSlotsHaveNothingToGive) {
   ManualDevice device;
   StagingRing ring(device, 0, 0);
-  EXPECT_EQ(ring.take(true), kNoSlot);
+  EXPECT_EQ(ring.acquire(true), kNoSlot);
   EXPECT_EQ(ring.recycle(), 0u);
   EXPECT_EQ(ring.buffer().mapped_bytes(), 0u);
 }
@@ -195,7 +195,7 @@ TEST(StagingRing, ManyRoundsOnTheHostDevice) {
   std::vector<std::byte> target(64 * kSlotBytes);
   for (uint32_t i = 0; i < 64; ++i) {
     uint32_t slot = kNoSlot;
-    while ((slot = ring.take(false)) == kNoSlot) ring.recycle();
+    while ((slot = ring.acquire(false)) == kNoSlot) ring.recycle();
     std::memset(ring.data(slot), static_cast<int>(i + 1), kSlotBytes);
     ring.read_done(slot);
     device->copy_to_device(target.data() + i * kSlotBytes, ring.data(slot), kSlotBytes);

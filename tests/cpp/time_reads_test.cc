@@ -16,8 +16,8 @@ using testing::write_pattern_file;
 constexpr uint32_t kSpan = 1 << 20;
 const std::vector<EngineOptions> kOneWay(1);
 
-std::vector<ReadSpan> spans_of(uint32_t file, uint32_t count) {
-  std::vector<ReadSpan> spans;
+std::vector<FileExtent> spans_of(uint32_t file, uint32_t count) {
+  std::vector<FileExtent> spans;
   for (uint32_t i = 0; i < count; ++i) spans.push_back({file, uint64_t{i} * kSpan, kSpan});
   return spans;
 }

@@ -79,14 +79,14 @@ class ModelMaker {
       tensor.bytes += tensor.extents.back().bytes;
     }
     if (in_.once_in(8)) std::reverse(tensor.extents.begin(), tensor.extents.end());
-    if (in_.once_in(8)) tensor.placed_bytes = size();
+    if (in_.once_in(8)) tensor.parameter_bytes = size();
     spoil(tensor);
     spec_.tensors.push_back(std::move(tensor));
   }
 
   void spoil(TensorSpec& tensor) {
     maybe_spoil(tensor.bytes);
-    maybe_spoil(tensor.placed_bytes);
+    maybe_spoil(tensor.parameter_bytes);
     for (Extent& extent : tensor.extents) {
       maybe_spoil(extent.shard);
       maybe_spoil(extent.offset);
@@ -160,7 +160,7 @@ KeptCache kept_of(Input& in, const Plan& plan) {
   kept.cut_bytes = plan.cut_bytes;
   for (const Chunk& chunk : plan.chunks) {
     if (chunk.home != Home::kHost || in.once_in(4)) continue;
-    kept.ranges.push_back({chunk.shard, chunk.read_offset, chunk.read_bytes, chunk.cache_offset});
+    kept.extents.push_back({chunk.shard, chunk.read_offset, chunk.read_bytes, chunk.cache_offset});
   }
   return kept;
 }

@@ -28,22 +28,22 @@ void cut(Input& in) {
   const uint32_t alignment = 1u << in.below(17);
   const uint64_t chunk_bytes = uint64_t{alignment} * (1 + in.below(64));
   std::vector<ShardSpec> shards(1 + in.below(3), ShardSpec{"s", 0, alignment});
-  std::vector<Fragment> fragments(in.below(12));
+  std::vector<PlannedExtent> extents(in.below(12));
   uint64_t target = 0;
-  for (Fragment& fragment : fragments) {
+  for (PlannedExtent& extent : extents) {
     target += in.once_in(3) ? in.byte() : 0;
-    fragment.shard = in.below(static_cast<uint32_t>(shards.size()));
-    fragment.unit = in.below(4);
-    fragment.offset = in.once_in(4) ? in.take<uint64_t>() >> 3 : in.small_size();
-    fragment.bytes = 1 + std::min(in.small_size(), kMostChunks * chunk_bytes);
-    fragment.target = target;
-    target += fragment.bytes;
-    ShardSpec& shard = shards[fragment.shard];
-    shard.bytes = std::max(shard.bytes, fragment.offset + fragment.bytes);
+    extent.shard = in.below(static_cast<uint32_t>(shards.size()));
+    extent.unit = in.below(4);
+    extent.offset = in.once_in(4) ? in.take<uint64_t>() >> 3 : in.small_size();
+    extent.bytes = 1 + std::min(in.small_size(), kMostChunks * chunk_bytes);
+    extent.target = target;
+    target += extent.bytes;
+    ShardSpec& shard = shards[extent.shard];
+    shard.bytes = std::max(shard.bytes, extent.offset + extent.bytes);
   }
-  if (in.once_in(2)) find_stretches(fragments);
+  if (in.once_in(2)) find_clusters(extents);
   Plan plan;
-  cut_chunks(fragments, shards, chunk_bytes, Home::kDisk, plan);
+  cut_chunks(extents, shards, chunk_bytes, Home::kDisk, plan);
   for (const Chunk& chunk : plan.chunks) {
     EXPECT_EQ(chunk.read_offset % alignment, 0u);
     EXPECT_EQ(chunk.read_bytes % alignment, 0u);
@@ -52,7 +52,7 @@ void cut(Input& in) {
     EXPECT_LE(chunk.read_offset + chunk.need_bytes, shards[chunk.shard].bytes);
   }
   testing::expect_moves_bring(
-      fragments, testing::moves_of(plan, 0, static_cast<uint32_t>(plan.chunks.size())));
+      extents, testing::moves_of(plan, 0, static_cast<uint32_t>(plan.chunks.size())));
 }
 
 // One read of the block: as it should be, or short, or none.
@@ -108,7 +108,7 @@ void read(Input& in) {
     queue.finish(block);
   }
   std::array<ReadCompletion, 4> done;
-  const size_t count = queue.take(done);
+  const size_t count = queue.pop_done(done);
   EXPECT_EQ(count, requests.size());
   for (size_t i = 0; i < count; ++i) expect_done(requests[done[i].tag].first, done[i]);
 }

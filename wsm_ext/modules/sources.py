@@ -192,12 +192,12 @@ def _source_of_images(checkpoint: Checkpoint, images: dict[str, TensorImage]) ->
         key = replace(image, name="")
         if key not in seen:
             index = seen[key] = len(source.tensors)
-            placed_bytes = 0
+            parameter_bytes = 0
             if image.arrival is not None:
                 source.arrivals[index] = image.arrival
-                placed_bytes = image.nbytes
+                parameter_bytes = image.nbytes
             source.tensors.append(
-                TensorSpec(slot_name, image.arriving_bytes, extents_of(image), placed_bytes)
+                TensorSpec(slot_name, image.arriving_bytes, extents_of(image), parameter_bytes)
             )
         source.index_of[slot_name] = seen[key]
     return source
@@ -227,7 +227,7 @@ def _blocks(checkpoint: Checkpoint, image: TensorImage) -> Iterable[bytes]:
         at, end = extent.offset, extent.offset + extent.nbytes
         while at < end:
             count = min(end - at, _COMPARE_BYTES - len(pending))
-            pending += _engine.read_range(path, at, count)
+            pending += _engine.read_extent(path, at, count)
             at += count
             if len(pending) == _COMPARE_BYTES:
                 yield bytes(pending)

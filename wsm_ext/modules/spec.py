@@ -31,4 +31,4 @@ def unit_bytes(unit: Unit, source: Source) -> int:
 def unit_place_bytes(unit: Unit, source: Source) -> int:
     """What all of the unit takes in the arena: what a load brings, and what is made of it."""
     tensors = [source.tensors[tensor] for tensor in unit_tensors(unit, source)]
-    return sum(tensor.nbytes + tensor.placed_bytes for tensor in tensors)
+    return sum(tensor.nbytes + tensor.parameter_bytes for tensor in tensors)

@@ -205,12 +205,14 @@ def _sample_reads(
     spans: Sequence[Span], methods: Sequence[_engine.EngineOptions], chunk: int
 ) -> list[list[float]]:
     paths = list(dict.fromkeys(span.path for span in spans))
-    pieces = [_engine.ReadSpan(paths.index(span.path), span.offset, _SPAN_BYTES) for span in spans]
+    extents = [
+        _engine.FileExtent(paths.index(span.path), span.offset, _SPAN_BYTES) for span in spans
+    ]
     rounds = 1 if len(methods) == 1 else _ROUNDS
     seconds = _READ_SECONDS if len(methods) == 1 else _SAMPLE_SECONDS
     try:
         files = [str(path) for path in paths]
-        return _engine.time_reads(files, pieces, methods, seconds, rounds, _MOST_SECONDS, chunk)
+        return _engine.time_reads(files, extents, methods, seconds, rounds, _MOST_SECONDS, chunk)
     except (OSError, MemoryError, _engine.EngineError) as error:  # a TimeoutError is an OSError
         raise NotMeasuredError(f"reading failed: {error}") from error
 

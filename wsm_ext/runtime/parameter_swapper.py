@@ -165,7 +165,7 @@ class ParameterSwapper:
             return None
         where = f"unit {unit.name!r}"
         streamed: list[tuple[Image, torch.Tensor]] = []
-        places = self._planned.tensor_places(index)
+        places = self._planned.tensor_locations(index)
         for tensor, member in enumerate(unit_tensors(unit, source)):
             place = places[tensor]
             image = self._images[member]
@@ -186,7 +186,7 @@ class ParameterSwapper:
     ) -> list[_engine.ParameterSwap]:
         """Builds the unit's parameters over device memory; what streams gets a placeholder."""
         tensor_of = {member: i for i, member in enumerate(unit_tensors(unit, source))}
-        places = self._planned.tensor_places(index)
+        places = self._planned.tensor_locations(index)
         swaps: list[_engine.ParameterSwap] = []
         made: set[int] = set()
         for entry in unit.entries:

@@ -32,7 +32,7 @@ size_t FaultyReader::poll(std::span<ReadCompletion> completions) {
     take_off();
     step();
   } while (calm() && (!flying_.empty() || queue_.any_waiting()));
-  const size_t count = queue_.take(completions);
+  const size_t count = queue_.pop_done(completions);
   signal();
   return count;
 }

@@ -111,7 +111,7 @@ inline ModelSpec random_model(std::mt19937_64& random, uint64_t scale_bytes) {
       tensor.bytes = model.spec.tensors[0].bytes;
     }
     const uint64_t mixed = tensor.bytes * 0x9E3779B97F4A7C15ull >> 32;
-    if (mixed % 8 == 0 && tensor.bytes > 0) tensor.placed_bytes = 1 + mixed % (2 * tensor.bytes);
+    if (mixed % 8 == 0 && tensor.bytes > 0) tensor.parameter_bytes = 1 + mixed % (2 * tensor.bytes);
   }
   return model.spec;
 }

@@ -39,23 +39,23 @@ inline std::vector<Move> moves_of(const Plan& plan, uint32_t first_chunk, uint32
   return moves;
 }
 
-// Every byte of the fragments is brought from its source exactly once, and nothing else.
-inline void expect_moves_bring(std::vector<Fragment> fragments, std::vector<Move> moves) {
+// Every byte of the extents is brought from its source exactly once, and nothing else.
+inline void expect_moves_bring(std::vector<PlannedExtent> extents, std::vector<Move> moves) {
   const auto by_target = [](const auto& a, const auto& b) { return a.target < b.target; };
-  std::sort(fragments.begin(), fragments.end(), by_target);
+  std::sort(extents.begin(), extents.end(), by_target);
   std::sort(moves.begin(), moves.end(), by_target);
   size_t next = 0;
-  for (Fragment& fragment : fragments) {
-    while (fragment.bytes > 0) {
+  for (PlannedExtent& extent : extents) {
+    while (extent.bytes > 0) {
       ASSERT_LT(next, moves.size());
       Move& move = moves[next];
-      ASSERT_EQ(move.target, fragment.target);
-      ASSERT_EQ(move.shard, fragment.shard);
-      ASSERT_EQ(move.offset, fragment.offset);
-      const uint64_t bytes = std::min(move.bytes, fragment.bytes);
+      ASSERT_EQ(move.target, extent.target);
+      ASSERT_EQ(move.shard, extent.shard);
+      ASSERT_EQ(move.offset, extent.offset);
+      const uint64_t bytes = std::min(move.bytes, extent.bytes);
       ASSERT_GT(bytes, 0u);
-      fragment = {fragment.shard, 0, fragment.offset + bytes, fragment.bytes - bytes,
-                  fragment.target + bytes};
+      extent = {extent.shard, 0, extent.offset + bytes, extent.bytes - bytes,
+                extent.target + bytes};
       move = {move.shard, move.offset + bytes, move.target + bytes, move.bytes - bytes};
       if (move.bytes == 0) ++next;
     }
@@ -127,7 +127,7 @@ inline std::vector<uint32_t> cycle_of(const ModelSpec& spec, const Plan& plan) {
 inline void expect_places_disjoint(const ModelSpec& spec, const Plan& plan) {
   for (uint32_t u = 0; u < plan.units.size(); ++u) {
     const UnitPlan& unit = plan.units[u];
-    EXPECT_EQ(unit.place_offset % kPlaceAlignment, 0u);
+    EXPECT_EQ(unit.place_offset % kTensorAlignment, 0u);
     EXPECT_LE(unit.place_offset + unit.place_bytes, plan.arena_bytes);
     for (uint32_t v = 0; spec.units[u].encloses_units && v < plan.units.size(); ++v) {
       EXPECT_FALSE(v != u && places_overlap(unit, plan.units[v])) << u << " and " << v;
@@ -169,14 +169,14 @@ inline void expect_tensors_placed(const ModelSpec& spec, const Plan& plan) {
     ASSERT_EQ(unit.tensors.size(), spec.units[u].tensors.size());
     for (size_t i = 0; i < unit.tensors.size(); ++i) {
       const uint32_t t = spec.units[u].tensors[i];
-      const TensorPlace place = unit.tensors[i];
-      const bool transformed = spec.tensors[t].placed_bytes > 0;
-      const uint64_t bytes = transformed ? spec.tensors[t].placed_bytes : spec.tensors[t].bytes;
+      const TensorLocation place = unit.tensors[i];
+      const bool transformed = spec.tensors[t].parameter_bytes > 0;
+      const uint64_t bytes = transformed ? spec.tensors[t].parameter_bytes : spec.tensors[t].bytes;
       const uint64_t end = place.offset + bytes;
-      EXPECT_EQ(place.offset % kPlaceAlignment, 0u);
+      EXPECT_EQ(place.offset % kTensorAlignment, 0u);
       if (!place.resident && transformed) {
         const uint64_t image_end = place.image_offset + spec.tensors[t].bytes;
-        EXPECT_EQ(place.image_offset % kPlaceAlignment, 0u);
+        EXPECT_EQ(place.image_offset % kTensorAlignment, 0u);
         EXPECT_GE(place.image_offset, unit.place_offset);
         EXPECT_LE(image_end, unit.place_offset + unit.place_bytes);
         streamed.emplace_back(place.image_offset, image_end);
@@ -203,21 +203,21 @@ inline void expect_tensors_placed(const ModelSpec& spec, const Plan& plan) {
 }
 
 inline void expect_bytes_covered(const ModelSpec& spec, const Plan& plan) {
-  std::vector<Fragment> resident;
+  std::vector<PlannedExtent> resident;
   std::vector<bool> seen(spec.tensors.size(), false);
   uint32_t next_chunk = 0;
   for (uint32_t u = 0; u < plan.units.size(); ++u) {
     SCOPED_TRACE(concat("unit ", u));
-    std::vector<Fragment> streamed;
+    std::vector<PlannedExtent> streamed;
     uint64_t bytes = 0;
     for (size_t i = 0; i < plan.units[u].tensors.size(); ++i) {
       const uint32_t t = spec.units[u].tensors[i];
-      const TensorPlace place = plan.units[u].tensors[i];
+      const TensorLocation place = plan.units[u].tensors[i];
       if (!place.resident) {
-        append_fragments(spec.tensors[t], u, place.image_offset, streamed);
+        append_extents(spec.tensors[t], u, place.image_offset, streamed);
         bytes += spec.tensors[t].bytes;
-      } else if (!seen[t] && spec.tensors[t].placed_bytes == 0) {
-        append_fragments(spec.tensors[t], u, place.offset, resident);
+      } else if (!seen[t] && spec.tensors[t].parameter_bytes == 0) {
+        append_extents(spec.tensors[t], u, place.offset, resident);
         seen[t] = true;
       }
     }

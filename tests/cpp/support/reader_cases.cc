@@ -289,7 +289,7 @@ void drops_behind_only_what_was_not_cached(const MakeReader& make) {
   constexpr uint64_t kBytes = 8 * kBlock;
   // In the middle of blocks, of the parts in which they are dropped, and of pages.
   constexpr uint64_t kWarmBegin = 2 * kBlock + 40'001, kWarmEnd = 5 * kBlock + 90'001;
-  constexpr uint64_t kEdge = kBlock / BlockRead::kParts + 4096;
+  constexpr uint64_t kEdge = kBlock / BlockRead::kStrips + 4096;
   const TempFile file(kBytes);
   const auto reader = make(small_options());
   for (const bool refused : {false, true}) {

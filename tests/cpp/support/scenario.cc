@@ -65,7 +65,7 @@ class ModelDraw {
     }
     if (draws_.one_in(4)) std::ranges::reverse(tensor.extents);
     if (draws_.one_in(8) && tensor.bytes > 0) {
-      tensor.placed_bytes = draws_.between(1, 2 * tensor.bytes);
+      tensor.parameter_bytes = draws_.between(1, 2 * tensor.bytes);
     }
     model_.spec.tensors.push_back(std::move(tensor));
   }
@@ -94,8 +94,8 @@ class ModelDraw {
 uint64_t image_bytes(const ModelSpec& spec, const UnitSpec& unit) {
   uint64_t bytes = 0;
   for (const uint32_t t : unit.tensors) {
-    bytes += align_up(spec.tensors[t].bytes, kPlaceAlignment) +
-             align_up(spec.tensors[t].placed_bytes, kPlaceAlignment);
+    bytes += align_up(spec.tensors[t].bytes, kTensorAlignment) +
+             align_up(spec.tensors[t].parameter_bytes, kTensorAlignment);
   }
   return bytes;
 }

@@ -25,9 +25,9 @@ StreamedModel::StreamedModel(uint64_t seed, ModelShape shape) {
       unit.tensors.push_back(static_cast<uint32_t>(spec_.tensors.size()));
       spec_.tensors.push_back(
           {unit.name + ".t" + std::to_string(t), size, {{shard, ends[shard], size, 0}}});
-      if (shape.transformed && t % 3 == 2) spec_.tensors.back().placed_bytes = size / 2;
+      if (shape.transformed && t % 3 == 2) spec_.tensors.back().parameter_bytes = size / 2;
       ends[shard] += size;
-      unit_bytes += size + spec_.tensors.back().placed_bytes;
+      unit_bytes += size + spec_.tensors.back().parameter_bytes;
     }
     bytes_ += unit_bytes;
     largest_unit_ = std::max(largest_unit_, unit_bytes);
@@ -54,7 +54,7 @@ StreamedModel::StreamedModel(ModelSpec spec, std::vector<const void*> memory)
   for (const UnitSpec& unit : spec_.units) {
     uint64_t unit_bytes = 0;
     for (const uint32_t t : unit.tensors) {
-      unit_bytes += spec_.tensors[t].bytes + spec_.tensors[t].placed_bytes;
+      unit_bytes += spec_.tensors[t].bytes + spec_.tensors[t].parameter_bytes;
     }
     bytes_ += unit_bytes;
     largest_unit_ = std::max(largest_unit_, unit_bytes);
@@ -65,7 +65,7 @@ Engine& StreamedModel::open(const Plan& plan, EngineOptions options, std::unique
                             std::shared_ptr<Preload> ahead) {
   engine_.reset();
   Handoff handoff{.device = std::move(device)};
-  handoff.ahead = std::move(ahead);
+  handoff.preload = std::move(ahead);
   return start(plan, std::move(options), std::move(handoff), {});
 }
 
@@ -96,10 +96,10 @@ Engine& StreamedModel::start(const Plan& plan, EngineOptions options, Handoff ha
                              const std::vector<bool>& loaded) {
   uint64_t homes_end = 0;
   for (const HomeBlock& block : plan.home_blocks) homes_end = block.offset + block.bytes;
-  device_memory_.assign(plan.arena_bytes + homes_end + 2 * kPlaceAlignment, std::byte{0xEE});
+  device_memory_.assign(plan.arena_bytes + homes_end + 2 * kTensorAlignment, std::byte{0xEE});
   const auto base = reinterpret_cast<uintptr_t>(device_memory_.data());
-  arena_ = reinterpret_cast<std::byte*>(align_up(base, kPlaceAlignment));
-  homes_ = arena_ + align_up(plan.arena_bytes, kPlaceAlignment);
+  arena_ = reinterpret_cast<std::byte*>(align_up(base, kTensorAlignment));
+  homes_ = arena_ + align_up(plan.arena_bytes, kTensorAlignment);
   std::vector<HomeMemory> homes;
   for (size_t i = 0; i < plan.home_blocks.size(); ++i) {
     homes.push_back({homes_ + plan.home_blocks[i].offset, !loaded.empty() && loaded[i]});
@@ -127,9 +127,9 @@ std::string StreamedModel::compare(const TensorSpec& tensor, const std::byte* fo
 void StreamedModel::visit_images(uint32_t unit, const Visit& visit) const {
   const UnitPlan& planned = engine_->plan().units[unit];
   for (size_t t = 0; t < planned.tensors.size(); ++t) {
-    const TensorPlace& place = planned.tensors[t];
+    const TensorLocation& place = planned.tensors[t];
     const TensorSpec& tensor = spec_.tensors[spec_.units[unit].tensors[t]];
-    if (place.resident && tensor.placed_bytes > 0) continue;  // made by the caller
+    if (place.resident && tensor.parameter_bytes > 0) continue;  // made by the caller
     visit(tensor, (place.resident ? homes_ : arena_) + place.image_offset);
   }
 }
@@ -147,7 +147,7 @@ std::string StreamedModel::wrong_fetch(uint32_t unit) const {
   const UnitPlan& planned = engine_->plan().units[unit];
   for (uint32_t t = 0; t < planned.tensors.size(); ++t) {
     const TensorSpec& tensor = spec_.tensors[spec_.units[unit].tensors[t]];
-    if (planned.tensors[t].resident && tensor.placed_bytes == 0) continue;
+    if (planned.tensors[t].resident && tensor.parameter_bytes == 0) continue;
     std::vector<std::byte> copy(tensor.bytes);
     engine_->fetch(unit, t, copy.data());
     wrong += compare(tensor, copy.data());

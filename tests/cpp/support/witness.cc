@@ -33,7 +33,7 @@ bool Witness::fetch(uint32_t unit, uint32_t draw) {
   if (planned.tensors.empty()) return !engine.closed();
   const uint32_t index = draw % static_cast<uint32_t>(planned.tensors.size());
   const TensorSpec& tensor = model_.spec().tensors[model_.spec().units[unit].tensors[index]];
-  if (planned.tensors[index].resident && tensor.placed_bytes == 0) return !engine.closed();
+  if (planned.tensors[index].resident && tensor.parameter_bytes == 0) return !engine.closed();
   std::vector<std::byte> copy(tensor.bytes);
   try {
     engine.fetch(unit, index, copy.data());
