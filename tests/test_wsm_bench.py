@@ -29,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, out: Path, *words: str) -> dict[str, Any]:
-    budgets = ["--device", "cpu", "--device-memory", "4MiB", "--host-memory", "2MiB"]
+    budgets = ["--device", "cpu", "--device-memory", "6MiB", "--host-memory", "2MiB"]
     work = ["--tokens", "8", "--passes", "2", *words]
     assert cli.main(["bench", str(folder), *budgets, *work, "--json", str(out), "--debug"]) == 0
     content = json.loads(out.read_text())
