@@ -32,6 +32,7 @@ from ..wording import first_of
 from .conversions import cast, convert
 from .parts import under_names_of_part
 from .quantised import quantised_companions
+from .rescaling import rescale_on_arrival
 
 _log = logging.getLogger("wsm_ext")
 
@@ -57,6 +58,7 @@ def place(
     computed = _check_names(model, images, surplus)
     _check_shapes(model, images)
     _settle_dtypes(model, images, main_dtype, first_of)
+    rescale_on_arrival(model, images)
     absent = {name: t for name, t in _buffers_saved(model).items() if name not in images}
     return images, _compute(model, computed) | absent
 

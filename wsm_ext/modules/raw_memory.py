@@ -7,6 +7,7 @@ given only of bytes that are there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +21,9 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 @contextmanager
 def without_modes() -> Iterator[None]:
     """Tensors are made and copied as in a fresh interpreter: no mode of the caller takes part."""
+    if sys.is_finalizing():  # what is closed then is in no mode, and nothing can be imported
+        yield
+        return
     with torch.inference_mode(False), _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 

@@ -296,8 +296,9 @@ def surplus(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
     module."""
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        kept = owner._buffers.keys() - owner._non_persistent_buffers_set
-        known |= {f"{prefix}.{key}" if prefix else key for key in kept}
+        passing = owner._non_persistent_buffers_set
+        keys = [key for key, _ in owner._buffers.items() if key not in passing]
+        known |= {f"{prefix}.{key}" if prefix else key for key in keys}
     return sorted(set(checkpoint.tensors) - known)
 
 

@@ -16,6 +16,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..config import Config
 from ..hf.quantised import refuse_quantised_module
 from ..modules import sources
+from ..modules.unfit import refuse_unfit
 from .integrity import Checker
 
 CheckpointLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Checkpoint
@@ -40,6 +41,7 @@ class StreamRequest:
     ) -> StreamRequest:
         """Opens the checkpoint, and the file of hashes. Raises ValueError (CheckpointError) where
         something is wrong, EngineError where there is no such device."""
+        refuse_unfit(module)
         refuse_quantised_module(module)
         chosen, settings = resolve_device(device), Config.resolve(config)
         opened = _open(checkpoint)
