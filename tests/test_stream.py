@@ -595,10 +595,10 @@ def test_other_data_during_a_forward_is_refused_and_undone() -> None:
     torch.manual_seed(3)
     resident, x = Recurrent(0.0).requires_grad_(False), torch.randn(2, 64)
     with torch.no_grad(), streamed_recurrent(0.0) as streamed:
-        streamed.module.change = 1.0
+        streamed.change = 1.0
         with pytest.raises(wsm.EngineError, match=r"'layers.0' was written to, or given other"):
             streamed(x)
-        streamed.module.change = 0.0
+        streamed.change = 0.0
         assert torch.equal(streamed(x), resident(x))
 
 
@@ -609,7 +609,7 @@ def test_a_write_in_place_during_a_forward_is_refused_and_undone(net: Net, folde
             norm.weight.add_(1.0)
 
     with wsm.stream(on_meta(net), folder, device="cpu", **options("disk")) as streamed:
-        norm = streamed.module.layers[2].input_layernorm
+        norm = streamed.layers[2].input_layernorm
         hook = norm.register_forward_hook(write)
         with torch.no_grad():
             with pytest.raises(wsm.EngineError, match="was written to, or given other data"):
