@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,69 @@ def test_a_transformers_model_by_its_sizes(device: torch.device, tmp_path: Path)
         with torch.no_grad():
             expected = model.to(device)(ids).logits
             assert torch.equal(streamed(ids).logits, expected)
+
+
+def moe(folder: Path) -> Any:
+    """Experts of 96 KiB, 16 of which are chosen for each token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=32,
+        num_experts_per_tok=16,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).eval().save_pretrained(folder)
+    return folder
+
+
+BATCH = 32
+# What a step gathers at once of so many sequences: the gate and up projections of 16 experts each.
+GATHERED = BATCH * 16 * 2 * 128 * 64 * 4
+MOE: dict[str, Any] = {"device_memory": "128MiB", "host_memory": "8MiB", "workload": (BATCH, 2)}
+
+
+@pytest.mark.parametrize("switches", [False, True])
+def test_a_step_that_gathers_experts_is_planned_for(
+    switches: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where `generate()` switches from grouped_mm to batched_mm."""
+    from transformers import GenerationMixin
+
+    @contextmanager
+    def switch(model: Any) -> Iterator[None]:
+        before = model.get_experts_implementation()
+        model.set_experts_implementation("batched_mm" if switches else before)
+        yield
+        model.set_experts_implementation(before)
+
+    monkeypatch.setattr(GenerationMixin, "_optimize_model_for_decode", switch)
+    with wsm.from_pretrained(moe(tmp_path), device="cpu", **MOE) as streamed:
+        found = streamed.plan.activation_bytes
+        assert found is not None
+        assert (found > GATHERED) is switches
+        assert "batched_mm" not in streamed.get_experts_implementation().values()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_generate_stays_within_the_budget(tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    with wsm.from_pretrained(moe(tmp_path), device=gpu, **MOE) as streamed:
+        memory = streamed.stats()["memory"]
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        ids = torch.ones((BATCH, 2), dtype=torch.long, device=gpu)
+        streamed.generate(ids, max_new_tokens=4, do_sample=False)
+        took = torch.cuda.max_memory_allocated() - before
+        assert took > GATHERED
+        assert took <= streamed.plan.activation_bytes
+        assert memory["device_bytes"] + took <= 128 * MIB

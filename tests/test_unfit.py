@@ -10,20 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
-from accelerate.hooks import (
-    CpuOffload,
-    ModelHook,
-    SequentialHook,
-    add_hook_to_module,
-    remove_hook_from_submodules,
-)
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
 from transformers import RwkvConfig, RwkvForCausalLM
 
 import wsm_ext as wsm
 
+accelerate = pytest.importorskip("accelerate")
+hooks = accelerate.hooks
 BUDGETS: dict[str, Any] = {
     "device": "cpu",
     "device_memory": "2MiB",
@@ -43,23 +36,26 @@ X = torch.linspace(-1, 1, 256).reshape(2, 128)
 
 
 def offloaded(module: nn.Sequential) -> None:
-    cpu_offload(module, execution_device=CPU)
+    accelerate.cpu_offload(module, execution_device=CPU)
 
 
 def dispatched(module: nn.Sequential) -> None:
-    dispatch_model(module, {"": "cpu"}, force_hooks=True)
+    accelerate.dispatch_model(module, {"": "cpu"}, force_hooks=True)
 
 
 def one_of_several(module: nn.Sequential) -> None:
-    add_hook_to_module(module[3], SequentialHook(ModelHook(), CpuOffload(CPU)))
+    several = hooks.SequentialHook(hooks.ModelHook(), hooks.CpuOffload(CPU))
+    hooks.add_hook_to_module(module[3], several)
 
 
 def in_groups(module: nn.Sequential) -> None:
-    apply_group_offloading(module, CPU, CPU, offload_type="leaf_level")
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.hooks.apply_group_offloading(module, CPU, CPU, offload_type="leaf_level")
 
 
 def cast_by_layers(module: nn.Sequential) -> None:
-    apply_layerwise_casting(module, torch.float16, torch.float32)
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.hooks.apply_layerwise_casting(module, torch.float16, torch.float32)
 
 
 def traced(module: nn.Sequential) -> None:
@@ -104,13 +100,13 @@ def test_what_the_refusal_advises_works(change: Callable[[nn.Sequential], None])
         for layer in module:
             layer[0]._diffusers_hook.remove_hook("group_offloading", recurse=True)
     else:
-        remove_hook_from_submodules(module)
+        hooks.remove_hook_from_submodules(module)
     with wsm.stream(module, **BUDGETS) as streamed:
         assert torch.equal(streamed(X), reference(X))
 
 
 def test_hooks_and_scripts_that_have_no_weights_stay() -> None:
-    class Doubled(ModelHook):  # type: ignore[misc]
+    class Doubled(hooks.ModelHook):  # type: ignore[misc]
         def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
             return output * 2
 
@@ -120,7 +116,7 @@ def test_hooks_and_scripts_that_have_no_weights_stay() -> None:
 
     module, reference = make(), make()
     for each in (module, reference):
-        add_hook_to_module(each[2], Doubled())
+        hooks.add_hook_to_module(each[2], Doubled())
         each[3][1] = torch.jit.script(Own())
     with wsm.stream(module, **BUDGETS) as streamed:
         assert torch.equal(streamed(X), reference(X))

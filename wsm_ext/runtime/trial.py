@@ -33,7 +33,7 @@ def activation_bytes(
     module: nn.Module, planned: ModulePlan, device: torch.device, workload: Workload
 ) -> int:
     """Peak bytes that one forward of the workload allocates on the device, its outputs and the KV
-    cache among them.
+    cache among them; or a step after it, if that takes more.
 
     The module's buffers must be on the device. Raises ValueError where the workload does not fit
     the module, torch.OutOfMemoryError where it does not fit the device.
@@ -81,7 +81,28 @@ def _runner(module: nn.Module, device: torch.device, workload: Workload) -> Call
         arguments["use_cache"] = True
     if "logits_to_keep" in parameters:  # as generate() does
         arguments["logits_to_keep"] = 1
-    return lambda: module(**arguments)
+
+    def run() -> None:
+        outputs = module(**arguments)
+        cache = getattr(outputs, "past_key_values", None)
+        del outputs
+        if cache is not None:
+            _decode_otherwise(module, {"input_ids": ids[:, :1], "past_key_values": cache})
+
+    return run
+
+
+def _decode_otherwise(module: nn.Module, step: dict[str, Any]) -> None:
+    """One step of `generate()`, if that runs experts in another way than the forward does: on a
+    GPU transformers switches to one that gathers the weights of all chosen experts."""
+    switch = getattr(module, "_optimize_model_for_decode", None)
+    if switch is None:
+        return
+    ways: Callable[[], Any] = module.get_experts_implementation  # type: ignore[assignment]
+    before = ways()
+    with switch():
+        if ways() != before:
+            module(**step, use_cache=True)
 
 
 def _cuda_peak(run: Callable[[], Any], device: torch.device) -> int:
