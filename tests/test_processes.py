@@ -30,6 +30,7 @@ from torch import nn
 from waits import LIMIT_S, engine_threads, is_inside, wait_for_engines_to_end, wait_until
 
 import wsm_ext as wsm
+from wsm_ext.modules.placeholder import StreamedParameter
 
 MIB = 1 << 20
 LAYERS = 6
@@ -515,8 +516,7 @@ def test_an_error_in_a_forward_is_passed_on_and_forgotten(
                 result(streamed)
         hook.remove()
         for name in ("embed.weight", "layers.3.mlp.0.weight", "head.weight"):
-            with pytest.raises(RuntimeError, match="fetch"):
-                streamed.get_parameter(name).sum()
+            assert type(streamed.get_parameter(name)) is StreamedParameter
         for seed in (3, 4):
             assert torch.equal(result(streamed, seed), result(net, seed))
 

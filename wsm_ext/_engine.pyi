@@ -313,6 +313,7 @@ class TorchCalls:
     current_task: Callable[[], int]
     is_grad_enabled: Callable[[], bool]
     equal: Callable[[Any, Any], bool]
+    functorch_level: Callable[[], int | None]
     queue_callback: Any
     raw_stream: Callable[[int], int] | None
     device_index: int

@@ -59,9 +59,10 @@ struct TorchCalls {
   bool versions_in_lists = true;  // its arguments, since torch 2.6
   pybind11::object current_task;  // the backward of this thread; -1 outside of all
   pybind11::object is_grad_enabled;
-  pybind11::object equal;           // of two tensors
-  pybind11::object queue_callback;  // at the end of the backward of this thread
-  pybind11::object raw_stream;      // None: stream 0, always
+  pybind11::object equal;            // of two tensors
+  pybind11::object functorch_level;  // None outside of its transforms
+  pybind11::object queue_callback;   // at the end of the backward of this thread
+  pybind11::object raw_stream;       // None: stream 0, always
   int device_index = 0;
 };
 

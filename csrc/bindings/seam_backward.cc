@@ -73,7 +73,9 @@ class BeforeNodes {
 }  // namespace
 
 void Seam::before_nodes(const std::vector<uint32_t>& chain) {
-  check<Error>(!torch_.is_grad_enabled().cast<bool>(),
+  // torch.func's gradients record theirs always, for those who want a second one. Who does so finds
+  // that what was saved here has another version.
+  check<Error>(!torch_.is_grad_enabled().cast<bool>() || !torch_.functorch_level().is_none(),
                "create_graph=True: a second derivative through the streamed unit '",
                unit(chain.back()).name,
                "' is not supported. Close the streamed module first, or keep the module resident");

@@ -85,6 +85,7 @@ void bind_seam(py::module_& m) {
       .def_readwrite("current_task", &TorchCalls::current_task)
       .def_readwrite("is_grad_enabled", &TorchCalls::is_grad_enabled)
       .def_readwrite("equal", &TorchCalls::equal)
+      .def_readwrite("functorch_level", &TorchCalls::functorch_level)
       .def_readwrite("queue_callback", &TorchCalls::queue_callback)
       .def_readwrite("raw_stream", &TorchCalls::raw_stream)
       .def_readwrite("device_index", &TorchCalls::device_index);

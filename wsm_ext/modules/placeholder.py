@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -18,17 +18,24 @@ class Lender(Protocol):
     def own(self, values: Any) -> Any:
         """The values, with copies of what would be overwritten after the operation."""
 
+    def allow(self, parameters: list[StreamedParameter]) -> None:
+        """Raise where one operation on all of these would fetch too much."""
+
+    def replace(self, name: str, value: torch.Tensor) -> None:
+        """Use other data from now on."""
+
 
 class StreamedParameter(torch.Tensor):
     """A parameter's true shape, dtype and device, without storage.
 
-    Any operation on it borrows the bytes: inside a pass it gets them, outside it raises an error
-    that names the parameter. It never gives stale bytes. Detached it is another placeholder: so a
-    `state_dict` can be made, and what is in it cannot be read or saved either.
+    Any operation on it borrows the bytes: inside a pass it gets them, outside it gets a copy. It
+    never gives stale bytes. Detached it is another placeholder: so a `state_dict` can be made, and
+    what is in it cannot be saved either. Data that somebody sets stands for it from then on.
     """
 
     wsm_name: str
     _lender: Lender
+    _set_data: torch.Tensor | None = None
 
     @staticmethod
     def __new__(
@@ -64,24 +71,40 @@ class StreamedParameter(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             return args[0].detached()
-        _refuse_writes(func, args, kwargs)
+        absent = list({id(leaf): leaf for leaf in _absent_in((args, kwargs))}.values())
+        if all(parameter._set_data is None for parameter in absent):
+            _refuse_writes(func, args, kwargs)
+        if len(absent) > 1:
+            absent[0]._lender.allow(absent)
         return _run(func, args, kwargs)
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detached() if self._set_data is None else self._set_data.data
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if isinstance(value, StreamedParameter) and value.wsm_name == self.wsm_name:
+            return  # its own: a conversion that changes nothing
+        self._lender.replace(self.wsm_name, value)
+        self._set_data = value.detach()
 
     def detached(self) -> StreamedParameter:
         return StreamedParameter(self.shape, self.dtype, self.device, self.wsm_name, self._lender)
 
     def _copy(self) -> torch.Tensor:
-        copy: torch.Tensor = self._lender.use(self.wsm_name, lambda t: t.detach().clone())
-        return copy
+        return self.detach().clone()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self._copy().cpu().numpy(*args, **kwargs)
+        array = self._copy().cpu().numpy(*args, **kwargs)
+        array.flags.writeable = False  # what is written would be lost
+        return array
 
     def tolist(self) -> Any:
         return self._copy().tolist()
 
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._copy().__dlpack__(*args, **kwargs)
+    def __dlpack__(self, *_: Any, **__: Any) -> NoReturn:
+        self._refuse("cannot be shared with another library, whose writes would be lost")
 
     def data_ptr(self) -> NoReturn:
         self._refuse("has no address of its own")
@@ -113,7 +136,7 @@ class StreamedParameter(torch.Tensor):
 
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation with true parameters for placeholders: borrowed one inside the other."""
-    absent = next(filter(_is_absent, tree_leaves((args, kwargs))), None)
+    absent = next(_absent_in((args, kwargs)), None)
     if absent is None:
         return func(*args, **kwargs)
 
@@ -125,11 +148,13 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
             _run(func, *tree_map_only(StreamedParameter, put, (args, kwargs)))
         )
 
+    if absent._set_data is not None:
+        return with_it(absent._set_data)
     return absent._lender.use(absent.wsm_name, with_it)
 
 
-def _is_absent(leaf: Any) -> bool:
-    return isinstance(leaf, StreamedParameter)
+def _absent_in(values: Any) -> Iterator[StreamedParameter]:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, StreamedParameter))
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

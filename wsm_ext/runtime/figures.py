@@ -29,6 +29,7 @@ class Figures:
                 "device_peak_bytes": planned.device_bytes,
                 "device_budget_bytes": plan.device_budget_bytes,
                 "buffer_bytes": planner.buffer_bytes,
+                "user_bytes": session.swapper.user_bytes,
                 "host_bytes": memory.host_bytes,
                 "host_pinned_bytes": memory.host_pinned_bytes,
                 "host_peak_bytes": memory.host_peak_bytes,
@@ -37,6 +38,10 @@ class Figures:
             "last_pass": engine.last_pass(),
             "totals": _add(self._totals, engine.totals()),
             "readers": engine.readers(),
+            "outside_reads": {
+                "count": session.swapper.outside_reads.count,
+                "bytes": session.swapper.outside_reads.nbytes,
+            },
             "verified": asdict(self._checker.counts if self._checker else Counts()),
             "warnings": list(dict.fromkeys(plan.warnings + engine.warnings)),
         }

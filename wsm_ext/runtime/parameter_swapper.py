@@ -27,6 +27,7 @@ from ..modules.units import Unit
 from ..planning.device_memory import DeviceMemory
 from .arrivals import ArrivingParameter, UnitArrivals
 from .integrity import Checker, Image, UnitCheck
+from .outside_reads import OutsideReads
 from .seam import current_task, make_seam
 from .wrapped_forwards import wrap_ancestors, wrap_unit
 
@@ -37,8 +38,17 @@ class PlacedParameter:
 
     unit: int
     tensor: int  # of the unit's
+    entries: dict[str, Any]  # its module's parameters
+    key: str  # its own in them
+    found: torch.Tensor  # what was there at first; tied parameters have the same
     placed: nn.Parameter
     absent: StreamedParameter | None  # None: it has a home on the device
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nobody has set another parameter in its stead."""
+        now = self.entries.get(self.key)
+        return now is self.placed or (now is not None and now is self.absent)
 
     @property
     def to_be_trained(self) -> bool:
@@ -70,6 +80,8 @@ class ParameterSwapper:
         self.seam = make_seam(engine, device, turn_limit_s, self.check_frozen)
         self._replacements = _engine.Replacements()
         self._warned: set[str] = set()
+        largest = max((tensor.nbytes for tensor in source.tensors), default=0)
+        self.outside_reads = OutsideReads(largest)
         # By unit and tensor in the unit: the image, where its bytes are to be checked.
         self._checks: dict[tuple[int, int], tuple[Image, str]] = {}
         self._placed: dict[str, PlacedParameter] = {}  # by entry name
@@ -89,7 +101,7 @@ class ParameterSwapper:
                     self._stream(index, unit, arena, swaps, check)
                     holders.add(id(unit.module))
             if holders:
-                wrap_ancestors(module, holders, self.seam, self._replacements)
+                wrap_ancestors(module, holders, self.seam, self, self._replacements)
         except BaseException:
             self.undo()
             raise
@@ -218,11 +230,15 @@ class ParameterSwapper:
                     self._arriving.setdefault(index, []).append(arriving)
                 made.add(tensor)
             if resident:
-                self._placed[entry.name] = PlacedParameter(index, tensor, placed, None)
+                self._placed[entry.name] = PlacedParameter(
+                    index, tensor, parameters, entry.key, found, placed, None
+                )
                 self._replacements.put(parameters, entry.key, placed)
                 continue
             absent = StreamedParameter(found.shape, found.dtype, placed.device, entry.name, self)
-            self._placed[entry.name] = PlacedParameter(index, tensor, placed, absent)
+            self._placed[entry.name] = PlacedParameter(
+                index, tensor, parameters, entry.key, found, placed, absent
+            )
             self._replacements.put(parameters, entry.key, absent)
             swaps.append(_engine.ParameterSwap(parameters, entry.key, placed, view, absent))
         return swaps
@@ -232,22 +248,51 @@ class ParameterSwapper:
         """The operation on a parameter that is not in place: a use of its unit like any other.
 
         So the order of use learns it, and from the next pass on it is there in time. The unit stays
-        until another one is used.
+        until another one is used. Outside of all passes the operation gets a copy.
         """
         if self.seam.dissolved:
             raise RuntimeError(f"parameter {name!r}: its streamed module was closed or resized")
         if current_task() < 0 and not self.seam.inside:
-            raise RuntimeError(
-                f"parameter {name!r} is streamed: its bytes are on the device only during the"
-                f" forward of its module. Use fetch({name!r}) of the streamed module, or close()"
-                " the streamed module first"
-            )
+            copy, absent = self.fetch(name), self._placed[name].absent
+            assert absent is not None
+            self.outside_reads.add(absent, copy)
+            return operation(copy)
         found = self._placed[name]
         with self.seam.lend(found.unit) as lent:
             if lent:
                 return operation(found.placed)
         self._warn_of_fetch(name)
         return operation(self.fetch(name))
+
+    def allow(self, parameters: list[StreamedParameter]) -> None:
+        """Raises RuntimeError where one operation would fetch too much."""
+        if current_task() < 0 and not self.seam.inside:
+            names = [parameter.wsm_name for parameter in parameters]
+            self.outside_reads.allow(names, sum(parameter.nbytes for parameter in parameters))
+
+    def replace(self, name: str, value: torch.Tensor) -> None:
+        """Somebody has set other data: it is used from now on, wherever the parameter was."""
+        mine = self._placed[name]
+        for other in self._placed.values():
+            if other.found is mine.found and other.is_ours:
+                grad = other.absent is not None and other.absent.requires_grad
+                other.entries[other.key] = nn.Parameter(value.detach(), requires_grad=grad)
+
+    @property
+    def user_bytes(self) -> int:
+        """Of parameters that somebody has set in place of streamed ones."""
+        theirs = (p.entries.get(p.key) for p in self._placed.values() if not p.is_ours)
+        return sum({id(t): t.nbytes for t in theirs if t is not None}.values())
+
+    @never_compiled
+    def before_pass(self) -> None:
+        """Raises RuntimeError where a change to a parameter would be lost, or cannot be seen."""
+        self.outside_reads.check()
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "torch.jit.trace() of a streamed module would record the addresses of weights that"
+                " are only there for a moment: trace the module before stream(), or after close()"
+            )
 
     @never_compiled
     def own(self, values: Any) -> Any:

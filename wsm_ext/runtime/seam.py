@@ -23,6 +23,7 @@ def make_seam(
     calls.current_task = torch._C._current_graph_task_id
     calls.is_grad_enabled = torch.is_grad_enabled
     calls.equal = torch.equal
+    calls.functorch_level = torch._C._functorch.maybe_current_level
     calls.queue_callback = torch.autograd.Variable._execution_engine.queue_callback
     calls.raw_stream = None
     if device.type == "cuda":

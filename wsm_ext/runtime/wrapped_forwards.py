@@ -25,6 +25,9 @@ class Owner(Protocol):
     def check_frozen(self, names: Iterable[str] | None = None) -> None:
         """Raise where a parameter of the base is to be trained."""
 
+    def before_pass(self) -> None:
+        """Raise where a pass may not begin."""
+
 
 def wrap_unit(
     module: nn.Module,
@@ -41,6 +44,8 @@ def wrap_unit(
         break_graph()
         if seam.dissolved:  # somebody kept this beyond the end
             return forward(*args, **kwargs)
+        if not seam.depth:
+            owner.before_pass()
         with seam.unit(index):
             if not torch.is_grad_enabled():
                 return owner.own(forward(*args, **kwargs))
@@ -59,6 +64,7 @@ def wrap_ancestors(
     root: nn.Module,
     holders: set[int],
     seam: _engine.Seam,
+    owner: Owner,
     replacements: _engine.Replacements,
 ) -> None:
     """The forwards of all modules around the `holders` (ids of units' modules) are a pass."""
@@ -66,14 +72,18 @@ def wrap_ancestors(
         if id(outer) in holders or isinstance(outer, (nn.ModuleList, nn.ModuleDict)):
             continue
         if any(id(inner) in holders for inner in outer.modules()):
-            _wrap(outer, _within_pass(_forward_of(outer), seam), replacements)
+            _wrap(outer, _within_pass(_forward_of(outer), seam, owner), replacements)
 
 
-def _within_pass(forward: Callable[..., Any], seam: _engine.Seam) -> Callable[..., Any]:
+def _within_pass(
+    forward: Callable[..., Any], seam: _engine.Seam, owner: Owner
+) -> Callable[..., Any]:
     def entered(*args: Any, **kwargs: Any) -> Any:
         break_graph()
         if seam.dissolved:
             return forward(*args, **kwargs)
+        if not seam.depth:
+            owner.before_pass()
         with seam.pass_scope():
             try:
                 return forward(*args, **kwargs)
