@@ -280,6 +280,23 @@ def _settle_dtypes(
     for name, parameter in list(model.named_parameters()):
         if name in images and images[name].dtype != parameter.dtype:
             _replace_parameter(model, parameter, meta_parameter(parameter, images[name].dtype))
+    _settle_buffers(model, images)
+
+
+def _settle_buffers(model: nn.Module, images: dict[str, TensorImage]) -> None:
+    """Buffers have the dtype of what is loaded into them, as transformers leaves them. One that
+    several modules share stays one."""
+    settled: dict[int, torch.Tensor] = {}
+    for path, owner in model.named_modules():
+        for key, buffer in owner._buffers.items():
+            image = images.get(f"{path}.{key}" if path else key)
+            if buffer is not None and image is not None and image.dtype != buffer.dtype:
+                settled.setdefault(id(buffer), buffer.to(image.dtype))
+        owner._buffers.update(
+            (key, settled[id(buffer)])
+            for key, buffer in owner._buffers.items()
+            if id(buffer) in settled
+        )
 
 
 def _keeps_its_sense(file: torch.dtype, model: torch.dtype) -> bool:
