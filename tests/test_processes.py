@@ -277,6 +277,15 @@ def a_read_that_never_ends_at_exit(_: Path) -> None:
     pages.wait_for_reader()
 
 
+def left_open_at_exit(_: Path) -> None:
+    streamed = wsm.stream(resident(), **settings())
+    result(streamed)
+
+
+def test_who_leaves_a_model_open_hears_nothing_at_exit(folder: Path) -> None:
+    assert in_a_process(left_open_at_exit, folder) == ""
+
+
 def test_ctrl_c_ends_a_wait(folder: Path) -> None:
     in_a_process(interrupted_while_waiting, folder)
 

@@ -416,5 +416,6 @@ class StreamHandle:
 
     def __del__(self) -> None:
         life = self.__dict__.get("_life")
-        if life is not None and life.session is not None:
+        # At the end of the process the engine was closed before, and nobody needs the rest.
+        if life is not None and life.session is not None and not life.session.engine.closed:
             self._close()
