@@ -31,7 +31,9 @@ def resident_copy(
     if key in memo:  # something inside refers to it
         return memo[memo[key]]
     _fetch_into(inner, fetch, memo)
-    twin = copy.copy(inner)  # of the same class, over the same children
+    reduced: Any = type(inner).__reduce_ex__(inner, 4)
+    twin = reduced[0](*reduced[1])  # of the same class, over the same children
+    twin.__setstate__(reduced[2])
     for name, before in {**guards, "forward": without_wrapper(twin.__dict__)}.items():
         if before is None:
             twin.__dict__.pop(name, None)

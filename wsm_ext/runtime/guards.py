@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .. import _engine
 from .copies import resident_copy
@@ -68,8 +69,9 @@ class Guards:
 
     def refuse_copy(self) -> NoReturn:
         raise TypeError(
-            f"a streamed module cannot be copied: its weights are in {self._base.where}. Copy it"
-            " before stream(), or after close(); or stream the checkpoint a second time"
+            "a streamed module cannot be copied or pickled: its weights are in"
+            f" {self._base.where}. Do it before stream(), or after close(); or stream a second"
+            " module, in another process too"
         )
 
     def _guards_of(self, inner: nn.Module) -> Iterator[tuple[str, Guard]]:
@@ -129,10 +131,7 @@ class Guards:
     # -- copies and files --------------------------------------------------------------------------
 
     def _reduce(self, inner: nn.Module, before: Guard | None, protocol: object) -> NoReturn:
-        raise TypeError(
-            f"a streamed module cannot be pickled: its weights are in {self._base.where}. Do it"
-            " before stream(), or after close(); in another process, stream it again"
-        )
+        self.refuse_copy()
 
     def _deepcopy(self, inner: nn.Module, before: Guard | None, memo: dict[Any, Any]) -> Any:
         if inner is self._base.module:
@@ -183,9 +182,22 @@ def _pass_on(inner: nn.Module, name: str, before: Guard | None) -> Guard:
     return before if before is not None else partial(getattr(type(inner), name), inner)
 
 
+class _ReadOnly(TorchFunctionMode):
+    """Raises RuntimeError before an operation that would write, as those with a trailing _ do."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__"):
+            raise RuntimeError(f"{name} would write")
+        return func(*args, **(kwargs or {}))
+
+
 def _same(fn: Callable[..., Any], parameter: torch.Tensor) -> bool:
     """Whether a conversion leaves the parameter as it is."""
     try:
-        return fn(parameter) is parameter
+        with _ReadOnly():
+            return fn(parameter) is parameter
     except RuntimeError:
         return False
