@@ -80,6 +80,8 @@ def is_gguf(file: Path) -> bool:
         if not stat.S_ISREG(os.stat(file).st_mode):
             return False
         with open(file, "rb", buffering=0) as stream:
+            # No read-ahead: it would leave pages behind, and streaming takes them for older ones.
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             return stream.read(4) == b"GGUF"
     except (OSError, ValueError):
         return False
