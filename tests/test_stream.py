@@ -404,6 +404,30 @@ def test_a_parameter_set_for_one_call_streams_again_afterwards(net: Net, folder:
         assert torch.equal(streamed(tokens()), net(tokens()))
 
 
+def test_a_write_in_place_to_what_stays_on_the_device_is_refused(net: Net, folder: Path) -> None:
+    with wsm.stream(on_meta(net), folder, device="cpu", **options("mixture")) as streamed:
+        kept = [p for p in streamed.parameters() if type(p) is nn.Parameter]
+        assert kept
+        with torch.no_grad():
+            assert torch.equal(streamed(tokens()), net(tokens()))
+            kept[0].add_(1)
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="stays on the device, was written to in"):
+                    streamed(tokens())
+
+
+def test_conversions_inside_a_forward_are_refused_at_every_budget(net: Net, folder: Path) -> None:
+    for budget in ("disk", "mixture"):
+        with wsm.stream(on_meta(net), folder, device="cpu", **options(budget)) as streamed:
+            norm = streamed.layers[2].input_layernorm
+            hook = norm.register_forward_pre_hook(lambda norm, _: norm.to(torch.float64))
+            with torch.no_grad():
+                with pytest.raises(RuntimeError, match=r"cannot be changed by to\(\)"):
+                    streamed(tokens())
+                hook.remove()
+                assert torch.equal(streamed(tokens()), net(tokens()))
+
+
 # -- torch's function transforms -------------------------------------------------------------------
 
 

@@ -80,6 +80,7 @@ class ParameterSwapper:
         self.seam = make_seam(engine, device, turn_limit_s, self.check_frozen)
         self._replacements = _engine.Replacements()
         self._warned: set[str] = set()
+        self._homes: list[tuple[torch.Tensor, int]] = []
         largest = max((tensor.nbytes for tensor in source.tensors), default=0)
         self.outside_reads = OutsideReads(largest)
         # By unit and tensor in the unit: the image, where its bytes are to be checked.
@@ -105,6 +106,8 @@ class ParameterSwapper:
         except BaseException:
             self.undo()
             raise
+        # The parameters of a home block are views of it, and share its version.
+        self._homes = [(block, block._version) for block in memory.homes]
 
     def _stream(
         self,
@@ -167,6 +170,7 @@ class ParameterSwapper:
         """Leave the module as it was found; what a user has set in the meantime stays."""
         self.seam.dissolve()
         self._replacements.undo()
+        self._homes = []
         self._placed.clear()  # they view memory that may be freed now
 
     def _check_of(
@@ -288,6 +292,13 @@ class ParameterSwapper:
     def before_pass(self) -> None:
         """Raises RuntimeError where a change to a parameter would be lost, or cannot be seen."""
         self.outside_reads.check()
+        if any(block._version != version for block, version in self._homes):
+            raise RuntimeError(
+                "a weight of the streamed base, one that stays on the device, was written to in"
+                " place: whether that lasts depends on the budgets. close() the streamed module and"
+                " stream it again. Set parameters of your own instead (module.weight ="
+                " torch.nn.Parameter(...))"
+            )
         if torch._C._get_tracing_state() is not None:
             raise RuntimeError(
                 "torch.jit.trace() of a streamed module would record the addresses of weights that"
