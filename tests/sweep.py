@@ -192,18 +192,21 @@ def _differs(
             if not models.same([streamed.fetch(name)], [parameter]):
                 return f"parameter {name}"
         return None
-    for _ in range(2):
-        if not models.same(models.run(streamed, inputs), expected):
-            return "forward"
+    for number in (1, 2):
+        ours = models.run(streamed, inputs)
+        if not models.same(ours, expected):
+            return f"forward, pass {number}: {models.difference(ours, expected)}"
     if tokens is not None and not torch.equal(_generate(streamed, inputs, may_fail=False), tokens):
         return "generate"
     return None
 
 
 def _generate(model: Any, inputs: dict[str, Any], may_fail: bool = True) -> Any:
+    import sweep_models as models
     import torch
 
-    given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    given = models.copied(inputs)
+    given.pop("decoder_input_ids", None)
     sizes = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     torch.manual_seed(0)
     try:

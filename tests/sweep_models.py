@@ -323,8 +323,13 @@ def run(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
     torch.manual_seed(0)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outputs = model(**inputs)
+        outputs = model(**copied(inputs))
     return [leaf for leaf in tree_leaves(_plain(outputs)) if isinstance(leaf, torch.Tensor)]
+
+
+def copied(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Some models write to what they are given: BLIP to its ids."""
+    return {name: value.clone() for name, value in inputs.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -346,3 +351,18 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return all(
         bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str:
+    """What of two forwards differs, and by how much."""
+    if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
+        return "other shapes or dtypes"
+    parts = []
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if not same([a], [b]):
+            wrong = ~((a == b) | ((a != a) & (b != b)))
+            off, size = (a.double() - b.double()).abs().max(), b.double().abs().max()
+            parts.append(
+                f"output {number}: {int(wrong.sum())} of {a.numel()}, {off:.2g} of {size:.2g}"
+            )
+    return "; ".join(parts)
