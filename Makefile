@@ -25,7 +25,7 @@ TARGET ?= plan
 RUNS ?= 1000000
 FUZZ_CXX ?= $(firstword $(shell for v in '' -19 -18 -17 -16 -15; do command -v clang++$$v; done; true))
 
-.PHONY: help setup build test test-cpp test-py test-gpu cycles interrupts soak hostile fuzz compatibility bench \
+.PHONY: help setup build test test-cpp test-py test-gpu cycles interrupts soak hostile fuzz compatibility sweep bench \
 	demo lint format clean
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make interrupts INTERRUPTS=50000  Ctrl-C at so many random moments of each kind of work"
 	@echo "make soak SECONDS=3600 [SANITIZER=asan|tsan]  random passes over faulty storage for so long"
 	@echo "make compatibility  compare all families of transformers, and write docs/compatibility.md"
+	@echo "make sweep DEVICE=cpu  a tiny model of every model type of the installed transformers"
 	@echo "make hostile COUNT=100000 SEED=1  spoiled checkpoints, judged against safetensors"
 	@echo "make fuzz TARGET=plan RUNS=1000000  a target of tests/fuzz under libFuzzer (needs clang)"
 	@echo "make bench     the benchmarks that this machine can run; results go to build/bench"
@@ -98,6 +99,12 @@ soak: $(READY)
 
 compatibility: build
 	$(BIN)/python tests/compatibility.py
+
+DEVICE ?= cpu
+sweep: export OMP_NUM_THREADS := 1
+sweep: build
+	mkdir -p build/sweep
+	$(BIN)/python tests/sweep.py --device $(DEVICE) --json build/sweep/$(DEVICE).json
 
 hostile: build
 	$(BIN)/python tests/hostile.py --count $(COUNT) --seed $(SEED)

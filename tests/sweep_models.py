@@ -101,6 +101,8 @@ def shrunk(config: PreTrainedConfig, way: Way) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     for part in _parts(config):
         _shrink(part, way)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        _set(config, "decoder_start_token_id", 3)  # checkpoints have one, defaults may not
     return config
 
 
