@@ -14,11 +14,11 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kInterruptInterval = std::chrono::milliseconds(50);
-constexpr double kLongestLimit_s = 1e9;  // a clock's durations end somewhere
+constexpr double kLongestLimitS = 1e9;  // a clock's durations end somewhere
 
 }  // namespace
 
-Turn::Turn(double limit_s) : limit_s_(std::min(limit_s, kLongestLimit_s)), process_(::getpid()) {}
+Turn::Turn(double limit_s) : limit_s_(std::min(limit_s, kLongestLimitS)), process_(::getpid()) {}
 
 void Turn::acquire(int64_t task, const Interrupt& interrupt) {
   begin_anew_after_fork();
@@ -39,7 +39,9 @@ void Turn::acquire(int64_t task, const Interrupt& interrupt) {
 
 void Turn::release() {
   const MutexLock lock(mutex_);
-  if (count_ == 0 || --count_ > 0) return;
+  if (count_ == 0) return;
+  --count_;
+  if (count_ > 0) return;
   owner_ = {};
   freed_.notify_one();
 }
