@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -417,5 +418,5 @@ class StreamHandle:
     def __del__(self) -> None:
         life = self.__dict__.get("_life")
         # At the end of the process the engine was closed before, and nobody needs the rest.
-        if life is not None and life.session is not None and not life.session.engine.closed:
+        if life is not None and life.session is not None and not sys.is_finalizing():
             self._close()
