@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "engine/log.h"
+#include "util/deadline.h"
 #include "util/threads.h"
 
 namespace wsm {
@@ -121,7 +122,7 @@ void Conductor::run() {
     board_.changed.notify_all();
   }
   // No buffer is freed under a read. One that does not end in time is the caller's to leak.
-  const auto deadline = Clock::now() + std::chrono::duration<double>(options_.read_timeout_s);
+  const auto deadline = deadline_after(options_.read_timeout_s);
   try {
     while (reads_under_way() && Clock::now() < deadline) {
       if (!reap()) std::this_thread::sleep_for(std::chrono::milliseconds(1));

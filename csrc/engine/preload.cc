@@ -12,6 +12,7 @@
 #include "engine/log.h"
 #include "memory/mapped_memory.h"
 #include "util/align.h"
+#include "util/deadline.h"
 #include "util/mutex.h"
 #include "util/threads.h"
 
@@ -21,13 +22,6 @@ namespace {
 constexpr uint64_t kSpanBytes = 4 * kMiB;  // whole huge pages: each is given back by itself
 constexpr uint32_t kInFlight = 8;
 constexpr int kPollMs = 10;
-
-using Clock = std::chrono::steady_clock;
-
-Clock::time_point deadline_after(double seconds) {
-  return Clock::now() +
-         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-}
 
 }  // namespace
 

@@ -36,7 +36,7 @@ class ChunkBuilder {
     const uint64_t bytes = std::min(extent.bytes, limit_ - extent.offset);
     append_copy(extent.offset - chunk_.read_offset, extent.target, bytes);
     chunk_.unit = std::min(chunk_.unit, extent.unit);
-    chunk_.payload_bytes += static_cast<uint32_t>(bytes);
+    chunk_.payload_bytes += bytes;
     end_ = std::max(end_, extent.offset + bytes);
     extent.offset += bytes;
     extent.target += bytes;

@@ -42,7 +42,7 @@ struct Chunk {
   uint32_t read_bytes =
       0;  // aligned; at most Plan::chunk_bytes; the end may lie past the shard's end
   uint32_t need_bytes = 0;     // how many of them must arrive
-  uint32_t payload_bytes = 0;  // sum of the copies
+  uint64_t payload_bytes = 0;  // sum of the copies: more than is read where images share bytes
   Home home = Home::kDisk;
   uint64_t cache_offset = 0;  // in the host cache, when home is kHost
   uint32_t first_copy = 0;    // into Plan::copies

@@ -43,6 +43,17 @@ TEST(Chunks, MemoryIsReadAsItLies) {
   EXPECT_EQ(plan.chunks[0].read_bytes, 1001u);
 }
 
+TEST(Chunks, ImagesThatShareTheirBytesAddUp) {
+  constexpr uint64_t kImages = 1100, kBytes = 4 * kMiB;
+  std::vector<PlannedExtent> extents;
+  for (uint64_t i = 0; i < kImages; ++i)
+    extents.push_back({.bytes = kBytes, .target = i * kBytes});
+  const Plan plan = cut(extents, 4096, kBytes);
+  ASSERT_EQ(plan.chunks.size(), 1u);
+  EXPECT_EQ(plan.chunks[0].read_bytes, kBytes);
+  EXPECT_EQ(plan.chunks[0].payload_bytes, kImages * kBytes);
+}
+
 TEST(Chunks, NeighboursBecomeOneCopy) {
   const Plan plan =
       cut({{.offset = 4352, .bytes = 256, .target = 256}, {.offset = 4096, .bytes = 256}});
