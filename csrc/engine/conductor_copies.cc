@@ -90,7 +90,7 @@ bool Conductor::begin_load(uint32_t unit, size_t ahead, bool demanded) {
 // A demand takes the place of all that nobody holds; a prefetch
 // leaves what is needed before it, and what a demand has just brought.
 bool Conductor::may_evict(uint32_t other, size_t ahead, bool demanded) const {
-  if (board_.units[other].acquired > 0) return false;
+  if (!board_.units[other].holds.empty()) return false;
   if (demanded) return true;
   const auto end = window_.begin() + static_cast<ptrdiff_t>(ahead);
   return other != board_.demand && std::find(window_.begin(), end, other) == end;
@@ -124,7 +124,7 @@ void Conductor::drop_discarded() {
     std::erase_if(board_.discarded, [this](uint32_t unit) {
       board_.mutex.assert_held();
       UnitState& state = board_.units[unit];
-      if (state.acquired > 0) return false;
+      if (!state.holds.empty()) return false;
       if (state.phase != Phase::kAbsent) evict(unit);
       const auto [first, count] = chunks_of(unit);
       for (uint32_t c = first; c < first + count; ++c) cache_->forget(c);
@@ -143,7 +143,7 @@ void Conductor::poison_released() {
     const MutexLock lock(board_.mutex);
     for (const uint32_t unit : present_) {
       const UnitState& state = board_.units[unit];
-      const bool over = state.phase == Phase::kReady && state.used && state.acquired == 0;
+      const bool over = state.phase == Phase::kReady && state.used && state.holds.empty();
       if (over && !is_resident_load(unit)) idle.push_back(unit);
     }
     for (const uint32_t unit : idle) evict(unit);

@@ -12,8 +12,9 @@
 // The host blocks in `acquire` only while reads for the unit are missing; all other order is by
 // events. Correct for any order of units: a unit that was not expected is a demand. Acquires are
 // counted. Lifecycle: arena and homes are the caller's, and outlive the engine. `close` waits for
-// the copies and for the reads under way; the destructor closes. Use in a forked child throws.
-// Thread-safe; but one pass at a time is the caller's business.
+// the calls of other threads, the copies and the reads under way; the destructor closes. Use in a
+// forked child throws. Thread-safe, `close` and `hand_over` too; but one pass at a time is the
+// caller's business. Streams outlive the pass that they were used in.
 // Failure: an error of any thread is thrown by the next `acquire`; after it the engine goes on, and
 // what failed is read again when it is wanted.
 #pragma once
@@ -22,12 +23,12 @@
 #include <unistd.h>
 
 #include <array>
-#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "engine/call_gate.h"
 #include "engine/conductor.h"
 #include "engine/counters.h"
 #include "engine/preload.h"
@@ -70,7 +71,7 @@ struct PassSums {
 // What an engine works with and may take over: from the one before it, or from who read ahead of
 // it.
 struct Handoff {
-  std::unique_ptr<Device> device{};
+  std::shared_ptr<Device> device{};             // a trace that is being read keeps it, too
   std::unique_ptr<HostCache> cache{};           // null: a new one
   KeptCache kept{};                             // what it holds
   std::vector<ShardSpec> shards{};              // that it holds it of
@@ -80,7 +81,8 @@ struct Handoff {
 
 class Engine {
  public:
-  // Called now and then while a caller waits, without locks; may throw to give up waiting.
+  // Called now and then while a caller waits, without locks; may throw to give up waiting, and may
+  // close the engine.
   using Interrupt = std::function<void()>;
 
   // `homes`: one for each of the plan's home blocks. `memory[i]`: the bytes of shard i where it
@@ -110,6 +112,7 @@ class Engine {
   // the host cache or the shard. Allowed at any time, but not for what is resident as it is.
   void fetch(uint32_t unit, uint32_t tensor, std::byte* target) const;
 
+  // Idempotent: whoever comes second returns when the first has ended.
   void close();
   // What the host cache holds, for `PlanLimits::kept_cache` of the plan that comes after this one.
   // Also after `close`. Throws IoError where a file has changed since.
@@ -118,7 +121,7 @@ class Engine {
   // where a read has not ended, or the process was forked.
   Handoff hand_over();
   // In a forked child too: the threads are not there, and their locks may be held for good.
-  bool closed() const { return closed_ || ::getpid() != process_; }
+  bool closed() const { return gate_.is_shut() || forked(); }
 
   const Plan& plan() const { return plan_; }
   const ModelSpec& spec() const { return spec_; }
@@ -154,19 +157,28 @@ class Engine {
   bool any_direct() const;
   void tell_refused_files() const;
   std::string choice_without_effect() const;
-  void check_usable() const;
+  bool forked() const { return ::getpid() != process_; }
+  void check_process() const;
+  void check_inside(const CallGate::Visit& visit) const;
+  const char* name_of(uint32_t unit) const;
   void throw_kept_error() REQUIRES(board_.mutex);
-  void wait_ready(uint32_t unit, const Interrupt& interrupt) REQUIRES(board_.mutex);
+  void check_nesting(uint32_t unit) const REQUIRES(board_.mutex);
+  void wait_ready(CallGate::Visit& visit, uint32_t unit, const Interrupt& interrupt)
+      REQUIRES(board_.mutex);
+  void wait_for_copies(uint32_t unit, StreamHandle stream, bool first);
   void log_acquired(uint32_t unit, bool waited, double waited_ms);
   void tell_conductor() REQUIRES(board_.mutex);
-  void record_released(UnitState& state, StreamHandle stream) REQUIRES(board_.mutex);
+  void recover_holds();
+  Event& released_event(UnitState& state, StreamHandle stream) REQUIRES(board_.mutex);
+  bool drop_hold(uint32_t unit, StreamHandle stream) REQUIRES(board_.mutex);
+  void read(uint32_t shard, uint64_t offset, uint64_t bytes, std::byte* target) const;
   // Nobody else is here any more, and in a forked child the locks may be held for good.
   void abandon_buffers() NO_THREAD_SAFETY_ANALYSIS;
 
   ModelSpec spec_;
   Plan plan_;
   EngineOptions options_;
-  std::unique_ptr<Device> device_;
+  std::shared_ptr<Device> device_;
   std::unique_ptr<HostCache> inherited_;  // until the conductor has it
   mutable UnitBoard board_;
   std::vector<std::unique_ptr<Shard>> shards_;
@@ -182,7 +194,10 @@ class Engine {
   PassSums steady_ GUARDED_BY(reports_mutex_);
   uint64_t next_to_sum_ GUARDED_BY(reports_mutex_) = 1;
   pid_t process_ = 0;
-  std::atomic<bool> closed_{false};
+  // Every call but `close` is inside while it uses what `hand_over` takes away.
+  mutable CallGate gate_;
+  mutable Mutex closing_ ACQUIRED_BEFORE(reports_mutex_);
+  bool close_ended_ GUARDED_BY(closing_) = false;
   bool abandoned_ = false;  // the destructor must leave the buffers to the process
 };
 

@@ -12,6 +12,7 @@ namespace wsm {
 namespace {
 
 constexpr uint32_t kMostTraceRecords = 1 << 24;
+constexpr uint64_t kFetchPiece = 16 << 20;
 
 }  // namespace
 
@@ -21,14 +22,16 @@ uint64_t Engine::passes() const {
 }
 
 Counts Engine::totals() {
+  const CallGate::Visit visit(gate_);
   const MutexLock lock(reports_mutex_);
-  if (!closed()) probes_->collect();
+  if (visit.inside() && !forked()) probes_->collect();
   return board_.counters.read();
 }
 
 PassReport Engine::last_pass(const Interrupt& interrupt) {
+  CallGate::Visit visit(gate_);
   const MutexLock lock(reports_mutex_);
-  while (passes_ended_ > 0 && !closed()) {
+  while (passes_ended_ > 0 && visit.inside() && !closed()) {
     const uint64_t pass = passes_ended_ - 1;
     // Passes that were begun since, and never ended, have taken its record.
     if (passes_ - pass > records_.size()) return {};
@@ -38,7 +41,9 @@ PassReport Engine::last_pass(const Interrupt& interrupt) {
     }
     const MutexUnlock unlocked(reports_mutex_);
     std::this_thread::sleep_for(std::chrono::microseconds(100));
-    if (interrupt) interrupt();
+    if (!interrupt) continue;
+    const CallGate::Absence absence(visit);
+    interrupt();
   }
   return {};
 }
@@ -67,27 +72,39 @@ void Engine::sum_ended_passes() {
 }
 
 PassSums Engine::steady_passes() {
+  const CallGate::Visit visit(gate_);
   const MutexLock lock(reports_mutex_);
-  if (!closed()) sum_ended_passes();
+  if (visit.inside() && !forked()) sum_ended_passes();
   return steady_;
 }
 
 void Engine::start_trace(StreamHandle stream, uint32_t most_records, const Interrupt& interrupt) {
-  check_usable();
+  check_process();
+  CallGate::Visit visit(gate_);
+  check_inside(visit);
   check(most_records > 0 && most_records <= kMostTraceRecords, "a trace of ", most_records,
         " events: at least 1, at most ", kMostTraceRecords);
   const auto units = static_cast<uint32_t>(plan_.units.size());
-  board_.trace.start(*device_, stream, units, most_records, interrupt);
+  const auto outside = [&] {
+    if (!interrupt) return;
+    {
+      const CallGate::Absence absence(visit);
+      interrupt();
+    }
+    check_inside(visit);
+  };
+  board_.trace.start(device_, stream, units, most_records, outside);
 }
 
 Timeline Engine::stop_trace(const Interrupt& interrupt) {
-  check<Error>(::getpid() == process_ && device_, "this streamed model has no trace here");
+  check_process();
   return board_.trace.stop(interrupt);
 }
 
 MemoryUse Engine::memory() const {
   MemoryUse use;
-  if (closed()) return use;
+  const CallGate::Visit visit(gate_);
+  if (!visit.inside() || forked()) return use;
   const PinnedBuffer& ring = conductor_->ring().buffer();
   const HostCache& cache = conductor_->cache();
   const uint64_t planned = ring.mapped_bytes() + cache.mapped_bytes();  // kept until `close`
@@ -99,7 +116,9 @@ MemoryUse Engine::memory() const {
 
 std::vector<ShardReport> Engine::shards() const {
   std::vector<ShardReport> reports;
-  for (uint32_t i = 0; i < shards_.size() && !closed(); ++i) {
+  const CallGate::Visit visit(gate_);
+  if (!visit.inside() || forked()) return reports;
+  for (uint32_t i = 0; i < shards_.size(); ++i) {
     const Shard& shard = *shards_[i];
     const ShardUse& use = conductor_->use_of(i);
     const Readers& readers = conductor_->readers();
@@ -114,7 +133,8 @@ std::vector<ShardReport> Engine::shards() const {
 
 std::vector<std::string> Engine::warnings() const {
   std::vector<std::string> all = plan_.warnings;
-  if (closed()) return all;
+  const CallGate::Visit visit(gate_);
+  if (!visit.inside() || forked()) return all;
   if (!choice_without_effect_.empty()) all.push_back(choice_without_effect_);
   for (const auto& some :
        {conductor_->ring().buffer().warnings(), conductor_->cache().warnings()}) {
@@ -123,8 +143,18 @@ std::vector<std::string> Engine::warnings() const {
   return all;
 }
 
+// In pieces: whoever closes the engine waits for one at most.
+void Engine::read(uint32_t shard, uint64_t offset, uint64_t bytes, std::byte* target) const {
+  for (uint64_t done = 0; done < bytes; done += kFetchPiece) {
+    check<Error>(!gate_.is_shut(), "this streamed model was closed during a fetch");
+    read_extent(*shards_[shard], offset + done, std::min(kFetchPiece, bytes - done), target + done);
+  }
+}
+
 void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
-  check_usable();
+  check_process();
+  const CallGate::Visit visit(gate_);
+  check_inside(visit);
   check(unit < plan_.units.size(), "there is no unit ", unit);
   const UnitPlan& planned = plan_.units[unit];
   check(tensor < planned.tensors.size(), "unit ", unit, " has no tensor ", tensor);
@@ -132,8 +162,7 @@ void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
   if (planned.tensors[tensor].resident) {
     check(spec.parameter_bytes > 0, "a resident tensor is fetched from its home");
     for (const Extent& extent : spec.extents) {
-      read_extent(*shards_[extent.shard], extent.offset, extent.bytes,
-                  target + extent.tensor_offset);
+      read(extent.shard, extent.offset, extent.bytes, target + extent.tensor_offset);
     }
     return;
   }
@@ -157,8 +186,7 @@ void Engine::fetch(uint32_t unit, uint32_t tensor, std::byte* target) const {
       if (cached) {
         std::memcpy(target + (from - begin), cached + in_chunk, to - from);
       } else {
-        read_extent(*shards_[chunk.shard], chunk.read_offset + in_chunk, to - from,
-                    target + (from - begin));
+        read(chunk.shard, chunk.read_offset + in_chunk, to - from, target + (from - begin));
       }
     }
   }

@@ -41,8 +41,8 @@ struct Trace::Recording {
     bool ended = false;
   };
 
-  Recording(Device& on, uint32_t units, uint32_t most_records)
-      : device(on), forwards(units, kNone) {
+  Recording(std::shared_ptr<Device> on, uint32_t units, uint32_t most_records)
+      : owned(std::move(on)), device(*owned), forwards(units, kNone) {
     entries.reserve(most_records);
     events.reserve(2 * static_cast<size_t>(most_records) + 1);
     new_event();
@@ -69,6 +69,7 @@ struct Trace::Recording {
   }
   Timeline timeline(const Interrupt& interrupt);
 
+  const std::shared_ptr<Device> owned;  // before the events: another engine may have it by now
   Device& device;
   std::vector<Entry> entries;                  // never grows beyond what was reserved
   std::vector<std::unique_ptr<Event>> events;  // the first sets the clock
@@ -193,8 +194,8 @@ Timeline Trace::Recording::timeline(const Interrupt& interrupt) {
   return all;
 }
 
-void Trace::start(Device& device, StreamHandle stream, uint32_t units, uint32_t most_records,
-                  const Interrupt& interrupt) {
+void Trace::start(std::shared_ptr<Device> device, StreamHandle stream, uint32_t units,
+                  uint32_t most_records, const Interrupt& interrupt) {
   const auto check_off = [this] {
     mutex_.assert_held();
     check<Error>(recording_ == nullptr, "a trace is being taken already: stop it first");
@@ -203,7 +204,7 @@ void Trace::start(Device& device, StreamHandle stream, uint32_t units, uint32_t 
     const MutexLock lock(mutex_);
     check_off();
   }
-  auto recording = std::make_shared<Recording>(device, units, most_records);
+  auto recording = std::make_shared<Recording>(std::move(device), units, most_records);
   recording->set_clock(stream, interrupt);
   const MutexLock lock(mutex_);
   check_off();
@@ -212,16 +213,17 @@ void Trace::start(Device& device, StreamHandle stream, uint32_t units, uint32_t 
 }
 
 Timeline Trace::stop(const Interrupt& interrupt) {
-  std::shared_ptr<Recording> recording;
-  {
-    const MutexLock lock(mutex_);
-    check<Error>(recording_ != nullptr, "no trace is being taken");
-    on_ = false;
-    recording = std::move(recording_);
-  }
+  const std::shared_ptr<Recording> recording = end();
+  check<Error>(recording != nullptr, "no trace is being taken");
   recording->length_ns = recording->since_origin(Clock::now());
   recording->wait_on_host(kNone, {}, recording->length_ns);
   return recording->timeline(interrupt);
+}
+
+std::shared_ptr<Trace::Recording> Trace::end() {
+  const MutexLock lock(mutex_);
+  on_ = false;
+  return std::move(recording_);
 }
 
 std::shared_ptr<Trace::Recording> Trace::detach() noexcept {

@@ -5,7 +5,7 @@
 //     trace.read(...), trace.begin_copies(...), trace.end_copies(...), ...      any thread
 //   Timeline all = trace.stop(...); waits until the device has come to the last of its events
 //
-// Lifecycle: lies on the board. What `start` made goes before the device does: by `stop`, or
+// Lifecycle: lies on the board. What `start` made keeps the device. It goes by `stop`, `drop` or
 // `detach`. Thread-safe; its mutex is the innermost one, and under it lie only calls that make an
 // event, record one or ask for one. It orders nothing: events are recorded beside the
 // copies and forwards, and nobody waits for them but `stop`.
@@ -77,11 +77,13 @@ class Trace {
 
   // Waits for `stream`, which sets the clock. Units are those below `units`. Throws Error where a
   // trace is being taken already.
-  void start(Device& device, StreamHandle stream, uint32_t units, uint32_t most_records,
-             const Interrupt& interrupt);
+  void start(std::shared_ptr<Device> device, StreamHandle stream, uint32_t units,
+             uint32_t most_records, const Interrupt& interrupt);
   // Throws Error where none is.
   Timeline stop(const Interrupt& interrupt);
-  // Ends it, unread, and without locks: for a forked child, where others may hold them for good.
+  // Ends it, unread.
+  void drop() { end(); }
+  // The same without locks: for a forked child, where others may hold them for good.
   std::shared_ptr<Recording> detach() noexcept NO_THREAD_SAFETY_ANALYSIS;
 
   bool on() const { return on_.load(std::memory_order_relaxed); }
@@ -121,6 +123,7 @@ class Trace {
   }
 
  private:
+  std::shared_ptr<Recording> end();  // null: it was off
   void open_copies(uint32_t unit);
   void close_copies(uint64_t bytes);
   void open_wait(uint32_t unit, const Event& ready, StreamHandle stream);

@@ -36,9 +36,9 @@ enum class Phase : uint8_t { kAbsent, kLoading, kReady };
 
 struct UnitState {
   Phase phase = Phase::kAbsent;
-  uint32_t acquired = 0;   // holders now
-  bool used = false;       // acquired since it was loaded
-  bool discarded = false;  // nobody uses these bytes again: see Engine::discard
+  std::vector<StreamHandle> holds;  // the streams that it was acquired on, and not yet released
+  bool used = false;                // acquired since it was loaded
+  bool discarded = false;           // nobody uses these bytes again: see Engine::discard
   // One event for each stream that released the unit since it was loaded.
   std::vector<std::pair<StreamHandle, std::unique_ptr<Event>>> released;
   size_t released_count = 0;  // of these, recorded since the load
@@ -65,7 +65,7 @@ struct UnitBoard {
 
   // The plan's units, then the resident load. Their number is fixed at the start.
   std::vector<UnitState> units GUARDED_BY(mutex);
-  // Units with acquired > 0, in order of their first acquire.
+  // Units that have holds, in order of their first acquire.
   std::vector<uint32_t> held GUARDED_BY(mutex);
   // Units to be dropped as soon as nobody holds them.
   std::vector<uint32_t> discarded GUARDED_BY(mutex);

@@ -87,6 +87,25 @@ TEST(AsyncEngine, AUnitMayBeUsedOnSeveralStreamsAtOnce) {
   }
 }
 
+// What an aborted pass has enqueued still reads its units when the next pass begins, on another
+// stream.
+TEST(AsyncEngine, AnAbortedPassIsRecoveredOnItsOwnStreams) {
+  for (uint64_t seed = 0; seed < 60; ++seed) {
+    SCOPED_TRACE(seed);
+    Scene scene(seed, 1.02, 1);
+    std::mt19937_64 random(seed);
+    for (int pass = 0; pass < 6; ++pass) {
+      const StreamHandle stream = kFirst + static_cast<StreamHandle>(pass) % 3;
+      scene.engine().begin_pass(stream);
+      const auto unit = static_cast<uint32_t>(random() % 8);
+      scene.engine().acquire(unit, stream, {});
+      for (int kernel = 0; kernel < 10; ++kernel) scene.kernels.read(unit, stream);
+      // Neither released nor ended.
+    }
+    ASSERT_EQ(scene.kernels.wrong(), "");
+  }
+}
+
 // Kernels may still run when the engine is closed: the arena is the caller's.
 TEST(AsyncEngine, CloseWaitsForNoKernelAndSpoilsNone) {
   for (uint64_t seed = 0; seed < 24; ++seed) {

@@ -32,6 +32,8 @@ constexpr uint64_t kChunk = 64 * kKiB;
 constexpr int64_t kMs = 1'000'000;
 constexpr uint32_t kUnits = 4;
 
+std::shared_ptr<Device> unowned(Device& device) { return {std::shared_ptr<void>(), &device}; }
+
 // Does at once what it is told, which for copies is nothing. Its clock moves with each record and
 // each copy, and is read as CUDA's is: in milliseconds, as a float.
 class StepDevice : public Device {
@@ -155,7 +157,7 @@ TEST(Trace, OffItAllocatesNothingAndAsksTheDeviceNothing) {
 TEST(Trace, OnItAllocatesEventsAlone) {
   StepDevice device;
   Trace trace;
-  trace.start(device, 0, kUnits, 100, {});
+  trace.start(unowned(device), 0, kUnits, 100, {});
   uint64_t allocated = 0;
   {
     const FailingCalls allocations(Call::kNew, UINT64_MAX);
@@ -173,7 +175,7 @@ TEST(Trace, OnItAllocatesEventsAlone) {
 TEST(Trace, WhatHappensOnAStreamHasTheTimesOfItsEvents) {
   StepDevice device;
   Trace trace;
-  trace.start(device, 0, kUnits, 100, {});
+  trace.start(unowned(device), 0, kUnits, 100, {});
   trace.begin_pass(0);        // 1 ms after the event that sets the clock
   trace.begin_forward(0, 0);  // 2
   trace.begin_copies(3);      // 3
@@ -211,7 +213,7 @@ TEST(Trace, TheClockIsSetByTheClosestTry) {
   takes[3] = microseconds(100);  // not so close that it is the last
   SlowStepDevice device(takes);
   Trace trace;
-  trace.start(device, 0, kUnits, 100, {});
+  trace.start(unowned(device), 0, kUnits, 100, {});
   ASSERT_EQ(device.tries.size(), takes.size());
   trace.begin_pass(0);
   trace.end_pass(0);
@@ -231,7 +233,7 @@ TEST(Trace, NeighboursAreExactHoweverLongItTakes) {
   const double step_ns = 400'001'234;
   StepDevice device(/*record_ms=*/step_ns / kMs);
   Trace trace;
-  trace.start(device, 0, kUnits, 2000, {});
+  trace.start(unowned(device), 0, kUnits, 2000, {});
   for (int i = 0; i < 2000; ++i) {
     trace.begin_forward(0, 0);
     trace.end_forward(0, 0);
@@ -249,7 +251,7 @@ TEST(Trace, NeighboursAreExactHoweverLongItTakes) {
 TEST(Trace, AFullOneKeepsTheFirstAndCountsTheRest) {
   StepDevice device;
   Trace trace;
-  trace.start(device, 0, kUnits, 3, {});
+  trace.start(unowned(device), 0, kUnits, 3, {});
   for (uint32_t unit = 0; unit < 3; ++unit) {
     trace.begin_forward(unit, 0);
     if (unit < 2) trace.end_forward(unit, 0);
@@ -269,7 +271,7 @@ TEST(Trace, AFullOneKeepsTheFirstAndCountsTheRest) {
 TEST(Trace, AWaitOfTheHostIsCutWhereItsCauseChanges) {
   StepDevice device;
   Trace trace;
-  trace.start(device, 0, kUnits, 100, {});
+  trace.start(unowned(device), 0, kUnits, 100, {});
   const Clock::time_point begin = Clock::now();
   const auto at = [begin](int us) { return begin + microseconds(us); };
   for (const int us : {0, 10, 20}) trace.host_waits(1, Stall::kArena, at(us));
@@ -305,7 +307,7 @@ TEST(Trace, WhatHasBegunBeforeItOrNotEndedInItIsLeftOut) {
   trace.begin_pass(0);
   trace.begin_copies(1);
   trace.begin_forward(1, 0);
-  trace.start(device, 0, kUnits, 100, {});
+  trace.start(unowned(device), 0, kUnits, 100, {});
   trace.end_copies(10);
   trace.end_forward(1, 0);
   trace.end_pass(0);
@@ -324,8 +326,8 @@ TEST(Trace, OneAtATimeAndEachBeginsEmpty) {
   Trace trace;
   EXPECT_THROW(trace.stop({}), Error);
   for (int i = 0; i < 2; ++i) {
-    trace.start(device, 0, kUnits, 100, {});
-    EXPECT_THROW(trace.start(device, 0, kUnits, 100, {}), Error);
+    trace.start(unowned(device), 0, kUnits, 100, {});
+    EXPECT_THROW(trace.start(unowned(device), 0, kUnits, 100, {}), Error);
     write_all(trace, device);
     EXPECT_EQ(trace.stop({}).records.size(), 5u);  // nothing was waited for on the device
     EXPECT_FALSE(trace.on());
@@ -338,9 +340,9 @@ TEST(Trace, AWaitForTheDeviceCanBeInterrupted) {
   Trace trace;
   const Trace::Interrupt interrupt = [] { throw Error("Ctrl-C"); };
   device.slow = true;
-  EXPECT_THROW(trace.start(device, 0, kUnits, 100, interrupt), Error);
+  EXPECT_THROW(trace.start(unowned(device), 0, kUnits, 100, interrupt), Error);
   device.slow = false;
-  trace.start(device, 0, kUnits, 100, interrupt);
+  trace.start(unowned(device), 0, kUnits, 100, interrupt);
   write_all(trace, device);
   device.slow = true;
   EXPECT_THROW(trace.stop(interrupt), Error);
@@ -371,7 +373,7 @@ TEST(Trace, ThreadsWriteWhileItStartsAndStops) {
     }
   });
   for (int i = 0; i < 20; ++i) {
-    trace.start(*device, 0, kUnits, 200, {});
+    trace.start(unowned(*device), 0, kUnits, 200, {});
     std::this_thread::yield();
     const Timeline timeline = trace.stop({});
     EXPECT_LE(timeline.records.size(), 200u);

@@ -30,7 +30,7 @@ struct DeviceLedger {
   bool struck() const { return calls >= fail_at; }
 };
 
-class FailingDevice final : public Device {
+class FailingDevice : public Device {
  public:
   FailingDevice(std::unique_ptr<Device> inner, DeviceLedger& ledger)
       : inner_(std::move(inner)), ledger_(ledger) {}
