@@ -18,6 +18,11 @@ namespace {
 
 struct Interrupted {};
 
+struct Hold {
+  uint32_t unit = 0;
+  StreamHandle stream = 0;
+};
+
 class Chaos {
  public:
   Chaos(std::span<const uint8_t> bytes, const Terrain& terrain)
@@ -27,6 +32,7 @@ class Chaos {
         model_(drawn_.spec, drawn_.memory),
         faults_(draw_faults(draws_, terrain)),
         device_(draw_device(draws_, terrain)),
+        gpu_(draw_gpu(draws_)),
         log_(*faults_.log),
         witness_(model_, terrain.ground, faults_) {
     order_ = model_.all_units();
@@ -43,6 +49,7 @@ class Chaos {
     }
     if (!outcome.wrong.empty()) outcome.wrong += describe();
     log_.calm = true;
+    if (gpu_) gpu_->synchronize();
     model_.close();
     witness_.count(tally_);
     outcome.tally = tally_;
@@ -68,7 +75,7 @@ class Chaos {
       const Plan plan = model_.plan(limits_);
       const EngineOptions options = draw_options(draws_, terrain_, faults_);
       std::shared_ptr<Preload> ahead = draw_ahead(options);
-      model_.open(plan, options, std::make_unique<FaultyDevice>(device_), std::move(ahead));
+      model_.open(plan, options, make_device(), std::move(ahead));
       log_.calm = false;
     } catch (const InvalidArgument& error) {
       must(error.what() != std::string(), "budgets were refused without a reason");
@@ -77,6 +84,29 @@ class Chaos {
     }
     start();
     return true;
+  }
+
+  std::unique_ptr<Device> make_device() const {
+    if (!gpu_) return std::make_unique<FaultyDevice>(device_);
+    return std::make_unique<FaultyDevice>(device_, std::make_unique<AsyncDevice>(gpu_));
+  }
+
+  // The host device computes on the calling thread, the GPU of tests on one of its streams.
+  StreamHandle draw_stream() { return gpu_ ? 2 + draws_.below(AsyncGpu::kStreams - 2) : 0; }
+
+  // All kernels have run, and their memory may go.
+  void settle() {
+    if (!gpu_) return;
+    gpu_->synchronize();
+    witness_.check_kernels();
+  }
+
+  void check_unit(uint32_t unit, StreamHandle stream) {
+    gpu_ ? witness_.check_unit_on(*gpu_, unit, stream) : witness_.check_unit(unit);
+  }
+
+  void check_held() {
+    for (const Hold& hold : held_) check_unit(hold.unit, hold.stream);
   }
 
   void start() {
@@ -93,7 +123,7 @@ class Chaos {
   void replace_device() {
     for (const uint32_t unit : order_) {
       if (!streams(unit)) continue;
-      must(!witness_.guarded([&] { model_.engine().acquire(unit, 0, {}); }),
+      must(!witness_.guarded([&] { model_.engine().acquire(unit, stream_, {}); }),
            "a broken device works again");
     }
     device_ = {};
@@ -103,7 +133,8 @@ class Chaos {
 
   void pass() {
     Engine& engine = model_.engine();
-    engine.begin_pass(0);
+    stream_ = draw_stream();
+    engine.begin_pass(stream_);
     held_.clear();  // what an aborted pass left acquired
     ++tally_.passes;
     std::optional<Bystander> bystander;
@@ -117,17 +148,19 @@ class Chaos {
       must(wrong.empty(), wrong);
     }
     if (draws_.one_in(12)) {
-      ++tally_.aborted_passes;  // neither released nor ended
+      ++tally_.aborted_passes;  // neither released nor ended, and its kernels may still run
+      for (int kernels = 0; kernels < 3; ++kernels) check_held();
       return;
     }
     while (!held_.empty()) let_go();
-    engine.end_pass(0);
+    engine.end_pass(stream_);
+    if (draws_.one_in(4)) settle();
   }
 
   // The trace is often full before the end.
   void traced_pass() {
     Engine& engine = model_.engine();
-    engine.start_trace(0, 100, {});
+    engine.start_trace(draw_stream(), 100, {});
     pass();
     const Timeline timeline = engine.stop_trace({});
     must(timeline.records.size() <= 100, "a trace has grown");
@@ -202,12 +235,13 @@ class Chaos {
     for (uint64_t attempt = 0;; ++attempt) {
       must(attempt <= 2 + log_.errors + log_.lost,
            "no pass works after the storage has recovered: ", witness_.last_error());
-      model_.engine().begin_pass(0);
+      model_.engine().begin_pass(stream_ = draw_stream());
       held_.clear();
       ++tally_.passes;
       const bool good = std::ranges::all_of(order_, [&](uint32_t unit) { return use(unit); });
       while (!held_.empty()) let_go();
-      model_.engine().end_pass(0);
+      model_.engine().end_pass(stream_);
+      settle();
       if (good) break;
       if (witness_.device_broken()) replace_device();
       log_.calm = true;
@@ -221,40 +255,43 @@ class Chaos {
 
   // False where an error was thrown, that had to be.
   bool use(uint32_t unit) {
+    const StreamHandle stream = draws_.one_in(8) ? draw_stream() : stream_;
     if (!streams(unit)) {
-      witness_.check_unit(unit);
+      check_unit(unit, stream);
       return true;
     }
     if (overlaps_held(unit)) {
       refused_nesting(unit);
       return true;
     }
-    if (!witness_.guarded([&] { model_.engine().acquire(unit, 0, {}); })) return false;
-    witness_.check_unit(unit);
-    model_.engine().release(unit, 0);
-    for (const uint32_t held : held_) witness_.check_unit(held);
+    if (!witness_.guarded([&] { model_.engine().acquire(unit, stream, {}); })) return false;
+    check_unit(unit, stream);
+    model_.engine().release(unit, stream);
+    check_held();
     ++tally_.uses;
     return true;
   }
 
   bool hold(uint32_t unit) {
     if (!streams(unit) || overlaps_held(unit)) return use(unit);
-    if (!witness_.guarded([&] { model_.engine().acquire(unit, 0, {}); })) return false;
-    held_.push_back(unit);
-    witness_.check_unit(unit);
+    const StreamHandle stream = draws_.one_in(8) ? draw_stream() : stream_;
+    if (!witness_.guarded([&] { model_.engine().acquire(unit, stream, {}); })) return false;
+    held_.push_back({unit, stream});
+    check_unit(unit, stream);
     ++tally_.uses;
     return true;
   }
 
   void let_go() {
-    witness_.check_unit(held_.back());
-    model_.engine().release(held_.back(), 0);
+    const auto [unit, stream] = held_.back();
+    check_unit(unit, stream);
+    model_.engine().release(unit, stream);
     held_.pop_back();
   }
 
   void refused_nesting(uint32_t unit) {
     try {
-      model_.engine().acquire(unit, 0, {});
+      model_.engine().acquire(unit, stream_, {});
     } catch (const Error& error) {
       if (!tells(error.what(), "cannot be loaded inside the forward of")) {
         witness_.expect_fault(error);
@@ -272,8 +309,8 @@ class Chaos {
     if (!streams(unit) || overlaps_held(unit)) return;
     try {
       witness_.guarded([&] {
-        model_.engine().acquire(unit, 0, [] { throw Interrupted{}; });
-        model_.engine().release(unit, 0);
+        model_.engine().acquire(unit, stream_, [] { throw Interrupted{}; });
+        model_.engine().release(unit, stream_);
       });
     } catch (const Interrupted&) {
       ++tally_.interrupted_waits;
@@ -289,7 +326,7 @@ class Chaos {
     model_.engine().close();
     held_.clear();
     try {
-      model_.engine().acquire(random_unit(), 0, {});
+      model_.engine().acquire(random_unit(), stream_, {});
     } catch (const Error& error) {
       must(tells(error.what(), "closed"), "after close: ", error.what());
       return;
@@ -317,6 +354,8 @@ class Chaos {
 
   void reopen() {
     log_.calm = true;
+    if (draws_.one_in(2)) model_.engine().close();  // while kernels run
+    settle();
     model_.close();
     held_.clear();
     const PlanLimits before = limits_;
@@ -330,7 +369,7 @@ class Chaos {
       plan = model_.plan(limits_);
     }
     std::shared_ptr<Preload> ahead = draw_ahead(options);
-    model_.open(*plan, options, std::make_unique<FaultyDevice>(device_), std::move(ahead));
+    model_.open(*plan, options, make_device(), std::move(ahead));
     start();
   }
 
@@ -338,6 +377,7 @@ class Chaos {
     log_.calm = true;  // so that all reads end, and the memory can be handed over
     const PlanLimits limits = draw_limits(draws_, model_.spec());
     const EngineOptions options = draw_options(draws_, terrain_, faults_);
+    settle();
     try {
       model_.resize(limits, options);
     } catch (const InvalidArgument&) {
@@ -354,8 +394,8 @@ class Chaos {
   bool streams(uint32_t unit) const { return model_.engine().plan().units[unit].place_bytes > 0; }
   bool overlaps_held(uint32_t unit) const {
     const std::vector<UnitPlan>& units = model_.engine().plan().units;
-    return std::ranges::any_of(held_, [&](uint32_t held) {
-      return held != unit && places_overlap(units[unit], units[held]);
+    return std::ranges::any_of(held_, [&](const Hold& hold) {
+      return hold.unit != unit && places_overlap(units[unit], units[hold.unit]);
     });
   }
   uint32_t random_unit() { return static_cast<uint32_t>(draws_.below(order_.size())); }
@@ -374,10 +414,12 @@ class Chaos {
   StreamedModel model_;
   FaultyOptions faults_;
   FaultyDeviceOptions device_;
+  const std::shared_ptr<AsyncGpu> gpu_;  // null: the host device
   FaultLog& log_;
   PlanLimits limits_;
   std::vector<uint32_t> order_;
-  std::vector<uint32_t> held_;  // as often as they were acquired
+  std::vector<Hold> held_;   // as often as they were acquired
+  StreamHandle stream_ = 0;  // of the pass
   Tally tally_;
   Witness witness_;
 };

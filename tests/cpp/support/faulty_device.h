@@ -1,10 +1,11 @@
-// The host device with a device's faults: copies that fail from the n-th on, copies that run late,
-// memory that cannot be page-locked.
+// A device over another one, with a device's faults: copies that fail from the n-th on, copies that
+// run late, memory that cannot be page-locked.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device/device.h"
@@ -20,39 +21,40 @@ struct FaultyDeviceOptions {
 
 class FaultyDevice final : public Device {
  public:
-  explicit FaultyDevice(const FaultyDeviceOptions& options)
-      : options_(options), ballast_(options.late_bytes) {}
+  explicit FaultyDevice(const FaultyDeviceOptions& options,
+                        std::unique_ptr<Device> inner = make_host_device())
+      : options_(options), ballast_(options.late_bytes), inner_(std::move(inner)) {}
 
-  const char* kind() const override { return host_->kind(); }
-  int index() const override { return host_->index(); }
+  const char* kind() const override { return inner_->kind(); }
+  int index() const override { return inner_->index(); }
   bool register_host(void* data, size_t bytes, std::string* why) override {
     *why = "the limit of the test";
-    return bytes <= options_.most_registered_bytes && host_->register_host(data, bytes, why);
+    return bytes <= options_.most_registered_bytes && inner_->register_host(data, bytes, why);
   }
-  void unregister_host(void* data) noexcept override { host_->unregister_host(data); }
+  void unregister_host(void* data) noexcept override { inner_->unregister_host(data); }
   void copy_to_device(void* target, const void* source, size_t bytes) override {
     check<Error>(copies_++ < options_.good_copies, "the device is broken");
-    if (!ballast_.empty()) host_->fill(ballast_.data(), 0, ballast_.size());
-    host_->copy_to_device(target, source, bytes);
+    if (!ballast_.empty()) inner_->fill(ballast_.data(), 0, ballast_.size());
+    inner_->copy_to_device(target, source, bytes);
   }
   void fill(void* target, uint8_t value, size_t bytes) override {
-    host_->fill(target, value, bytes);
+    inner_->fill(target, value, bytes);
   }
-  StreamHandle copy_stream() const override { return host_->copy_stream(); }
-  std::unique_ptr<Event> make_event(bool timed) override { return host_->make_event(timed); }
-  void record(Event& event, StreamHandle stream) override { host_->record(event, stream); }
-  void wait(StreamHandle stream, const Event& event) override { host_->wait(stream, event); }
-  bool done(const Event& event) override { return host_->done(event); }
+  StreamHandle copy_stream() const override { return inner_->copy_stream(); }
+  std::unique_ptr<Event> make_event(bool timed) override { return inner_->make_event(timed); }
+  void record(Event& event, StreamHandle stream) override { inner_->record(event, stream); }
+  void wait(StreamHandle stream, const Event& event) override { inner_->wait(stream, event); }
+  bool done(const Event& event) override { return inner_->done(event); }
   double elapsed_seconds(const Event& begin, const Event& end) override {
-    return host_->elapsed_seconds(begin, end);
+    return inner_->elapsed_seconds(begin, end);
   }
-  void drain() override { host_->drain(); }
+  void drain() override { inner_->drain(); }
 
  private:
   FaultyDeviceOptions options_;
   std::vector<std::byte> ballast_;
   uint64_t copies_ = 0;
-  std::unique_ptr<Device> host_ = make_host_device();  // last: its thread fills the ballast
+  std::unique_ptr<Device> inner_;  // last: it fills the ballast
 };
 
 }  // namespace wsm::testing

@@ -194,6 +194,11 @@ FaultyDeviceOptions draw_device(Draws& draws, const Terrain& terrain) {
   return device;
 }
 
+std::shared_ptr<AsyncGpu> draw_gpu(Draws& draws) {
+  if (draws.one_in(2)) return std::make_shared<AsyncGpu>(draws.below(1 << 16));
+  return nullptr;
+}
+
 EngineOptions draw_options(Draws& draws, const Terrain& terrain, const FaultyOptions& faults) {
   EngineOptions options;
   options.poison = !draws.one_in(4);

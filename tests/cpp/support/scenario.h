@@ -9,6 +9,7 @@
 
 #include "engine/engine.h"
 #include "plan/planner.h"
+#include "support/async_device.h"
 #include "support/draws.h"
 #include "support/faulty_device.h"
 #include "support/faulty_reader.h"
@@ -55,6 +56,7 @@ DrawnModel draw_model(Draws& draws, const Ground& ground);
 PlanLimits draw_limits(Draws& draws, const ModelSpec& spec);
 FaultyOptions draw_faults(Draws& draws, const Terrain& terrain);
 FaultyDeviceOptions draw_device(Draws& draws, const Terrain& terrain);
+std::shared_ptr<AsyncGpu> draw_gpu(Draws& draws);  // null: the host device
 // Over readers with these faults, or, where the terrain allows it, now and then the real ones.
 EngineOptions draw_options(Draws& draws, const Terrain& terrain, const FaultyOptions& faults);
 

@@ -11,6 +11,20 @@ void Witness::check_unit(uint32_t unit) {
   });
 }
 
+void Witness::check_unit_on(AsyncGpu& gpu, uint32_t unit, StreamHandle stream) {
+  model_.visit_images(unit, [&](const TensorSpec& tensor, const std::byte* image) {
+    gpu.launch(stream, [this, unit, stream, &tensor, image] {
+      try {
+        check_tensor(unit, tensor, image);
+      } catch (const Wrong& wrong) {
+        if (kernels_wrong_.empty()) kernels_wrong_ = concat("on stream ", stream, ": ", wrong.what);
+      }
+    });
+  });
+}
+
+void Witness::check_kernels() const { must(kernels_wrong_.empty(), kernels_wrong_); }
+
 void Witness::check_tensor(uint32_t unit, const TensorSpec& tensor, const std::byte* found) {
   for (const Extent& extent : tensor.extents) {
     const Ground::Land& land = ground_.land_of(model_.spec().shards[extent.shard].path);

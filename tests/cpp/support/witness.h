@@ -8,6 +8,7 @@
 #include <string>
 #include <thread>
 
+#include "support/async_device.h"
 #include "support/scenario.h"
 #include "support/streamed_model.h"
 #include "support/tally.h"
@@ -35,6 +36,10 @@ class Witness {
 
   // All that the unit has on the device is the file's, but for bits that were flipped.
   void check_unit(uint32_t unit);
+  // The same by kernels, which check when `stream` comes to them.
+  void check_unit_on(AsyncGpu& gpu, uint32_t unit, StreamHandle stream);
+  // Once all kernels have run: throws what they found wrong.
+  void check_kernels() const;
   // Fetches one of the unit's tensors, `draw` says which, and checks it. False where the engine was
   // closed. Any thread.
   bool fetch(uint32_t unit, uint32_t draw);
@@ -71,6 +76,7 @@ class Witness {
   bool device_broken_ = false;
   std::string last_error_;
   std::atomic<uint64_t> flips_seen_{0};
+  std::string kernels_wrong_;  // the kernels', one at a time
 };
 
 // A second thread that looks on: it fetches, and asks for every report.
