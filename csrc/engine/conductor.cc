@@ -144,7 +144,7 @@ bool Conductor::step() {
   moved |= copy();
   if (!paused_) moved |= read();
   account_stall(moved);
-  board_.trace.host_waits(stalled_ ? demand_ : kNone, stall_cause_, stall_mark_);
+  board_.trace.host_waits(stalled_ ? first_missing() : kNone, stall_cause_, stall_mark_);
   return moved;
 }
 
@@ -154,7 +154,7 @@ void Conductor::look() {
     if (board_.version == seen_version_) return;
     seen_version_ = board_.version;
     stop_ = board_.stop;
-    demand_ = board_.demand;
+    look_at_demands();
     paused_ = board_.error.has_value();
     discarded_ = !board_.discarded.empty();
     if (passes_over_ != board_.passes_over) waiting_chunk_ = kNone;  // the page cache has moved on
@@ -167,6 +167,31 @@ void Conductor::look() {
     position_[window_[i]] = static_cast<uint32_t>(i);
   }
   drop_outside_window();
+}
+
+void Conductor::look_at_demands() {
+  demands_.clear();
+  for (const Demand& demand : board_.demands) {
+    const bool held_up = std::ranges::any_of(board_.held, [&](uint32_t held) {
+      return held != demand.unit && overlap(demand.unit, held);
+    });
+    demands_.push_back({demand.unit, demand.posted, held_up, demand.error.has_value()});
+  }
+}
+
+// How many demands come before this unit's; all, where none is to be served for it.
+size_t Conductor::rank_of(uint32_t unit) const {
+  const auto found = std::ranges::find_if(
+      demands_, [&](const Waiting& demand) { return demand.unit == unit && !demand.held_up; });
+  return static_cast<size_t>(found - demands_.begin());
+}
+
+// The oldest demand that is not ready yet; none where all are.
+uint32_t Conductor::first_missing() const {
+  const auto missing = std::ranges::find_if(demands_, [&](const Waiting& demand) {
+    return board_.phase_of(demand.unit) != Phase::kReady;
+  });
+  return missing != demands_.end() ? missing->unit : kNone;
 }
 
 // Any thread: there may be more to do.
@@ -202,10 +227,10 @@ void Conductor::sleep() {
   waker_.clear();
 }
 
-Stall Conductor::cause_of_demand() const {
-  if (board_.phase_of(demand_) == Phase::kAbsent) return Stall::kArena;
-  const UnitWork& work = work_[demand_];
-  const bool unread = work.first_unread < chunks_of(demand_).second;
+Stall Conductor::cause_of(uint32_t demand) const {
+  if (board_.phase_of(demand) == Phase::kAbsent) return Stall::kArena;
+  const UnitWork& work = work_[demand];
+  const bool unread = work.first_unread < chunks_of(demand).second;
   // The disk is idle: all slots are held by copies that wait for places in the arena.
   if (unread && !reads_under_way() && slots_wanted_ && ring_->copies_pending()) {
     return Stall::kArena;
@@ -215,6 +240,7 @@ Stall Conductor::cause_of_demand() const {
   return work.left > 0 ? Stall::kDisk : Stall::kH2d;
 }
 
+// Where several acquires wait, the oldest one's wait is counted.
 void Conductor::account_stall(bool moved) {
   const auto now = Clock::now();
   const bool was_stalled = stalled_;
@@ -223,23 +249,40 @@ void Conductor::account_stall(bool moved) {
     board_.counters.stall_ns[static_cast<int>(stall_cause_.load())] += static_cast<uint64_t>(ns);
   }
   stall_mark_ = now;
-  stalled_ = demand_ != kNone && board_.phase_of(demand_) != Phase::kReady && !paused_;
+  const uint32_t missing = first_missing();
+  stalled_ = missing != kNone && !paused_;
   if (!stalled_) return;
-  stall_cause_ = cause_of_demand();
+  stall_cause_ = cause_of(missing);
   if (moved || !was_stalled) last_move_ = now;
-  // A device may be busy for long with work of others; a read should end.
-  const double limit_s = options_.read_timeout_s * (reads_under_way() ? 1 : kDevicePatience);
-  if (now - last_move_ > std::chrono::duration<double>(limit_s)) {
-    keep_error(KeptError::of<TimeoutError>(describe_demand()));
-    paused_ = true;
-  }
+  for (Waiting& demand : demands_) limit_wait(demand, now);
 }
 
-std::string Conductor::describe_demand() const {
-  const std::chrono::duration<double> waited = Clock::now() - last_move_;
-  const std::string head = concat("nothing has moved for ", waited.count(),
-                                  " s while loading unit '", name_of(demand_), "': ");
-  const auto [first, count] = chunks_of(demand_);
+// A demand for which nothing has moved for too long ends in an error.
+void Conductor::limit_wait(Waiting& demand, Clock::time_point now) {
+  if (demand.given_up || board_.phase_of(demand.unit) == Phase::kReady) return;
+  // A device may be busy for long with work of others; a read should end.
+  const double limit_s = options_.read_timeout_s * (reads_under_way() ? 1 : kDevicePatience);
+  const std::chrono::duration<double> still = now - std::max(last_move_, demand.posted);
+  if (still.count() <= limit_s) return;
+  KeptError error = KeptError::of<TimeoutError>(describe(demand, now));
+  demand.given_up = true;
+  const MutexLock lock(board_.mutex);
+  const size_t rank = board_.rank_of(demand.unit);
+  if (rank < board_.demands.size()) board_.demands[rank].error = std::move(error);
+  board_.changed.notify_all();
+}
+
+std::string Conductor::describe(const Waiting& demand, Clock::time_point now) const {
+  const std::chrono::duration<double> still = now - std::max(last_move_, demand.posted);
+  const std::string head = concat("nothing has moved for ", still.count(),
+                                  " s while loading unit '", name_of(demand.unit), "': ");
+  const std::string holder = holder_of_place(demand.unit);
+  if (!holder.empty()) {
+    return concat(head, "another thread holds unit '", holder,
+                  "', which has its place in the arena. The limit is ", kDevicePatience,
+                  " times read_timeout_s.");
+  }
+  const auto [first, count] = chunks_of(demand.unit);
   for (uint32_t c = first; c < first + count; ++c) {
     if (chunks_[c].copied) continue;
     const Chunk& chunk = plan_.chunks[c];
@@ -252,6 +295,15 @@ std::string Conductor::describe_demand() const {
                   " bytes. Is the drive healthy? The limit is read_timeout_s.");
   }
   return concat(head, "the copies to the device have not been enqueued. Is the device healthy?");
+}
+
+// Empty where nobody holds it.
+std::string Conductor::holder_of_place(uint32_t unit) const {
+  const MutexLock lock(board_.mutex);
+  for (const uint32_t held : board_.held) {
+    if (held != unit && overlap(unit, held)) return name_of(held);
+  }
+  return {};
 }
 
 void Conductor::keep_error(KeptError error) {

@@ -1,15 +1,17 @@
 // The conductor: one thread that owns the schedule. It reaps completed reads, recycles slots whose
 // copies are done, enqueues copies, issues the next reads, and sleeps.
 //
-// A demand (an acquire that waits) comes first, then the units expected next, in order. Copies go
+// Demands (units that acquires wait for) come first, the oldest before the others; then the units
+// expected next, in order. Copies go
 // unit by unit: the next unit's are enqueued only when the last one's all are, so none is delayed
 // by a later one. Reads run ahead of the copies as far as slots (or places in the host cache) and
 // the window reach.
 //
-// Why it cannot hang: a demand may take the last slot, may discard what was prefetched into others,
-// and may drop prefetched units from its place; only units that are held now keep theirs, and for
-// those the engine raises instead of waiting. A demand that nothing moves for `read_timeout_s` ends
-// in an error that names the unit, the file and the offset.
+// Why it cannot hang: a demand may take the last slot, may discard what was read into others, and
+// may drop units from its place, unless an older demand is for them. So the oldest is always
+// served. Only units that are held now keep their places. A demand for such a place is left alone
+// until it is free, and the engine posts none whose holder waits for it. A demand ends in an error
+// that names the unit, the file and the offset when nothing has moved for `read_timeout_s`.
 //
 // Lifecycle: the thread starts in `start` and ends in `stop`, which lets the reads under way
 // finish. Failure: a failed read is kept on the board for the next acquire; until that has thrown
@@ -109,6 +111,12 @@ class Conductor {
     bool from_disk = false;       // some bytes of the present load came from the disk
     bool demanded = false;        // the present load was started by an acquire
   };
+  struct Waiting {  // a demand
+    uint32_t unit = kNone;
+    Clock::time_point posted{};
+    bool held_up = false;   // its place is held: nothing is done for it until that is free
+    bool given_up = false;  // its error is on the board
+  };
   struct Flight {  // a read under way
     uint32_t chunk = kNone;
     uint32_t slot = kNoSlot;  // none: straight into the host cache
@@ -125,7 +133,8 @@ class Conductor {
   bool copy();
   bool copy_unit(uint32_t unit, size_t ahead, bool demanded);
   bool begin_load(uint32_t unit, size_t ahead, bool demanded);
-  bool may_evict(uint32_t other, size_t ahead, bool demanded) const REQUIRES(board_.mutex);
+  bool may_evict(uint32_t other, uint32_t unit, size_t ahead, bool demanded) const
+      REQUIRES(board_.mutex);
   void finish_load(uint32_t unit);
   void evict(uint32_t unit) REQUIRES(board_.mutex);
   void wait_for_evicted();
@@ -143,16 +152,25 @@ class Conductor {
   void count_use(const Flight& flight);
   void trace_read(const Flight& flight, const ReadCompletion& done);
   bool needs_read(uint32_t chunk) const;
-  uint32_t acquire_slot(bool demanded);
+  uint32_t acquire_slot(uint32_t chunk, bool demanded);
   bool slot_comes_free() const;
-  bool discard_for_demand();
+  bool discard_for_demand(uint32_t unit);
   void forget_chunk(uint32_t chunk);
   void drop_outside_window();
   void note_change();
   void sleep();
   void account_stall(bool moved);
-  Stall cause_of_demand() const;
-  std::string describe_demand() const;
+  Stall cause_of(uint32_t demand) const;
+  void limit_wait(Waiting& demand, Clock::time_point now);
+  std::string describe(const Waiting& demand, Clock::time_point now) const;
+  std::string holder_of_place(uint32_t unit) const EXCLUDES(board_.mutex);
+  void look_at_demands() REQUIRES(board_.mutex);
+  size_t rank_of(uint32_t unit) const;
+  bool demanded(uint32_t unit) const { return rank_of(unit) < demands_.size(); }
+  bool to_serve(const Waiting& demand) const {
+    return !demand.held_up && board_.phase_of(demand.unit) != Phase::kReady;
+  }
+  uint32_t first_missing() const;
   void keep_error(KeptError error);
   bool reads_under_way() const { return free_tags_.size() < flights_.size(); }
   bool is_resident_load(uint32_t unit) const { return unit == plan_.units.size(); }
@@ -195,8 +213,8 @@ class Conductor {
   std::vector<UnitState*> evicted_;
   std::array<ReadCompletion, 64> completions_;
   uint64_t seen_version_ = UINT64_MAX;
-  uint32_t demand_ = kNone;
-  bool paused_ = false;  // an error waits to be thrown
+  std::vector<Waiting> demands_;  // as the board has them: the oldest first
+  bool paused_ = false;           // an error waits to be thrown
   bool stop_ = false;
   bool slots_wanted_ = false;  // reads wait for slots to be recycled
   bool copies_full_ = false;   // copies wait until some of those under way have ended

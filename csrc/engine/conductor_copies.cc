@@ -20,9 +20,11 @@ constexpr uint32_t kMostCopying = 256;
 
 bool Conductor::copy() {
   bool moved = false;
-  if (demand_ != kNone && board_.phase_of(demand_) != Phase::kReady) {
-    moved |= copy_unit(demand_, 0, true);
-    if (board_.phase_of(demand_) != Phase::kReady) return moved;
+  for (const Waiting& demand : demands_) {
+    if (to_serve(demand)) moved |= copy_unit(demand.unit, 0, true);
+  }
+  if (std::ranges::any_of(demands_, [&](const Waiting& demand) { return to_serve(demand); })) {
+    return moved;
   }
   const size_t reach = std::min<size_t>(plan_.lookahead_units, window_.size());
   for (size_t ahead = 0; ahead < reach; ++ahead) {
@@ -72,7 +74,7 @@ bool Conductor::begin_load(uint32_t unit, size_t ahead, bool demanded) {
   {
     const MutexLock lock(board_.mutex);
     for (const uint32_t other : present_) {
-      if (overlap(unit, other) && !may_evict(other, ahead, demanded)) return false;
+      if (overlap(unit, other) && !may_evict(other, unit, ahead, demanded)) return false;
     }
     for (size_t i = present_.size(); i-- > 0;) {
       if (overlap(unit, present_[i])) evict(present_[i]);
@@ -87,13 +89,14 @@ bool Conductor::begin_load(uint32_t unit, size_t ahead, bool demanded) {
   return true;
 }
 
-// A demand takes the place of all that nobody holds; a prefetch
-// leaves what is needed before it, and what a demand has just brought.
-bool Conductor::may_evict(uint32_t other, size_t ahead, bool demanded) const {
+// A demand takes the place of all that nobody holds, and that no older one is for: two that want
+// the same place take turns. A prefetch leaves what is needed before it, and what is demanded.
+bool Conductor::may_evict(uint32_t other, uint32_t unit, size_t ahead, bool demanded) const {
   if (!board_.units[other].holds.empty()) return false;
-  if (demanded) return true;
+  const size_t rank = board_.rank_of(other);
+  if (demanded) return rank >= board_.rank_of(unit);
   const auto end = window_.begin() + static_cast<ptrdiff_t>(ahead);
-  return other != board_.demand && std::find(window_.begin(), end, other) == end;
+  return rank == board_.demands.size() && std::find(window_.begin(), end, other) == end;
 }
 
 // The caller calls `wait_for_evicted` then, without the mutex.

@@ -59,8 +59,8 @@ void Conductor::complete(const ReadCompletion& done, const Reader& reader) {
 bool Conductor::read() {
   bool moved = false;
   bool blocked = false;
-  if (demand_ != kNone && board_.phase_of(demand_) != Phase::kReady) {
-    moved |= read_unit(demand_, true, &blocked);
+  for (const Waiting& demand : demands_) {
+    if (to_serve(demand) && !blocked) moved |= read_unit(demand.unit, true, &blocked);
   }
   for (size_t i = 0; i < window_.size() && !blocked; ++i) {
     if (board_.phase_of(window_[i]) == Phase::kReady) continue;
@@ -105,7 +105,7 @@ bool Conductor::issue(uint32_t index, bool demanded) {
   if (chunk.home == Home::kHost) {
     if (!cache_->ready(chunk)) return false;
   } else {
-    slot = acquire_slot(demanded);
+    slot = acquire_slot(index, demanded);
     if (slot == kNoSlot) return false;
   }
   ReadRequest request;
@@ -187,9 +187,11 @@ void Conductor::drop_preload() {
   waiting_chunk_ = kNone;  // it may have waited for this
 }
 
-uint32_t Conductor::acquire_slot(bool demanded) {
+uint32_t Conductor::acquire_slot(uint32_t chunk, bool demanded) {
   uint32_t slot = ring_->acquire(demanded);
-  while (slot == kNoSlot && demanded && discard_for_demand()) slot = ring_->acquire(demanded);
+  while (slot == kNoSlot && demanded && discard_for_demand(owner_of(chunk))) {
+    slot = ring_->acquire(demanded);
+  }
   if (slot == kNoSlot) slots_wanted_ = true;
   return slot;
 }
@@ -205,14 +207,15 @@ bool Conductor::slot_comes_free() const {
 }
 
 // Frees (or dooms) the slot whose bytes are wanted last: outside the window, else farthest in it.
-// False where there is none, or one comes free by itself.
-bool Conductor::discard_for_demand() {
+// Those of older demands stay. False where there is none, or one comes free by itself.
+bool Conductor::discard_for_demand(uint32_t demand) {
   if (slot_comes_free()) return false;
+  const size_t rank = rank_of(demand);
   uint32_t victim = kNone;
   ptrdiff_t victim_distance = -1;
   for (uint32_t slot = 0; slot < slot_chunk_.size(); ++slot) {
     const uint32_t chunk = slot_chunk_[slot];
-    if (chunk == kNone || owner_of(chunk) == demand_) continue;
+    if (chunk == kNone || rank_of(owner_of(chunk)) <= rank) continue;
     const uint32_t unit = owner_of(chunk);
     const bool expected = in_window_[unit] == seen_version_;
     const auto distance = static_cast<ptrdiff_t>(expected ? position_[unit] : window_.size());
@@ -230,7 +233,7 @@ void Conductor::drop_outside_window() {
   for (const uint32_t chunk : slot_chunk_) {
     if (chunk == kNone) continue;
     const uint32_t unit = owner_of(chunk);
-    if (unit != demand_ && in_window_[unit] != seen_version_) forget_chunk(chunk);
+    if (!demanded(unit) && in_window_[unit] != seen_version_) forget_chunk(chunk);
   }
 }
 

@@ -86,9 +86,9 @@ void Engine::recover_holds() {
     units = board_.held;
     for (const uint32_t unit : units) {
       UnitState& state = board_.units[unit];
-      const std::vector<StreamHandle> streams = state.holds;
-      for (const StreamHandle stream : streams) {
-        records.emplace_back(&released_event(state, stream), stream);
+      const std::vector<Hold> holds = state.holds;
+      for (const Hold& hold : holds) {
+        records.emplace_back(&released_event(state, hold.stream), hold.stream);
       }
     }
   }
@@ -144,7 +144,7 @@ bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
     }
     first = state.holds.empty();
     if (first) board_.held.push_back(unit);
-    state.holds.push_back(stream);
+    state.holds.push_back({stream, std::this_thread::get_id()});
     loaded = !std::exchange(state.used, true);
   }
   try {
@@ -163,14 +163,35 @@ bool Engine::acquire(uint32_t unit, StreamHandle stream, const Interrupt& interr
   return loaded;
 }
 
+// A place that another thread holds comes free, and is waited for. One that this thread holds does
+// not, nor one whose holder waits for this thread.
 void Engine::check_nesting(uint32_t unit) const {
+  const uint32_t holder = never_released(unit, board_.demands.size());
+  if (holder == kNone) return;
+  throw Error(concat("unit '", spec_.units[unit].name,
+                     "' cannot be loaded inside the forward of unit '", spec_.units[holder].name,
+                     "': their places in the arena overlap. Make them one unit, or name the outer "
+                     "module in units=[...]"));
+}
+
+// The unit in this one's place that is held until this thread goes on; none where there is none.
+// `steps`: how many waits may lie in between.
+uint32_t Engine::never_released(uint32_t unit, size_t steps) const {
+  const auto never_goes_on = [&](std::thread::id thread) {
+    board_.mutex.assert_held();
+    if (thread == std::this_thread::get_id()) return true;
+    return steps > 0 && std::ranges::any_of(board_.demands, [&](const Demand& demand) {
+             board_.mutex.assert_held();
+             return std::ranges::count(demand.waiters, thread) > 0 &&
+                    never_released(demand.unit, steps - 1) != kNone;
+           });
+  };
   for (const uint32_t other : board_.held) {
-    check<Error>(other == unit || !conductor_->overlap(unit, other), "unit '",
-                 spec_.units[unit].name, "' cannot be loaded inside the forward of unit '",
-                 spec_.units[other].name,
-                 "': their places in the arena overlap. Make them one unit, or name the outer "
-                 "module in units=[...]");
+    if (other == unit || !conductor_->overlap(unit, other)) continue;
+    const std::vector<Hold>& holds = board_.units[other].holds;
+    if (std::ranges::any_of(holds, never_goes_on, &Hold::thread)) return other;
   }
+  return kNone;
 }
 
 // What `stream` runs from now on comes after the unit's copies. `first`: nobody else holds it.
@@ -183,22 +204,16 @@ void Engine::wait_for_copies(uint32_t unit, StreamHandle stream, bool first) {
   if (first) board_.trace.begin_forward(unit, stream);
 }
 
-// Posts the unit as the demand and waits until it is ready. The mutex is released while waiting.
+// Posts a demand for the unit and waits until it is ready. The mutex is released while waiting.
 void Engine::wait_ready(CallGate::Visit& visit, uint32_t unit, const Interrupt& interrupt) {
-  board_.demand = unit;
-  ++board_.version;
-  conductor_->wake();
-  const auto withdraw = [&] {
-    board_.mutex.assert_held();
-    board_.demand = kNone;
-    ++board_.version;
-    conductor_->wake();
-  };
+  post_demand(unit);
   try {
     const UnitState& state = board_.units[unit];
     while (state.phase != Phase::kReady || state.discarded) {
       board_.changed.wait_for(board_.mutex, kInterruptInterval);
       throw_kept_error();
+      const Demand& demand = board_.demands[board_.rank_of(unit)];
+      if (demand.error) demand.error->raise(demand.error->message);
       if (interrupt) {
         const MutexUnlock unlocked(board_.mutex);
         const CallGate::Absence absence(visit);
@@ -208,10 +223,28 @@ void Engine::wait_ready(CallGate::Visit& visit, uint32_t unit, const Interrupt& 
                    name_of(unit), "' was awaited");
     }
   } catch (...) {
-    if (visit.inside()) withdraw();
+    if (visit.inside()) withdraw_demand(unit);
     throw;
   }
-  withdraw();
+  withdraw_demand(unit);
+}
+
+void Engine::post_demand(uint32_t unit) {
+  const size_t rank = board_.rank_of(unit);
+  if (rank == board_.demands.size()) board_.demands.push_back({unit, Clock::now()});
+  board_.demands[rank].waiters.push_back(std::this_thread::get_id());
+  ++board_.version;
+  conductor_->wake();
+}
+
+// The last of those who wait for the unit takes the demand back.
+void Engine::withdraw_demand(uint32_t unit) {
+  const auto demand = board_.demands.begin() + static_cast<ptrdiff_t>(board_.rank_of(unit));
+  std::vector<std::thread::id>& waiters = demand->waiters;
+  waiters.erase(std::ranges::find(waiters, std::this_thread::get_id()));
+  if (waiters.empty()) board_.demands.erase(demand);
+  ++board_.version;
+  conductor_->wake();
 }
 
 void Engine::log_acquired(uint32_t unit, bool waited, double waited_ms) {
@@ -258,9 +291,9 @@ void Engine::release(uint32_t unit, StreamHandle stream) {
 // Drops the unit's hold of this stream, or of another one where it was acquired on another one.
 // Whether it was the last.
 bool Engine::drop_hold(uint32_t unit, StreamHandle stream) {
-  std::vector<StreamHandle>& holds = board_.units[unit].holds;
+  std::vector<Hold>& holds = board_.units[unit].holds;
   if (holds.empty()) return false;  // recovered by begin_pass since
-  const auto found = std::find(holds.begin(), holds.end(), stream);
+  const auto found = std::ranges::find(holds, stream, &Hold::stream);
   holds.erase(found != holds.end() ? found : holds.end() - 1);
   if (!holds.empty()) return false;
   std::erase(board_.held, unit);

@@ -163,6 +163,9 @@ class Engine {
   const char* name_of(uint32_t unit) const;
   void throw_kept_error() REQUIRES(board_.mutex);
   void check_nesting(uint32_t unit) const REQUIRES(board_.mutex);
+  uint32_t never_released(uint32_t unit, size_t steps) const REQUIRES(board_.mutex);
+  void post_demand(uint32_t unit) REQUIRES(board_.mutex);
+  void withdraw_demand(uint32_t unit) REQUIRES(board_.mutex);
   void wait_ready(CallGate::Visit& visit, uint32_t unit, const Interrupt& interrupt)
       REQUIRES(board_.mutex);
   void wait_for_copies(uint32_t unit, StreamHandle stream, bool first);

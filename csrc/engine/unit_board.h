@@ -11,14 +11,17 @@
 //   copy stream:     wait(released of those evicted) | copies | record ready
 //   compute stream:  wait(ready) | forward | record released
 //
-// A demand evicts all that nobody holds; a prefetch leaves what is expected before it.
+// A demand evicts all that nobody holds, but for what an older demand waits for; a prefetch leaves
+// what is expected before it, too.
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -34,11 +37,17 @@ namespace wsm {
 
 enum class Phase : uint8_t { kAbsent, kLoading, kReady };
 
+// An acquire that was not released yet.
+struct Hold {
+  StreamHandle stream = 0;
+  std::thread::id thread;
+};
+
 struct UnitState {
   Phase phase = Phase::kAbsent;
-  std::vector<StreamHandle> holds;  // the streams that it was acquired on, and not yet released
-  bool used = false;                // acquired since it was loaded
-  bool discarded = false;           // nobody uses these bytes again: see Engine::discard
+  std::vector<Hold> holds;
+  bool used = false;       // acquired since it was loaded
+  bool discarded = false;  // nobody uses these bytes again: see Engine::discard
   // One event for each stream that released the unit since it was loaded.
   std::vector<std::pair<StreamHandle, std::unique_ptr<Event>>> released;
   size_t released_count = 0;  // of these, recorded since the load
@@ -54,6 +63,14 @@ struct KeptError {
   static KeptError of(std::string message) {
     return {std::move(message), [](const std::string& text) { throw E(text); }};
   }
+};
+
+// A unit that acquires wait for.
+struct Demand {
+  uint32_t unit = kNone;
+  std::chrono::steady_clock::time_point posted{};
+  std::vector<std::thread::id> waiters{};
+  std::optional<KeptError> error{};  // for those who wait for it: the time limit is over
 };
 
 struct UnitBoard {
@@ -72,7 +89,7 @@ struct UnitBoard {
   Sequence sequence GUARDED_BY(mutex);
   // Moves with every change that the conductor should look at.
   uint64_t version GUARDED_BY(mutex) = 0;
-  uint32_t demand GUARDED_BY(mutex) = kNone;         // the unit that an acquire waits for
+  std::vector<Demand> demands GUARDED_BY(mutex);     // the oldest first
   std::optional<KeptError> error GUARDED_BY(mutex);  // kept for the next acquire
   bool stop GUARDED_BY(mutex) = false;
   uint64_t passes_over GUARDED_BY(mutex) = 0;
@@ -85,14 +102,21 @@ struct UnitBoard {
   // For the conductor, which needs no lock for what it alone changes.
   Phase phase_of(uint32_t unit) const NO_THREAD_SAFETY_ANALYSIS { return units[unit].phase; }
 
+  // How many demands come before this unit's; all, where nobody demands it.
+  size_t rank_of(uint32_t unit) const REQUIRES(mutex) {
+    const auto found = std::ranges::find(demands, unit, &Demand::unit);
+    return static_cast<size_t>(found - demands.begin());
+  }
+
   // Whether anything that is expected is not there yet: what lies farthest ahead is looked at
   // first, as it is the likeliest.
   bool wants_more() const REQUIRES(mutex) {
     const auto& upcoming = sequence.upcoming();
-    return !discarded.empty() || std::any_of(upcoming.rbegin(), upcoming.rend(), [&](uint32_t u) {
-      mutex.assert_held();
-      return units[u].phase != Phase::kReady;
-    });
+    return !discarded.empty() || !demands.empty() ||
+           std::any_of(upcoming.rbegin(), upcoming.rend(), [&](uint32_t u) {
+             mutex.assert_held();
+             return units[u].phase != Phase::kReady;
+           });
   }
 };
 
