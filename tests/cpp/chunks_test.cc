@@ -46,8 +46,7 @@ TEST(Chunks, MemoryIsReadAsItLies) {
 TEST(Chunks, ImagesThatShareTheirBytesAddUp) {
   constexpr uint64_t kImages = 1100, kBytes = 4 * kMiB;
   std::vector<PlannedExtent> extents;
-  for (uint64_t i = 0; i < kImages; ++i)
-    extents.push_back({.bytes = kBytes, .target = i * kBytes});
+  for (uint64_t i = 0; i < kImages; ++i) extents.push_back({.bytes = kBytes, .target = i * kBytes});
   const Plan plan = cut(extents, 4096, kBytes);
   ASSERT_EQ(plan.chunks.size(), 1u);
   EXPECT_EQ(plan.chunks[0].read_bytes, kBytes);
